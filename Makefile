@@ -1,0 +1,73 @@
+# Every target works alone, on a fresh clone with nothing else: the environment is made when it is missing or outdated.
+
+SHELL := bash
+PYTHON ?= python3# the interpreter that .venv is made with, 3.11 or later: `make test PYTHON=python3.12`
+PREFIX ?= /opt/wangpd# where `make install` puts the daemon; the unit names it
+SYSCONFDIR ?= /etc/wangpd
+UNITDIR ?= /etc/systemd/system
+MODELS_DIR ?= /var/lib/wangpd/models
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+PIP_INSTALL := pip install --disable-pip-version-check -c constraints.txt
+# pip's errors, and of its news the downloads above 10 MB: torch is large, and silence for minutes looks like a hang.
+PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
+	awk '/ Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|^Installing/ {print "  " substr($$0, 1, 110); fflush()}'
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run test check fix clean install
+
+help:
+	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
+	@echo 'make run      run the daemon in the foreground: http://127.0.0.1:7860/api/docs (ARGS="--port 7861" …)'
+	@echo 'make test     run every test (ARGS="-k queue" …)'
+	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
+	@echo 'make fix      format, and repair what the linter can'
+	@echo 'make install  as root: $(PREFIX), $(SYSCONFDIR)/wangpd.toml and the systemd unit'
+	@echo 'make clean    remove the environment and every cache; outputs/ and state/ stay'
+
+# Written last: an interrupted pip leaves no stamp, and the next call starts again where pip left off.
+$(STAMP): pyproject.toml constraints.txt
+	@echo 'Setting up $(VENV) (a few minutes the first time) …'
+	@$(PYTHON) -m venv $(VENV)
+	@set -o pipefail; $(VENV)/bin/$(PIP_INSTALL) -e '.[test]' $(PIP_NEWS)
+	@touch $@
+	@echo 'Environment ready.'
+
+demo: $(STAMP)
+	@$(VENV)/bin/python tools/demo.py
+
+run: $(STAMP)
+	@exec $(VENV)/bin/wangpd $(ARGS)
+
+test: $(STAMP)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+fix: $(STAMP)
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Not editable, so the checkout may go away. build/ is removed before and after: setuptools packs what an older build left
+# there, and root's files would be in the way of the next one. A configuration that is there is never overwritten.
+install:
+	@echo 'Installing into $(PREFIX) (a few minutes the first time) …'
+	@$(PYTHON) -m venv $(PREFIX)/.venv
+	@rm -rf build
+	@set -o pipefail; $(PREFIX)/.venv/bin/$(PIP_INSTALL) . $(PIP_NEWS)
+	@rm -rf build
+	@install -D -m 644 README.md $(PREFIX)/README.md
+	@install -D -m 644 wangpd.service $(UNITDIR)/wangpd.service
+	@test -e $(SYSCONFDIR)/wangpd.toml || install -D -m 644 \
+		<(sed 's|^\(models_dir *= *\)"[^"]*"|\1"$(MODELS_DIR)"|' wangpd.toml) $(SYSCONFDIR)/wangpd.toml
+	@if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	@echo 'Installed. Configuration: $(SYSCONFDIR)/wangpd.toml. Start: systemctl enable --now wangpd'

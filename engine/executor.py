@@ -1,0 +1,160 @@
+"""The engine: one generation process behind `run_in_executor`, and the board it shares with the daemon."""
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.catalog import Model
+from engine.gpu import worker
+from engine.job import Board, Cancelled, EngineError, Job, Phase, Result
+
+log = logging.getLogger("wangpd.engine")
+SPAWN = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the generation process needs to know, the same for every job."""
+
+    save_path: Path
+    models_dir: Path
+    device: str = "auto"
+    allow_download: bool = False
+    embed_settings: bool = True
+    image_format: Literal["png", "jpeg", "webp"] = "png"
+    video_crf: int = 18
+    video_preset: str = "veryfast"
+    profile: float = 0
+    attention_mode: str = "auto"
+    vae_config: int = 0
+    log_level: str = "info"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the running job is: in `phase`, at `step` of `steps` denoising steps of pass `run` of `runs`."""
+
+    phase: Phase
+    run: int
+    runs: int
+    step: int
+    steps: int
+
+
+class Engine:
+    """Runs one job at a time in a process of its own, which a fault, a cancel or `unload` may end at any moment.
+
+    Executor and board are always replaced together: a board must never be written by two workers.
+    """
+
+    def __init__(self, config: EngineConfig, cancel_grace_s: float = 10.0) -> None:
+        self._config = config
+        self._grace_s = cancel_grace_s
+        self._executor: ProcessPoolExecutor | None = None
+        self._board = Board()
+        self._task: int | None = None
+        self._killing: asyncio.TimerHandle | None = None
+        self.loaded: str | None = None  # id of the model that the process holds
+
+    async def run(self, task_id: int, job: Job, model: Model) -> Result:
+        """Run `job` to its end.
+
+        Raises EngineError with a sentence, or Cancelled once the work has really stopped. A process that died costs
+        this task only: the next run gets a fresh one.
+        """
+        executor = self._started()
+        self._task, self._board.cancel = task_id, 0
+        self.loaded = model.id
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(executor, worker.generate, task_id, job, model)
+        except BrokenProcessPool:
+            raise self._death(task_id) from None
+        finally:
+            self._task = None
+            self._stop_timer()
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._executor is None:
+            shared = SPAWN.RawValue(Board)
+            self._board = shared
+            self._executor = ProcessPoolExecutor(
+                max_workers=1, mp_context=SPAWN, initializer=worker.start, initargs=(shared, self._config)
+            )
+        return self._executor
+
+    def _death(self, task_id: int) -> Exception:
+        """What the end of the process means for its task; the next run starts another."""
+        board, cancelled = self._board, self._board.cancel == task_id
+        self._forget()  # the pool ends what is left of its process itself
+        if cancelled:
+            return Cancelled("the generation process was ended")
+        where = f"while {Phase(board.phase).name.lower()}" if board.task == task_id else "before it began"
+        if board.phase == Phase.DENOISING:
+            where += f", at step {board.step} of {board.total}"
+        return EngineError(
+            f"The generation process died {where}. Most often it ran out of memory: try a smaller resolution or"
+            " video_length, and see the log.",
+            "worker_died",
+        )
+
+    def progress(self, task_id: int) -> Progress | None:
+        """How far `task_id` is, or None if it is not the one that runs."""
+        board = self._board
+        if self._task != task_id or board.task != task_id:
+            return None
+        return Progress(Phase(board.phase), board.run, board.runs, board.step, board.total)
+
+    def cancel(self, task_id: int) -> None:
+        """End `task_id` if it runs: by the board within a step, or after the grace by ending its process."""
+        if self._task == task_id:
+            self._board.cancel = task_id
+            self._stop_timer()
+            self._killing = asyncio.get_running_loop().call_later(self._grace_s, self._kill)
+
+    def _stop_timer(self) -> None:
+        if self._killing:
+            self._killing.cancel()
+            self._killing = None
+
+    def _kill(self) -> None:
+        pid = self._board.pid
+        if pid:
+            log.warning("the generation process (pid %d) did not stop in time and is ended", pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        elif self._executor is not None:  # it is still being spawned and has not said its pid
+            self._killing = asyncio.get_running_loop().call_later(0.1, self._kill)
+
+    def _forget(self) -> None:
+        executor, self._executor, self.loaded = self._executor, None, None
+        self._board = Board()
+        if executor is not None:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _discard(self) -> None:
+        """Kill the process; the next run starts another."""
+        if self._executor is not None and self._board.pid:
+            with suppress(ProcessLookupError):
+                os.kill(self._board.pid, signal.SIGKILL)
+        self._forget()
+
+    def unload(self) -> bool:
+        """End the idle process, and with it give back all memory. False if a job runs or nothing is loaded."""
+        if self._task is not None or self._executor is None:
+            return False
+        self._discard()
+        return True
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._stop_timer()
+        self._discard()

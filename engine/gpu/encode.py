@@ -1,0 +1,239 @@
+"""Frames to files: MP4, PNG, JPEG and WebP with their settings inside, visible in the output folder only when whole.
+
+Settings travel as JSON in pure ASCII: no container, tag reader or shell can garble that, not even a lone surrogate.
+"""
+
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any, Final, Literal
+
+import imageio_ffmpeg
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from engine.job import EngineError, Job
+from engine.media import EXIF_ASCII, EXIF_IFD, EXIF_USER_COMMENT, PNG_KEYWORD
+
+log = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+_SLUG_CHARS: Final = 40
+_JPEG_SEGMENT_BYTES: Final = 65533  # a JPEG segment's length has 16 bits and counts itself
+
+# Without the matrix named at both ends, swscale converts with BT.601 and players decode small videos with BT.601 and
+# large ones with BT.709: reds and greens shift. The encoder takes its tags from the frames, hence `setparams`.
+_BT709: Final = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
+
+_REMEDIES: Final[Mapping[str, str]] = {
+    "No space left on device": "free space on the output disk and retry the task",
+    "Disk quota exceeded": "raise the quota or delete old outputs, and retry the task",
+    "Read-only file system": "make the output folder writable and retry the task",
+    "Permission denied": "let the daemon's user write to the output folder and retry the task",
+}
+
+
+def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: str) -> str:
+    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4"; `suffix` brings its dot."""
+    return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_{_slug(job.prompt)}_s{seed}{suffix}"
+
+
+def write_video(
+    path: Path,
+    frames: Pixels,  # (F, H, W, 3) uint8, RGB
+    fps: int,
+    settings: Mapping[str, Any] | None,
+    *,
+    crf: int = 18,
+    preset: str = "veryfast",
+) -> None:
+    """Write an H.264 yuv420p MP4 that plays everywhere: BT.709, its index in front, `settings` in the comment tag.
+
+    An odd width or height gains one column or row, a copy of the last. The file's mtime is the time of completion.
+    Raises EngineError with code "save_failed"; nothing is left in the folder then.
+    """
+    with _part_of(path) as part, TemporaryFile() as metadata, TemporaryFile() as complaints:
+        metadata.write(_ffmetadata(settings))
+        metadata.flush()
+        command = _ffmpeg_command(part, frames.shape, metadata.fileno(), fps=fps, crf=crf, preset=preset)
+        # stderr goes to a file: a pipe that nobody reads while the frames are written would fill up and stop ffmpeg.
+        with _started(command, metadata.fileno(), complaints, path) as ffmpeg:
+            _feed(ffmpeg, frames)
+        if ffmpeg.returncode:
+            raise _save_failed(path, _reason(ffmpeg.returncode, complaints))
+
+
+def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, format: ImageFormat) -> None:
+    """Write one picture, (H, W, 3) uint8 RGB, `settings` in its PNG text or its EXIF UserComment.
+
+    Raises EngineError with code "save_failed"; nothing is left in the folder then.
+    """
+    with _part_of(path) as part:
+        buffer = io.BytesIO()  # Pillow hides the cause of a failed write ("encoder error -2"): the disk comes after it
+        comment = None if settings is None else _json(settings)
+        Image.fromarray(frame).save(buffer, format, **_IMAGE_OPTIONS[format](comment))
+        part.write_bytes(buffer.getbuffer())
+
+
+def publish(part: Path, final: Path) -> None:
+    """Rename `part` to `final` in the same folder, its bytes and then its name proof against a power cut.
+
+    Raises OSError.
+    """
+    _sync(part)
+    part.replace(final)
+    _sync(final.parent)
+
+
+@contextmanager
+def _part_of(final: Path) -> Iterator[Path]:
+    """A hidden path to write to: published as `final` at the end of the block, removed when the block raises."""
+    part = final.with_name(f".{final.name}.part")
+    try:
+        yield part
+        publish(part, final)
+    except (OSError, ValueError) as error:  # ValueError: Pillow, on sizes that a format can't hold
+        raise _save_failed(final, getattr(error, "strerror", None) or str(error)) from error
+    finally:
+        with suppress(OSError):  # gone by rename; or the disk is worse off than one leftover
+            part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _slug(prompt: str) -> str:
+    """The prompt's start in a-z, 0-9 and hyphens, so that a name needs no quoting anywhere."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
+
+
+def _json(settings: Mapping[str, Any]) -> str:
+    return json.dumps(dict(settings), ensure_ascii=True)
+
+
+def _ffmetadata(settings: Mapping[str, Any] | None) -> bytes:
+    """FFmpeg's metadata file: one argument of a command line holds 128 KiB, which two long prompts can outgrow."""
+    if settings is None:
+        return b";FFMETADATA1\n"
+    escaped = re.sub(r"([\\=;#\n])", r"\\\1", _json(settings))
+    return f";FFMETADATA1\ncomment={escaped}\n".encode("ascii")
+
+
+def _ffmpeg_command(part: Path, shape: tuple[int, ...], metadata: int, *, fps: int, crf: int, preset: str) -> list[str]:
+    height, width = (side + side % 2 for side in shape[1:3])
+    frames = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0"
+    codec = f"-c:v libx264 -preset {preset} -crf {crf}"
+    return [
+        *("-hide_banner", "-loglevel", "error", "-y"),
+        *frames.split(),
+        *("-f", "ffmetadata", "-i", f"/dev/fd/{metadata}"),
+        *("-map", "0:v", "-map_metadata", "1", "-vf", _BT709),
+        *codec.split(),
+        *("-movflags", "+faststart", "-f", "mp4", f"file:{part}"),
+    ]
+
+
+def _started(command: list[str], metadata: int, complaints: IO[bytes], path: Path) -> "subprocess.Popen[bytes]":
+    try:
+        return subprocess.Popen(
+            [imageio_ffmpeg.get_ffmpeg_exe(), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            pass_fds=(metadata,),
+        )
+    except (OSError, RuntimeError) as error:  # RuntimeError: imageio-ffmpeg found none at all
+        log.error("ffmpeg can't be started: %s", error)
+        remedy = "reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name a working one"
+        raise EngineError(
+            f"'{path.name}' could not be saved: ffmpeg can't be started; {remedy}", "save_failed"
+        ) from None
+
+
+def _feed(ffmpeg: "subprocess.Popen[bytes]", frames: Pixels) -> None:
+    """Pipe the frames in, one at a time. An ffmpeg that ended early breaks the pipe; its status then tells why."""
+    assert ffmpeg.stdin
+    with suppress(BrokenPipeError), ffmpeg.stdin as pipe:
+        for frame in frames:
+            pipe.write(_even(frame).tobytes())
+
+
+def _even(frame: Pixels) -> Pixels:
+    """The frame with even sides, which yuv420p needs; the last column and row repeated where one is missing."""
+    height, width, _ = frame.shape
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _reason(status: int, complaints: IO[bytes]) -> str:
+    """Why ffmpeg failed: a cause that has a remedy, else its exit status. Its own words, with paths, go to the log."""
+    complaints.seek(0)
+    text = complaints.read().decode(errors="replace")
+    log.error("ffmpeg ended with status %d: %s", status, text.strip())
+    return next((cause for cause in _REMEDIES if cause in text), f"ffmpeg ended with status {status}")
+
+
+def _save_failed(path: Path, reason: str) -> EngineError:
+    remedy = _REMEDIES.get(reason, "the log of the daemon says more")
+    return EngineError(f"'{path.name}' could not be saved: {reason}; {remedy}", "save_failed")
+
+
+def _png_options(comment: str | None) -> dict[str, Any]:
+    text = PngImagePlugin.PngInfo()
+    if comment is not None:
+        text.add_text(PNG_KEYWORD, comment)
+    return {"pnginfo": text}
+
+
+def _jpeg_options(comment: str | None) -> dict[str, Any]:
+    look = {"quality": 95, "subsampling": "4:4:4"}
+    exif = _exif(comment)
+    if len(exif) <= _JPEG_SEGMENT_BYTES:
+        return look | {"exif": exif}
+    return look | {"extra": _comment_segments(comment or "")}
+
+
+def _webp_options(comment: str | None) -> dict[str, Any]:
+    return {"quality": 95, "exif": _exif(comment)}
+
+
+def _exif(comment: str | None) -> bytes:
+    if comment is None:
+        return b""
+    exif = Image.Exif()
+    exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + comment.encode("ascii")}
+    return exif.tobytes()
+
+
+def _comment_segments(comment: str) -> bytes:
+    """A text too long for JPEG's one EXIF segment, in as many comment segments as it takes."""
+    data = comment.encode("ascii")
+    chunks = (data[at : at + _JPEG_SEGMENT_BYTES] for at in range(0, len(data), _JPEG_SEGMENT_BYTES))
+    return b"".join(b"\xff\xfe" + (len(chunk) + 2).to_bytes(2, "big") + chunk for chunk in chunks)
+
+
+_IMAGE_OPTIONS: Final[Mapping[str, Callable[[str | None], dict[str, Any]]]] = {
+    "png": _png_options,
+    "jpeg": _jpeg_options,
+    "webp": _webp_options,
+}

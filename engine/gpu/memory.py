@@ -1,0 +1,73 @@
+"""Where the weights live while a pipeline runs."""
+
+import logging
+from typing import Any
+
+import torch
+
+from engine.catalog import Model
+
+log = logging.getLogger("wangpd.worker")
+HEADROOM = 0.75  # share of the free GPU memory that weights may take; activations need the rest
+
+# vae_config → side of a VAE tile in pixels; 0 is chosen by the card's memory, smallest first.
+TILES = {1: 512, 2: 256, 3: 128}
+AUTO_TILES = ((8 * 2**30, 128), (16 * 2**30, 256), (24 * 2**30, 512))
+
+
+def place(pipe: Any, model: Model, device: torch.device, profile: float, vae_config: int) -> None:
+    """Put the pipeline where it is to run: on the device whole, or streamed in as `profile` or free memory demands."""
+    if device.type != "cuda":
+        pipe.to(device)
+        return
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    profile = profile or choose_profile(model, free_bytes)
+    log.info("model %s: profile %g, %.1f GiB of GPU memory free", model.id, profile, free_bytes / 2**30)
+    _PLACINGS[int(profile)](pipe, device)
+    _tile_vae(pipe, TILES.get(vae_config) or auto_tile(total_bytes))
+
+
+def choose_profile(model: Model, free_bytes: int) -> int:
+    """The fastest profile whose weights fit `free_bytes` of GPU memory with room for activations."""
+    room = free_bytes * HEADROOM
+    if model.total_bf16_bytes <= room:
+        return 1
+    largest = max(model.transformer_bf16_bytes, model.encoders_bf16_bytes)
+    return 3 if largest <= room else 4
+
+
+def auto_tile(total_bytes: int) -> int:
+    """The side of a VAE tile for a card of this size; 0 means whole frames."""
+    return next((side for limit, side in AUTO_TILES if total_bytes < limit), 0)
+
+
+def _tile_vae(pipe: Any, side: int) -> None:
+    vae: Any = getattr(pipe, "vae", None)
+    if side and hasattr(vae, "enable_tiling"):
+        vae.enable_tiling(tile_sample_min_height=side, tile_sample_min_width=side)
+
+
+def _resident(pipe: Any, device: torch.device) -> None:
+    pipe.to(device)
+
+
+def _by_component(pipe: Any, device: torch.device) -> None:
+    pipe.enable_model_cpu_offload(device=device)
+
+
+def _by_block(pipe: Any, device: torch.device) -> None:
+    pipe.enable_group_offload(
+        onload_device=device,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=True,
+        exclude_modules=["vae"],
+    )
+    pipe.vae.to(device)
+
+
+def _by_layer(pipe: Any, device: torch.device) -> None:
+    pipe.enable_sequential_cpu_offload(device=device)
+
+
+_PLACINGS = {1: _resident, 2: _by_block, 3: _by_component, 4: _by_block, 5: _by_layer}

@@ -1,0 +1,56 @@
+"""The meter of one job: it writes the board, adds up the time of each phase, and notices a cancel."""
+
+import time
+from collections import defaultdict
+
+from engine.job import Board, Cancelled, Phase
+
+
+class Meter:
+    """Reports where a job is, as it happens."""
+
+    def __init__(self, board: Board, task_id: int) -> None:
+        self._board, self._task_id = board, task_id
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._entered = time.perf_counter()
+        board.phase, board.run, board.runs, board.step, board.total = Phase.IDLE, 0, 0, 0, 0
+        board.task = task_id  # last, so that the numbers above are never another task's
+
+    def check(self) -> None:
+        """Raises Cancelled if the daemon asked for it."""
+        if self._board.cancel == self._task_id:
+            raise Cancelled
+
+    def enter(self, phase: Phase) -> None:
+        """Be in `phase` from now on, until another is entered. Raises Cancelled."""
+        self.check()
+        if phase != self._board.phase:
+            self._stop_clock()
+            self._board.phase = phase
+
+    def _stop_clock(self) -> None:
+        now = time.perf_counter()
+        if self._board.phase != Phase.IDLE:
+            self._seconds[Phase(self._board.phase).name.lower()] += now - self._entered
+        self._entered = now
+
+    def begin_run(self, run: int, runs: int, steps: int) -> None:
+        """Start pass `run` of `runs` through the pipeline, which will take `steps` denoising steps."""
+        self._board.step = 0
+        self._board.run, self._board.runs, self._board.total = run, runs, steps
+
+    def step_done(self, step: int) -> None:
+        """Say that `step` denoising steps of this run are done. Raises Cancelled."""
+        self._board.step = step
+        self.check()
+
+    @property
+    def where(self) -> str:
+        """The phase in words, for an error sentence."""
+        return Phase(self._board.phase).name.lower()
+
+    def done(self) -> dict[str, float]:
+        """The job is over, however it ended; returns the seconds of each phase."""
+        self._stop_clock()
+        self._board.phase = Phase.IDLE
+        return dict(self._seconds)

@@ -1,0 +1,102 @@
+"""The studio: the loaded model, kept warm from task to task, and the way of a job through it to its files."""
+
+import gc
+import resource
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine import catalog, weights
+from engine.catalog import Model
+from engine.gpu import encode, memory, pipeline
+from engine.gpu.meter import Meter
+from engine.job import EngineError, Job, OutputFile, Phase, Result
+
+if TYPE_CHECKING:
+    from engine.executor import EngineConfig
+
+IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+
+
+class Studio:
+    """Makes the files of one job after the other; holds at most one model."""
+
+    def __init__(self, config: "EngineConfig") -> None:
+        self._config = config
+        self._device = choose_device(config.device)
+        self._model_id = ""
+        self._pipe: Any = None
+
+    def make(self, task_id: int, job: Job, model: Model, meter: Meter) -> Result:
+        """Load what is not loaded, generate, and return the whole files. Raises EngineError or Cancelled."""
+        self._reset_peak()
+        started = datetime.now(UTC)
+        meter.enter(Phase.LOADING)
+        pipe = pipeline.sibling(self._loaded(model, job.task), model.pipelines[job.task])
+        files = []
+        for clip in pipeline.render(pipe, model, job, meter):
+            meter.enter(Phase.SAVING)
+            files.append(self._save(task_id, job, clip, started))
+        return Result(tuple(files), meter.done(), self._peak_bytes())
+
+    def _loaded(self, model: Model, task: str) -> Any:
+        if self._model_id != model.id:
+            self._model_id, self._pipe = "", None  # free the old one first: two may not fit
+            self.give_back()
+            pipe = pipeline.load(model, model.pipelines[task], self._folder(model), self._device)
+            memory.place(pipe, model, self._device, self._config.profile, self._config.vae_config)
+            self._model_id, self._pipe = model.id, pipe
+        return self._pipe
+
+    def _folder(self, model: Model) -> Path:
+        folder = weights.locate(model, self._config.models_dir)
+        if folder is None and self._config.allow_download:
+            return weights.download(model, self._config.models_dir)
+        if folder is None:
+            command = weights.install_command(model, self._config.models_dir)
+            raise EngineError(f"Model '{model.id}' is not installed any more. Install it with: {command}", "no_weights")
+        return folder
+
+    def _save(self, task_id: int, job: Job, clip: pipeline.Clip, started: datetime) -> OutputFile:
+        """Write one clip; it is seen in the output folder only when it is whole."""
+        frames = clip.frames.numpy()
+        still = len(frames) == 1
+        suffix = IMAGE_SUFFIXES[self._config.image_format] if still else ".mp4"
+        path = self._config.save_path / encode.output_name(job, clip.seed, task_id, started, suffix)
+        embedded = catalog.settings(job, clip.seed) if self._config.embed_settings else None
+        if still:
+            encode.write_image(path, frames[0], embedded, self._config.image_format)
+        else:
+            crf, preset = self._config.video_crf, self._config.video_preset
+            encode.write_video(path, frames, job.fps, embedded, crf=crf, preset=preset)
+        count, height, width, _ = frames.shape
+        kind = "image" if still else "video"
+        return OutputFile(path.name, kind, path.stat().st_size, width, height, count, job.fps, clip.seed)
+
+    def give_back(self) -> None:
+        """Return what no tensor holds any more to the card; after a fault too."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _reset_peak(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _peak_bytes(self) -> int:
+        """The most memory in use at once: of the card, or on a CPU of this process since it started."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available.get(wanted.partition(":")[0], False):
+        raise EngineError(f"device: '{wanted}' is not available on this machine; set device = \"auto\"", "no_device")
+    return torch.device(wanted)

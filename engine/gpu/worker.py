@@ -1,0 +1,120 @@
+"""The generation process: what starts in it, the one function it runs, and the translation of every fault.
+
+Importing this module brings in neither torch nor diffusers, so that the daemon can name its functions; they are
+imported inside `generate`, in phase `loading`.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
+
+from engine.catalog import Model
+from engine.gpu.meter import Meter
+from engine.job import Board, Cancelled, EngineError, Job, Phase, Result
+
+if TYPE_CHECKING:
+    from engine.executor import EngineConfig
+    from engine.gpu.studio import Studio
+
+log = logging.getLogger("wangpd.worker")
+
+_board: Board
+_config: "EngineConfig"
+_studio: "Studio | None" = None
+
+
+def start(board: Board, config: "EngineConfig") -> None:
+    """Make this process the worker of `board`. Trivial on purpose: an error in an initializer loses its message."""
+    global _board, _config
+    _board, _config = board, config
+    board.pid = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the daemon's to handle
+    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
+    if not config.allow_download:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    threading.Thread(target=_end_with_parent, name="watchdog", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, a daemon that was killed would leave the GPU taken."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def generate(task_id: int, job: Job, model: Model) -> Result:
+    """Run one job and return its files, whole and in the output folder.
+
+    Raises only EngineError or Cancelled: to unpickle an exception of torch the daemon would have to import torch.
+    """
+    meter = Meter(_board, task_id)
+    try:
+        meter.enter(Phase.LOADING)
+        return _opened().make(task_id, job, model, meter)
+    except Cancelled:
+        raise Cancelled("by request") from None
+    except EngineError as error:
+        raise EngineError(error.message, error.code) from None
+    except Exception as error:
+        log.exception("task %d failed", task_id)
+        raise _translated(error, meter.where) from None
+    finally:
+        _give_back()
+        meter.done()
+
+
+def _opened() -> "Studio":
+    global _studio
+    if _studio is None:
+        from engine.gpu.studio import Studio
+
+        _studio = Studio(_config)
+    return _studio
+
+
+def _give_back() -> None:
+    if _studio is not None:
+        _studio.give_back()
+
+
+def _translated(error: Exception, where: str) -> EngineError:
+    """The sentence for a fault that nothing foresaw; the traceback is in the log."""
+    for matches, make in _SENTENCES:
+        if matches(error):
+            return make(error, where)
+    return EngineError(f"{type(error).__name__} while {where}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:300]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+
+
+def _out_of_memory(_: Exception, where: str) -> EngineError:
+    return EngineError(
+        f"Out of memory while {where}. Try a smaller resolution or video_length, batch_size 1, or a higher profile in"
+        " wangpd.toml.",
+        "out_of_memory",
+    )
+
+
+def _disk_fault(error: Exception, where: str) -> EngineError:
+    assert isinstance(error, OSError)
+    return EngineError(f"{error.strerror or _first_line(error)} while {where}.", "os_error")
+
+
+_SENTENCES: tuple[tuple[Callable[[Exception], bool], Callable[[Exception, str], EngineError]], ...] = (
+    (_is_out_of_memory, _out_of_memory),
+    (lambda error: isinstance(error, OSError) and error.errno is not None, _disk_fault),
+)

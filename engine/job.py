@@ -1,0 +1,115 @@
+"""The vocabulary of the process border: what the daemon and the generation process say to each other.
+
+Standard library only: both sides import this module, and the daemon's side must stay small.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+
+class Phase(IntEnum):
+    """Where a running job is, in the order in which a job passes through."""
+
+    IDLE = 0
+    LOADING = 1
+    ENCODING = 2
+    DENOISING = 3
+    DECODING = 4
+    SAVING = 5
+
+
+class Board(ctypes.Structure):
+    """Progress and cancel, in memory shared by the daemon and one generation process.
+
+    One writer a field, so no lock: the worker writes everything but `cancel`, the daemon writes `cancel` alone. A
+    cancel names its task, so a late one can't hit the next. A lock held by a killed worker would hang the daemon.
+    """
+
+    _fields_ = (
+        ("pid", ctypes.c_int64),
+        ("task", ctypes.c_int64),
+        ("phase", ctypes.c_int64),
+        ("run", ctypes.c_int64),  # pass through the pipeline that is under way, from 0
+        ("runs", ctypes.c_int64),  # passes of the whole job
+        ("step", ctypes.c_int64),  # denoising steps done in this run
+        ("total", ctypes.c_int64),  # denoising steps of this run
+        ("cancel", ctypes.c_int64),
+    )
+
+    pid: int
+    task: int
+    phase: int
+    run: int
+    runs: int
+    step: int
+    total: int
+    cancel: int
+
+
+class EngineError(Exception):
+    """A fault that ends one task: a sentence for the user, and a code for programs."""
+
+    def __init__(self, message: str, code: str = "generation_failed") -> None:
+        super().__init__(message, code)  # both in args, so that the exception survives pickling
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Cancelled(Exception):
+    """The task was cancelled, and its work has really ended."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request with everything decided: nothing in it is left to a default or to chance.
+
+    `images` maps an input's role (`image_start`, `image_end`, `image_refs`) to the stored files, at least one each.
+    `frames` is 1 for a picture. File i of the job has the seed `seed + i`.
+    """
+
+    model: str
+    task: str  # the catalogue's word: t2v, i2v, flf2v, vace …
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance_scale: float
+    embedded_guidance_scale: float
+    flow_shift: float | None
+    seed: int
+    guidance2_scale: float | None = None
+    batch_size: int = 1
+    repeat_generation: int = 1
+    images: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A whole file in the output folder."""
+
+    filename: str
+    type: str  # video, image, audio
+    size_bytes: int
+    width: int
+    height: int
+    frames: int
+    fps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished job hands back. `timings` are seconds by phase name (`loading`, `encoding` …)."""
+
+    files: tuple[OutputFile, ...]
+    timings: Mapping[str, float]
+    peak_memory_bytes: int

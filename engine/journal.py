@@ -1,0 +1,249 @@
+"""The journal: what must outlive the process, in one SQLite file.
+
+One connection, used by one thread. Every change is committed and synced to the disk before its call returns, so an
+answer that follows it is a promise that a power cut can't break.
+"""
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.task import ENDED, Status, Task
+
+# One script a schema version, applied in order: entry i brings a journal from version i to i + 1.
+MIGRATIONS = (
+    """
+    CREATE TABLE tasks (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,  -- AUTOINCREMENT: an id is never used twice, also after a deletion
+        status TEXT NOT NULL,
+        rank REAL NOT NULL,  -- the order in which tasks wait
+        finished_at REAL,
+        record TEXT NOT NULL
+    );
+    CREATE INDEX tasks_by_status ON tasks (status, rank);
+    CREATE TABLE replies (  -- idempotency keys
+        key TEXT PRIMARY KEY,
+        request TEXT NOT NULL,  -- digest of the request that the key was used for
+        answer TEXT NOT NULL,
+        created_at REAL NOT NULL
+    );
+    CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
+)
+KEY_LIFETIME_S = 24 * 3600
+T = TypeVar("T")
+
+_ENDED = tuple(sorted(status.value for status in ENDED))
+_MARKS = ", ".join("?" * len(_ENDED))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that was given under an idempotency key."""
+
+    request: str
+    answer: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `add` found or did: the new row's id, or the reply that this key already had."""
+
+    task_id: int
+    reply: Reply | None = None
+
+
+class Journal:
+    """The rows, behind async calls that each run in the journal's own thread.
+
+    `set_aside` is where an unreadable journal was moved at `open`, or None.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._db: sqlite3.Connection
+        self.set_aside: Path | None = None
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def open(self, id_floor: int = 0) -> None:
+        """Open or create the file; one that can't be read is moved aside, and an empty one takes its place.
+
+        The next id is above `id_floor` in any case, so that a lost journal does not make ids start again.
+        Raises OSError if there is no place to write.
+        """
+        await self._call(lambda: self._open(id_floor))
+
+    def _open(self, id_floor: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = _connect(self._path)
+        except sqlite3.DatabaseError:
+            self.set_aside = _move_aside(self._path)
+            self._db = _connect(self._path)
+        if _highest_id(self._db) < id_floor:
+            with self._db:
+                self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'tasks'")
+                self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('tasks', ?)", (id_floor,))
+
+    async def close(self) -> None:
+        """Close the file. Nothing is lost without it."""
+        await self._call(self._close)
+        self._thread.shutdown()
+
+    def _close(self) -> None:
+        self._db.close()
+
+    async def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Stored:
+        """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
+
+        If `key` was used in the last 24 hours, nothing is stored and that answer comes back.
+        """
+        return await self._call(lambda: self._add(task, key, request, answer))
+
+    def _add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Stored:
+        with self._db:
+            if key is not None and (reply := self._reply(key)):
+                return Stored(reply.answer["task_id"], reply)
+            row = self._db.execute("INSERT INTO tasks (status, rank, record) VALUES (?, 0, '')", (task.status.value,))
+            assert row.lastrowid is not None
+            task.id = row.lastrowid
+            self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
+            self._write(task)
+            if key is not None:
+                stored = json.dumps({**answer, "task_id": task.id})
+                self._db.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", (key, request, stored, time.time()))
+        return Stored(task.id)
+
+    def _reply(self, key: str) -> Reply | None:
+        self._db.execute("DELETE FROM replies WHERE created_at < ?", (time.time() - KEY_LIFETIME_S,))
+        row = self._db.execute("SELECT request, answer FROM replies WHERE key = ?", (key,)).fetchone()
+        return Reply(row[0], json.loads(row[1])) if row else None
+
+    async def save(self, *tasks: Task) -> None:
+        """Commit the tasks as they are now, together."""
+        rows = [(task.status.value, task.finished_at, json.dumps(task.record()), task.id) for task in tasks]
+        await self._call(lambda: self._save(rows))
+
+    def _save(self, rows: Iterable[Sequence[Any]]) -> None:
+        with self._db:
+            self._db.executemany("UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?", rows)
+
+    def _write(self, task: Task) -> None:
+        row = (task.status.value, task.finished_at, json.dumps(task.record()), task.id)
+        self._db.execute("UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?", row)
+
+    async def reorder(self, task_ids: Sequence[int]) -> None:
+        """Remember that these tasks wait in this order."""
+        rows = list(enumerate(task_ids))
+        await self._call(lambda: self._reorder(rows))
+
+    def _reorder(self, rows: Sequence[tuple[int, int]]) -> None:
+        # Negative, so that whatever is submitted later (rank = id) still comes behind.
+        with self._db:
+            self._db.executemany(
+                "UPDATE tasks SET rank = ? WHERE id = ?", [(place - len(rows), task_id) for place, task_id in rows]
+            )
+
+    async def unfinished(self) -> list[Task]:
+        """The tasks that have not ended, in the order in which they wait."""
+        return await self._call(lambda: self._tasks(f"WHERE status NOT IN ({_MARKS}) ORDER BY rank, id", _ENDED))
+
+    async def get(self, task_id: int) -> Task | None:
+        """The task with this id, or None if there is no such row (any more)."""
+        if abs(task_id) >= 2**63:
+            return None  # beyond what SQLite can hold
+        found = await self._call(lambda: self._tasks("WHERE id = ?", (task_id,)))
+        return found[0] if found else None
+
+    async def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
+        """A page of all tasks, newest first, and how many there are."""
+        where, values = ("WHERE status = ?", (status.value,)) if status else ("", ())
+        return await self._call(lambda: self._page(where, values, limit, offset))
+
+    def _page(self, where: str, values: tuple[str, ...], limit: int, offset: int) -> tuple[list[Task], int]:
+        total = self._db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
+        return self._tasks(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", (*values, limit, offset)), total
+
+    def _tasks(self, rest: str, values: Sequence[Any] = ()) -> list[Task]:
+        rows = self._db.execute(f"SELECT record FROM tasks {rest}", values)
+        return [Task.restore(json.loads(record)) for (record,) in rows]
+
+    async def prune(self, keep_count: int, keep_s: float) -> None:
+        """Forget ended tasks beyond the newest `keep_count`, and those that ended over `keep_s` seconds ago."""
+        await self._call(lambda: self._prune(keep_count, time.time() - keep_s))
+
+    def _prune(self, keep_count: int, before: float) -> None:
+        ended = f"status IN ({_MARKS})"
+        newest = f"SELECT id FROM tasks WHERE {ended} ORDER BY id DESC LIMIT ?"
+        with self._db:
+            self._db.execute(
+                f"DELETE FROM tasks WHERE {ended} AND (finished_at < ? OR id NOT IN ({newest}))",
+                (*_ENDED, before, *_ENDED, keep_count),
+            )
+
+    async def inputs(self) -> set[str]:
+        """The names of all stored input files that some row still needs."""
+        tasks = await self._call(lambda: self._tasks("WHERE json_extract(record, '$.job.images') != '{}'"))
+        return {path.name for task in tasks for paths in task.job.images.values() for path in paths}
+
+    async def fact(self, name: str, default: Any = None) -> Any:
+        """The JSON value last stored under `name`."""
+        row = await self._call(lambda: self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone())
+        return json.loads(row[0]) if row else default
+
+    async def set_fact(self, name: str, value: Any) -> None:
+        """Store a JSON value under `name`."""
+        await self._call(lambda: self._set_fact(name, json.dumps(value)))
+
+    def _set_fact(self, name: str, value: str) -> None:
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """An open, checked and up-to-date journal. Raises sqlite3.DatabaseError if the file is not one."""
+    db = sqlite3.connect(path, check_same_thread=True)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("quick_check failed")
+        _migrate(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise sqlite3.DatabaseError(f"schema version {version} is newer than this wangpd")
+    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def _highest_id(db: sqlite3.Connection) -> int:
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
+    return int(row[0]) if row else 0
+
+
+def _move_aside(path: Path) -> Path:
+    """Rename the journal and its WAL, so that a person can still look at them."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    aside = path.with_name(f"{path.name}.unreadable-{stamp}")
+    path.rename(aside)
+    for suffix in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    return aside

@@ -1,0 +1,246 @@
+"""The output folder: what is in it, which names lead into it, and the thumbnails of its files.
+
+The folder alone is the truth: the worker publishes by rename, and users may copy, overwrite and delete at any time.
+"""
+
+import hashlib
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Final
+
+from engine import media
+
+THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
+
+# A change within the same tick of the file system's clock leaves a time stamp as it was: 10 ms on Linux file systems,
+# 1 or 2 s on FAT and some network shares. What was touched this recently may be changing still.
+_UNSETTLED_S: Final = 2.0
+# A file overwritten in place does not touch its folder's time stamp, so nothing is believed for longer than this.
+_MAX_AGE_S: Final = 30.0
+
+# A leading dot (`..`, hidden files, unpublished parts), separators of any system, control characters, and the lone
+# surrogates that stand for bytes which are no UTF-8 and could not be sent as JSON.
+_UNSAFE_NAME: Final = re.compile(r"^\.|[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A media file of the output folder. Times are epoch seconds.
+
+    Linux's `stat` tells no time of birth, so `created_at` is the earlier of the file's last modification and its last
+    change of inode: exact for a file that the worker published, and never later than `modified_at`.
+    """
+
+    filename: str
+    type: str  # video, image, audio
+    size_bytes: int
+    created_at: float
+    modified_at: float
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """One reading of the folder. `by_type[None]` holds every entry."""
+
+    folder_mtime_ns: int | None = None  # None: no such folder
+    read_at: float = float("-inf")  # time.monotonic() before the reading
+    settled: bool = False  # nothing was touched so recently that its time stamp could hide a change
+    by_type: Mapping[str | None, tuple[Entry, ...]] = field(default_factory=dict)
+
+
+class Outputs:
+    """The output folder. Every method may be called from any thread, and all of them block: use `asyncio.to_thread`."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self._folder = folder
+        self._thumbnails = ThumbnailCache(cache)
+        self._snapshot = _Snapshot()
+        self._reading = threading.Lock()
+
+    def fresh(self) -> bool:
+        """Whether `listing` would answer from memory. Costs one stat, so that the event loop may ask."""
+        known = self._snapshot
+        if not known.settled or time.monotonic() - known.read_at > _MAX_AGE_S:
+            return False
+        return known.folder_mtime_ns == _mtime_ns(self._folder)
+
+    def listing(self, file_type: str | None = None) -> Sequence[Entry]:
+        """Return the media files, all or of one type, newest modification first, ties by name.
+
+        One stat while nothing changes, else one stat a file. A folder that is not there is an empty one.
+        """
+        if not self.fresh():
+            self._read_once()
+        return self._snapshot.by_type.get(file_type, ())
+
+    def find(self, filename: str) -> Path | None:
+        """Return the regular file of that name, or None. No string raises, and none leads out of the folder.
+
+        Symbolic links, folders, devices, names with no media suffix and all that `listing` hides are None. One lstat.
+        """
+        if not _is_media_name(filename):
+            return None
+        path = self._folder / filename
+        try:
+            mode = path.lstat().st_mode
+        except (OSError, ValueError):  # no such file, a name too long, or one that the file system can't express
+            return None
+        return path if stat.S_ISREG(mode) else None
+
+    def thumbnail(self, path: Path, width: int) -> bytes:
+        """Return the JPEG of `media.thumbnail`, kept on disk for the next call. Raises what that raises."""
+        about = path.lstat()
+        key = _key(path.name, about.st_mtime_ns, about.st_size, width)
+        kept = self._thumbnails.get(key)
+        if kept is not None:
+            return kept
+        jpeg = media.thumbnail(path, width)
+        self._thumbnails.put(key, jpeg)
+        return jpeg
+
+    def remove_attempt(self, task_id: int) -> int:
+        """Delete what a broken attempt at a task left, published or in parts, and return how many files went.
+
+        Only names that the worker gives are touched: a user's own "trip_t000123_.mp4" stays. Raises OSError.
+        """
+        return self._remove(rf"\.?\d{{8}}-\d{{6}}_t{task_id:06d}_.+")
+
+    def remove_parts(self, task_id: int) -> int:
+        """Delete what a task did not finish writing, and return how many files went. Raises OSError."""
+        return self._remove(rf"\.\d{{8}}-\d{{6}}_t{task_id:06d}_.+\.part")
+
+    def _remove(self, pattern: str) -> int:
+        left = [item.name for item in _scan(self._folder) if re.fullmatch(pattern, item.name)]
+        for name in left:
+            (self._folder / name).unlink(missing_ok=True)
+        return len(left)
+
+    def highest_task_id(self) -> int:
+        """Return the largest task id in a name that the worker gave, or 0: a lost journal can't tell it any more."""
+        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", item.name) for item in _scan(self._folder))
+        return max((int(match[1]) for match in found if match), default=0)
+
+    def _read_once(self) -> None:
+        """Read the folder, unless another thread has done so since this call began."""
+        asked_at = time.monotonic()
+        with self._reading:
+            if self._snapshot.read_at < asked_at:
+                self._snapshot = _read(self._folder)
+
+
+class ThumbnailCache:
+    """JPEG files by key in a folder of their own, the oldest removed when they outgrow `limit_bytes`.
+
+    A cache that can't be read or written costs time and nothing else: no method raises OSError.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int = THUMBNAIL_CACHE_BYTES) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._size_bytes: int | None = None  # not counted yet
+        self._counting = threading.Lock()
+
+    def get(self, key: str) -> bytes | None:
+        """Return what was put under `key`, or None."""
+        try:
+            return self._file(key).read_bytes() or None  # a power cut may leave a name without its bytes
+        except OSError:
+            return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep `data` for a later `get`, if there is room on the disk."""
+        part = self._folder / f".{key}.{threading.get_ident()}.part"
+        with suppress(OSError):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(data)
+                part.replace(self._file(key))
+                self._count(len(data))
+            finally:
+                part.unlink(missing_ok=True)
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{key}.jpg"
+
+    def _count(self, added_bytes: int) -> None:
+        with self._counting:
+            known_bytes = None if self._size_bytes is None else self._size_bytes + added_bytes
+            if known_bytes is None or known_bytes > self._limit_bytes:
+                known_bytes = self._shrink()
+            self._size_bytes = known_bytes
+
+    def _shrink(self) -> int:
+        """Bring a cache above its limit down to three quarters of it, and return the bytes that it holds."""
+        files = sorted(_stats(self._folder), key=lambda file: file[1].st_mtime_ns)
+        total_bytes = sum(about.st_size for _, about in files)
+        goal_bytes = self._limit_bytes if total_bytes <= self._limit_bytes else self._limit_bytes * 3 // 4
+        for name, about in files:
+            if total_bytes <= goal_bytes:
+                break
+            (self._folder / name).unlink(missing_ok=True)
+            total_bytes -= about.st_size
+        return total_bytes
+
+
+def _key(name: str, mtime_ns: int, size_bytes: int, width: int) -> str:
+    return hashlib.sha256(ascii((name, mtime_ns, size_bytes, width)).encode()).hexdigest()
+
+
+def _kind(name: str) -> str | None:
+    _, dot, suffix = name.rpartition(".")  # pathlib would take most of the time of a large folder's listing
+    return media.MEDIA_TYPES.get(dot + suffix.lower(), (None, ""))[0]
+
+
+def _is_media_name(name: str) -> bool:
+    return not _UNSAFE_NAME.search(name) and _kind(name) is not None
+
+
+def _mtime_ns(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    """The regular files of a folder, no symbolic links; none at all where there is no folder."""
+    with suppress(FileNotFoundError), os.scandir(folder) as items:
+        yield from (item for item in items if item.is_file(follow_symlinks=False))
+
+
+def _stats(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Name and stat of each regular file of a folder; one that vanishes meanwhile is left out."""
+    for item in _scan(folder):
+        with suppress(FileNotFoundError):
+            yield item.name, item.stat(follow_symlinks=False)
+
+
+def _read(folder: Path) -> _Snapshot:
+    read_at, now = time.monotonic(), time.time()
+    folder_mtime_ns = _mtime_ns(folder)  # before the files: a change during the reading then shows as one afterwards
+    entries = [_entry(name, about) for name, about in _stats(folder) if _is_media_name(name)]
+    # Two plain sorts, the second one stable: half the time of one by a pair, and a sort lets no other thread run.
+    entries.sort(key=attrgetter("filename"))
+    entries.sort(key=attrgetter("modified_at"), reverse=True)
+    touched = [(folder_mtime_ns or 0) / 1e9, *(entry.modified_at for entry in entries)]
+    settled = all(abs(now - touched_at) > _UNSETTLED_S for touched_at in touched)
+    return _Snapshot(folder_mtime_ns, read_at, settled, _by_type(entries))
+
+
+def _entry(name: str, about: os.stat_result) -> Entry:
+    created_at = min(about.st_mtime, about.st_ctime)
+    return Entry(name, _kind(name) or "", about.st_size, created_at, about.st_mtime)
+
+
+def _by_type(entries: list[Entry]) -> dict[str | None, tuple[Entry, ...]]:
+    kinds = {kind for kind, _ in media.MEDIA_TYPES.values()}
+    split: dict[str | None, tuple[Entry, ...]] = {None: tuple(entries)}
+    return split | {kind: tuple(entry for entry in entries if entry.type == kind) for kind in kinds}

@@ -1,0 +1,67 @@
+"""A task: one accepted request and everything that becomes of it, in memory and as a row of the journal."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from engine.job import Job, OutputFile
+
+
+class Status(StrEnum):
+    """`queued → processing → completed | failed | cancelled`, by way of `cancelling`; never back, but for a restart."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """True once nothing more will happen."""
+        return self in ENDED
+
+
+ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+
+
+@dataclass(slots=True)
+class Task:
+    """Times are seconds since the epoch. `attempts` counts the starts, those that a shutdown put back left out."""
+
+    id: int
+    job: Job
+    status: Status = Status.QUEUED
+    created_at: float = field(default_factory=time.time)
+    started_at: float | None = None
+    finished_at: float | None = None
+    attempts: int = 0
+    warnings: tuple[str, ...] = ()
+    error: Mapping[str, str] | None = None  # {"code", "message"}
+    files: tuple[OutputFile, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """This task as JSON values, for the journal."""
+        record = asdict(self)
+        record["job"]["images"] = {name: [str(path) for path in paths] for name, paths in self.job.images.items()}
+        return record
+
+    @classmethod
+    def restore(cls, record: Mapping[str, Any]) -> "Task":
+        """The task that `record` came from. Keys that a later version wrote raise TypeError."""
+        job = dict(record["job"])
+        job["images"] = {name: tuple(map(Path, paths)) for name, paths in job["images"].items()}
+        plain = {
+            **record,
+            "job": Job(**job),
+            "status": Status(record["status"]),
+            "warnings": tuple(record["warnings"]),
+            "files": tuple(OutputFile(**file) for file in record["files"]),
+        }
+        return cls(**plain)

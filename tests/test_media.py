@@ -1,0 +1,411 @@
+"""engine/media.py: what an input picture may be, how files look in small, and what made them."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from engine import media
+
+LIMIT = 1_000_000  # pixels
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.effect_noise((width, height), 90).convert("RGB")
+
+
+def halves(width: int = 64, height: int = 32) -> Image.Image:
+    """Left half red, right half blue."""
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (width // 2, 0, width, height))
+    return image
+
+
+def with_orientation(image: Image.Image, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, "JPEG", exif=exif, quality=95, subsampling=0)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds almost nothing."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def refusal(data: bytes, max_pixels: int = LIMIT) -> str:
+    with pytest.raises(media.BadImage) as caught:
+        media.check_image(data, max_pixels)
+    return str(caught.value)
+
+
+def near(pixel: object, colour: tuple[int, int, int], levels: int = 12) -> bool:
+    assert isinstance(pixel, tuple)
+    return all(abs(a - b) <= levels for a, b in zip(pixel, colour, strict=True))
+
+
+def stored(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+def ffmpeg(*arguments: str | Path) -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Sixteen frames of 128x64: red first, then blue."""
+    path = tmp_path / "clip.mp4"
+    sources = (
+        "-f",
+        "lavfi",
+        "-i",
+        "color=red:s=128x64:r=16:d=0.5",
+        "-f",
+        "lavfi",
+        "-i",
+        "color=blue:s=128x64:r=16:d=0.5",
+    )
+    ffmpeg(*sources, "-filter_complex", "concat,format=yuv420p", path)
+    return path
+
+
+def as_jpeg(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=["JPEG"])
+
+
+# ---------------------------------------------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_a_whole_picture_is_accepted_with_its_size(format: str) -> None:
+    assert media.check_image(encoded(noise(48, 32), format), LIMIT) == (48, 32)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_the_size_is_the_size_as_shown(orientation: int) -> None:
+    shown = (32, 48) if orientation >= 5 else (48, 32)
+    assert media.check_image(with_orientation(noise(48, 32), orientation), LIMIT) == shown
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "ICO", "PPM"])
+def test_other_formats_are_refused(format: str) -> None:
+    assert refusal(encoded(noise(32, 32), format)) == "is not a PNG, JPEG or WebP image"
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"])
+def test_bytes_that_are_no_picture_are_refused(data: bytes) -> None:
+    assert refusal(data)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_picture_cut_off_anywhere_is_refused(format: str, share: float) -> None:
+    data = encoded(noise(200, 200), format)
+    assert refusal(data[: int(len(data) * share)])
+
+
+def test_a_damaged_picture_is_refused() -> None:
+    data = bytearray(encoded(noise(100, 100)))
+    data[len(data) // 2] ^= 0xFF
+    assert "damaged" in refusal(bytes(data))
+
+
+def test_too_many_pixels_are_refused_with_both_numbers() -> None:
+    sentence = refusal(encoded(Image.new("RGB", (1001, 1000))))
+    assert "1001x1000" in sentence
+    assert "1000000" in sentence
+
+
+def test_as_many_pixels_as_the_limit_are_accepted() -> None:
+    assert media.check_image(encoded(Image.new("RGB", (1000, 1000))), LIMIT) == (1000, 1000)
+
+
+@pytest.mark.parametrize("side", [5_000, 9_500, 12_000, 30_000, 2**31 - 1])
+def test_a_bomb_is_refused_by_its_header(side: int) -> None:
+    assert "smaller image" in refusal(png_header(side, side))
+
+
+def test_a_bomb_is_refused_even_if_the_limit_would_allow_it() -> None:
+    assert "decoded safely" in refusal(png_header(30_000, 30_000), max_pixels=2_000_000_000)
+
+
+def test_a_text_bomb_inside_a_png_is_refused() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("bomb", "x" * 20_000_000, zip=True)
+    assert refusal(encoded(noise(8, 8), pnginfo=text))
+
+
+def test_an_animation_counts_as_its_first_frame() -> None:
+    frames = [Image.new("RGB", (40, 20), colour) for colour in (GREEN, BLUE)]
+    assert media.check_image(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), LIMIT) == (40, 20)
+
+
+def test_a_broken_exif_does_not_cost_a_good_picture() -> None:
+    assert media.check_image(encoded(noise(32, 16), "WEBP", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), LIMIT) == (32, 16)
+
+
+@given(
+    st.binary(max_size=200),
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x40\0\0\0WEBPVP8 "]),
+)
+def test_no_bytes_raise_anything_but_bad_image(data: bytes, start: bytes) -> None:
+    with pytest.raises(media.BadImage):
+        media.check_image(start + data, LIMIT)
+
+
+@given(at=st.integers(0, 10_000), value=st.integers(0, 255), format=st.sampled_from(["PNG", "JPEG", "WEBP"]))
+def test_no_single_wrong_byte_raises_anything_but_bad_image(at: int, value: int, format: str) -> None:
+    data = bytearray(encoded(halves(), format, exif=Image.Exif()))
+    data[at % len(data)] = value
+    try:
+        width, height = media.check_image(bytes(data), LIMIT)
+    except media.BadImage:
+        return
+    assert width * height <= LIMIT
+
+
+# ------------------------------------------------------------------------------------------------- opened pictures
+
+
+@pytest.mark.parametrize(
+    ("orientation", "left_or_top"),
+    [(1, RED), (2, BLUE), (3, BLUE), (4, RED), (5, RED), (6, RED), (7, BLUE), (8, BLUE)],
+)
+def test_a_picture_is_opened_upright(tmp_path: Path, orientation: int, left_or_top: tuple[int, int, int]) -> None:
+    image = media.open_image(stored(tmp_path, "no-suffix", with_orientation(halves(), orientation)))
+    assert image.size == ((32, 64) if orientation >= 5 else (64, 32))
+    assert near(image.getpixel((4, 4)), left_or_top)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_becomes_white(tmp_path: Path, mode: str) -> None:
+    image = media.open_image(stored(tmp_path, "clear", encoded(Image.new(mode, (8, 8), 0))))
+    assert image.mode == "RGB"
+    assert image.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_a_transparent_palette_becomes_white(tmp_path: Path) -> None:
+    data = encoded(Image.new("P", (8, 8), 0), transparency=0)
+    assert media.open_image(stored(tmp_path, "palette", data)).getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_every_colour_mode_opens_as_rgb(tmp_path: Path, mode: str) -> None:
+    format = "JPEG" if mode == "CMYK" else "PNG"
+    assert media.open_image(stored(tmp_path, "x", encoded(Image.new(mode, (8, 8)), format))).mode == "RGB"
+
+
+def test_sixteen_bit_grey_keeps_its_middle(tmp_path: Path) -> None:
+    grey = Image.new("I;16", (8, 8), 0x8000)
+    assert near(media.open_image(stored(tmp_path, "deep", encoded(grey))).getpixel((3, 3)), (128, 128, 128), levels=1)
+
+
+def test_the_first_frame_of_an_animation_is_opened(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (40, 20), colour) for colour in (GREEN, BLUE)]
+    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert media.open_image(stored(tmp_path, "moving", data)).getpixel((5, 5)) == GREEN
+
+
+def test_an_opened_picture_outlives_its_file(tmp_path: Path) -> None:
+    path = stored(tmp_path, "x.png", encoded(halves()))
+    image = media.open_image(path)
+    path.unlink()
+    assert image.getpixel((1, 1)) == RED
+
+
+def test_opening_a_damaged_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(media.BadImage):
+        media.open_image(stored(tmp_path, "x.png", encoded(noise(100, 100))[:900]))
+
+
+def test_opening_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        media.open_image(tmp_path / "gone.png")
+
+
+# ------------------------------------------------------------------------------------------------------ thumbnails
+
+
+@pytest.mark.parametrize(("name", "format"), [("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.webp", "WEBP")])
+def test_a_picture_is_scaled_down_with_its_aspect(tmp_path: Path, name: str, format: str) -> None:
+    data = media.thumbnail(stored(tmp_path, name, encoded(halves(1280, 720), format)), 320)
+    small = as_jpeg(data)
+    assert small.size == (320, 180)
+    assert near(small.getpixel((20, 90)), RED)
+    assert near(small.getpixel((300, 90)), BLUE)
+
+
+@pytest.mark.parametrize(("name", "format"), [("a.png", "PNG"), ("a.jpg", "JPEG")])
+def test_a_small_picture_is_never_upscaled(tmp_path: Path, name: str, format: str) -> None:
+    assert as_jpeg(media.thumbnail(stored(tmp_path, name, encoded(halves(100, 50), format)), 320)).size == (100, 50)
+
+
+def test_a_thumbnail_of_a_turned_photo_is_upright(tmp_path: Path) -> None:
+    small = as_jpeg(media.thumbnail(stored(tmp_path, "p.jpg", with_orientation(halves(1200, 600), 6)), 100))
+    assert small.size == (100, 200)
+    assert near(small.getpixel((50, 20)), RED)
+
+
+def test_a_very_flat_picture_keeps_one_row(tmp_path: Path) -> None:
+    assert as_jpeg(media.thumbnail(stored(tmp_path, "f.png", encoded(Image.new("RGB", (4000, 2)))), 32)).size == (32, 1)
+
+
+def test_a_transparent_picture_has_a_white_thumbnail(tmp_path: Path) -> None:
+    data = encoded(Image.new("RGBA", (64, 64), (0, 0, 0, 0)))
+    assert as_jpeg(media.thumbnail(stored(tmp_path, "t.png", data), 32)).getpixel((9, 9)) == (255, 255, 255)
+
+
+def test_a_video_shows_its_first_frame(video: Path) -> None:
+    small = as_jpeg(media.thumbnail(video, 64))
+    assert small.size == (64, 32)
+    assert near(small.getpixel((32, 16)), (254, 0, 0))
+
+
+def test_a_small_video_is_never_upscaled(video: Path) -> None:
+    assert as_jpeg(media.thumbnail(video, 1920)).size == (128, 64)
+
+
+def test_a_video_filmed_sideways_is_shown_upright(video: Path) -> None:
+    turned = video.with_name("turned.mp4")
+    ffmpeg("-display_rotation", "90", "-i", video, "-c", "copy", turned)
+    assert as_jpeg(media.thumbnail(turned, 1920)).size == (64, 128)
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".mkv", ".mov"])
+def test_other_containers_have_thumbnails_too(video: Path, suffix: str) -> None:
+    other = video.with_suffix(suffix)
+    ffmpeg("-i", video, *(() if suffix != ".webm" else ("-c:v", "libvpx")), other)
+    assert as_jpeg(media.thumbnail(other, 64)).size == (64, 32)
+
+
+def test_a_name_like_an_address_is_still_a_file(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(video.parent)
+    video.rename("http:x.mp4")
+    assert as_jpeg(media.thumbnail(Path("http:x.mp4"), 64)).size == (64, 32)
+
+
+def test_a_playlist_called_mp4_is_not_followed(video: Path) -> None:
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{video}\n#EXT-X-ENDLIST\n"
+    with pytest.raises(media.NoPreview):
+        media.thumbnail(stored(video.parent, "list.mp4", playlist.encode()), 64)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.OGG"])
+def test_audio_has_no_preview(tmp_path: Path, name: str) -> None:
+    with pytest.raises(media.NoPreview, match=rf"^'{name}' is audio"):
+        media.thumbnail(stored(tmp_path, name, b"RIFF"), 64)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.png", "a.jpg", "a.webp", "a.txt", "a"])
+@pytest.mark.parametrize("data", [b"", b"junk" * 100, b"\0\0\0\x20ftypisom" + bytes(200)])
+def test_what_cannot_be_decoded_has_no_preview(tmp_path: Path, name: str, data: bytes) -> None:
+    with pytest.raises(media.NoPreview) as caught:
+        media.thumbnail(stored(tmp_path, name, data), 64)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_video_cut_off_in_its_index_has_no_preview(video: Path) -> None:
+    with pytest.raises(media.NoPreview):
+        media.thumbnail(stored(video.parent, "cut.mp4", video.read_bytes()[:300]), 64)
+
+
+def test_a_sound_in_a_video_container_has_no_preview(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mp4"
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.2", path)
+    with pytest.raises(media.NoPreview):
+        media.thumbnail(path, 64)
+
+
+def test_a_bomb_in_the_folder_has_no_preview(tmp_path: Path) -> None:
+    with pytest.raises(media.NoPreview):
+        media.thumbnail(stored(tmp_path, "bomb.png", png_header(9_000, 9_000)), 64)
+
+
+@pytest.mark.parametrize("name", ["gone.png", "gone.mp4"])
+def test_the_thumbnail_of_a_missing_file_says_so(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        media.thumbnail(tmp_path / name, 64)
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("comment", ["hello", "[1, 2]", "{", "null", '"text"', "[" * 100_000])
+def test_a_comment_that_is_no_json_object_is_no_settings(tmp_path: Path, comment: str) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text(media.PNG_KEYWORD, comment)
+    assert media.read_settings(stored(tmp_path, "x.png", encoded(noise(8, 8), pnginfo=text))) is None
+
+
+def test_files_without_a_comment_have_no_settings(video: Path) -> None:
+    assert media.read_settings(video) is None
+    for name, format in (("x.png", "PNG"), ("x.jpg", "JPEG"), ("x.webp", "WEBP")):
+        assert media.read_settings(stored(video.parent, name, encoded(noise(8, 8), format))) is None
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.png", "a.jpg", "a.webp", "a.wav", "a.txt", "a"])
+def test_reading_the_settings_of_junk_raises_nothing(tmp_path: Path, name: str) -> None:
+    assert media.read_settings(tmp_path / name) is None
+    assert media.read_settings(stored(tmp_path, name, b"junk" * 50)) is None
+
+
+# ---------------------------------------------------------------------------------------------------- what it costs
+
+
+def test_importing_the_module_brings_in_no_decoder() -> None:
+    check = "import engine.outputs, sys; print({'PIL', 'av', 'numpy', 'torch', 'imageio_ffmpeg'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_decoding_brings_in_no_numpy(video: Path) -> None:
+    picture = stored(video.parent, "x.png", encoded(halves(640, 64)))
+    check = (
+        "import sys; from pathlib import Path; from engine import media; "
+        "[media.thumbnail(Path(name), 64) for name in sys.argv[1:]]; print('numpy' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", check, video, picture], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("format", ["WEBP", "GIF"])
+def test_a_picture_brings_in_no_decoder_that_it_does_not_need(tmp_path: Path, format: str) -> None:
+    picture = stored(tmp_path, "x.webp", encoded(halves(), format))
+    check = (
+        "import contextlib, sys; from pathlib import Path; from engine import media\n"
+        "with contextlib.suppress(media.BadImage): media.check_image(Path(sys.argv[1]).read_bytes(), 10_000)\n"
+        "print('PIL.WebPImagePlugin' in sys.modules, 'PIL.TgaImagePlugin' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", check, picture], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True False"
+
+
+def test_every_suffix_is_lower_case_and_has_a_known_kind() -> None:
+    for suffix, (kind, content_type) in media.MEDIA_TYPES.items():
+        assert suffix.startswith(".")
+        assert suffix == suffix.lower()
+        assert kind in {"video", "image", "audio"}
+        assert content_type.startswith(f"{kind}/")

@@ -1,0 +1,1436 @@
+"""wangpd: a daemon that turns prompts into video with diffusers, behind the WanGP HTTP API.
+
+One file, read top to bottom: configuration · schemas · the OpenAPI document · handlers · middlewares · make_app · main.
+What is not here: torch, pixels, ffmpeg, SQL. Those live in `engine/`, and everything that needs a GPU in a process of
+its own (`engine/executor.py`). Nothing happens at import.
+"""
+
+import argparse
+import asyncio
+import base64
+import binascii
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import tomllib
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractAccessLogger
+from aiohttp_apispec import (
+    AiohttpApiSpec,
+    docs,
+    request_schema,
+    response_schema,
+)
+from apispec import APISpec
+from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
+
+from engine import catalog, media, weights
+from engine.catalog import BadRequest, Catalog, Model, UnknownModel
+from engine.executor import Engine, EngineConfig
+from engine.inputs import Inputs
+from engine.journal import Journal
+from engine.outputs import Entry, Outputs
+from engine.queue import Closed, Full, KeyReused, Limits, NoSuchTask, TaskQueue, WrongState
+from engine.task import Status, Task
+
+log = logging.getLogger("wangpd")
+
+API = "/api/v1"
+API_VERSION = "1.0.0"  # of the contract
+RETRY_AFTER_S = 10
+SHOWN_PROMPT = 100  # characters of a prompt in the queue listing
+SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def key(default: Any, why: str, check: Callable[[Any], Any] | None = None) -> Any:
+    """A configuration key: its default, one line of why, and the rule for its value."""
+    return dataclasses.field(default=default, metadata={"why": why, "check": check})
+
+
+def one_of(*values: Any) -> validate.Validator:
+    """The rule that a value is one of these."""
+    return validate.OneOf(values, error="must be one of " + ", ".join(map(repr, values)) + ", not {input!r}")
+
+
+def between(low: float, high: float) -> validate.Validator:
+    """The rule that a number lies from `low` to `high`."""
+    return validate.Range(low, high, error="{input} must be between {min} and {max}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every key of `wangpd.toml`. Relative paths are relative to that file."""
+
+    host: str = key(
+        "127.0.0.1", "Address to listen on; 0.0.0.0 opens it to the LAN, so put a proxy with a login in front."
+    )
+    port: int = key(7860, "Port to listen on; 0 takes a free one and logs it.", between(0, 65535))
+    save_path: Path = key(Path("outputs"), "Folder of the finished files; it alone decides what is listed and served.")
+    state_path: Path = key(Path("state"), "Folder of the queue's journal, the input pictures and the thumbnails.")
+    models_dir: Path = key(Path("models"), "Folder of the models' weights, one folder a model, named by its id.")
+    allow_download: bool = key(False, "Fetch missing weights from the Hugging Face hub when a task needs them.")
+    default_model: str = key("wan_demo", "Model of a request that names none; GET /api/v1/models lists the ids.")
+    device: str = key(
+        "auto", "Where to generate: auto, cuda, cuda:1, mps or cpu; auto takes the best that is there.",
+        validate.Regexp(r"auto$|cpu$|mps$|cuda(:\d+)?$", error="{input!r} must be auto, cuda, cuda:N, mps or cpu"),
+    )  # fmt: skip
+    profile: int = key(
+        0, "GPU memory: 1 all resident, 2 and 4 streamed by block, 3 one part at a time, 5 by layer, 0 chooses.",
+        one_of(0, 1, 2, 3, 4, 5),
+    )  # fmt: skip
+    attention_mode: str = key("auto", "Attention kernel: auto or sdpa, which is torch's own.", one_of("auto", "sdpa"))
+    transformer_quantization: str = key(
+        "none", "Quantised weights: none, so bf16 on a GPU and float32 on a CPU.", one_of("none")
+    )
+    vae_config: int = key(
+        0, "VAE tiles on a GPU: 1, 2, 3 for 512, 256, 128 pixels; 0 chooses by the card.", one_of(0, 1, 2, 3)
+    )
+    mmaudio_enabled: int = key(0, "Sound made to fit a video: 0, since diffusers has no MMAudio.", one_of(0))
+    image_format: str = key("png", "Format of pictures: png, jpeg or webp.", one_of("png", "jpeg", "webp"))
+    video_crf: int = key(18, "Quality of videos: x264's CRF, lower is better and larger.", between(0, 51))
+    video_preset: str = key(
+        "veryfast", "Speed of the video encoder: x264's presets; slower ones make smaller files.",
+        one_of("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"),
+    )  # fmt: skip
+    embed_settings: bool = key(True, "Write a file's settings and seed into the file, as JSON.")
+    max_queue: int = key(1000, "Tasks that may wait; one more is answered 503.", between(1, 1_000_000))
+    max_body_mb: int = key(
+        64, "Largest request body in MiB; base64 pictures need a third more than their files.", between(1, 2048)
+    )
+    max_image_pixels: int = key(
+        50_000_000, "Largest input picture in pixels, so that a small file can't fill the memory.", between(1, 10**9)
+    )
+    max_attempts: int = key(
+        2, "How often a task may start when the daemon dies under it, before it fails.", between(1, 100)
+    )
+    on_restart: str = key(
+        "resume",
+        "What becomes of a task that a restart interrupted: resume, pause or fail.",
+        one_of("resume", "pause", "fail"),
+    )
+    history_days: int = key(
+        30, "Days that the record of an ended task is kept; files are kept for ever.", between(1, 36500)
+    )
+    history_count: int = key(10_000, "Records of ended tasks that are kept at most.", between(1, 10_000_000))
+    cancel_grace_s: float = key(
+        10.0, "Seconds that a cancelled task may take to stop before its process is ended.", between(0, 3600)
+    )
+    stop_grace_s: float = key(
+        15.0, "Seconds that a shutdown waits for the running task; keep it under TimeoutStopSec.", between(0, 3600)
+    )
+    log_level: str = key(
+        "info", "How much is logged: debug, info, warning or error.", one_of("debug", "info", "warning", "error")
+    )
+    api_only: bool = key(False, "Accepted for WanGP's sake: wangpd has no other mode than its API.")
+    shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config tells
+
+    def engine(self) -> EngineConfig:
+        """The part that the generation process needs."""
+        return EngineConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)})
+
+    def limits(self) -> Limits:
+        """The part that the queue needs."""
+        return Limits(
+            max_queue=self.max_queue,
+            max_attempts=self.max_attempts,
+            on_restart=self.on_restart,
+            history_count=self.history_count,
+            history_s=self.history_days * 86400.0,
+        )
+
+
+KEYS = {field.name: field for field in dataclasses.fields(Config) if "why" in field.metadata}
+
+
+class ConfigError(Exception):
+    """The daemon can't start like this: one sentence that names the key, the value and what was wanted."""
+
+
+def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
+    """The configuration of `file`, or of the first place where there is one, with `flags` winning over it.
+
+    Raises ConfigError. Without any file the defaults hold, and paths are relative to the working directory.
+    """
+    path = file or next((place for place in (Path("wangpd.toml"), SYSTEM_CONFIG) if place.is_file()), None)
+    values = _checked(_toml(path), str(path)) if path else {}
+    base = path.parent if path else Path()
+    shown = str(flags.get("save_path") or values.get("save_path", KEYS["save_path"].default))
+    values = {**_checked(flags, "command line"), **{key: value for key, value in values.items() if key not in flags}}
+    folders = {name: (Path() if name in flags else base, values.get(name, KEYS[name].default)) for name in FOLDERS}
+    return Config(
+        **values
+        | {name: Path(root, folder).absolute() for name, (root, folder) in folders.items()}
+        | {"shown_save_path": shown}
+    )
+
+
+FOLDERS = ("save_path", "state_path", "models_dir")
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name another file with --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return dict(_config_schema().load(values))
+    except ValidationError as error:
+        name, sentence = first_fault(error)
+        if name not in KEYS:
+            sentence = f"there is no such key; the keys are {', '.join(KEYS)}"
+        raise ConfigError(f"{where}: {name}: {sentence}") from None
+
+
+def _config_schema() -> Schema:
+    def made(field: dataclasses.Field[Any]) -> fields.Field[Any]:
+        check = field.metadata["check"]
+        return CONFIG_FIELDS[cast(type, field.type)](validate=[check] if check else [])
+
+    return Schema.from_dict({name: made(field) for name, field in KEYS.items()})(unknown=RAISE)
+
+
+# ---------------------------------------------------------------------------------------------------------- schemas
+
+
+class Text(fields.String):
+    """A JSON string that can be written as UTF-8, which a lone surrogate can't."""
+
+    default_error_messages = {"invalid": "{input!r} must be text in quotes", "invalid_utf8": "must be valid Unicode"}
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        if not isinstance(value, str):
+            raise self.make_error("invalid", input=value)
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise self.make_error("invalid_utf8")
+        return value
+
+
+class Whole(fields.Integer):
+    """A JSON number without a fraction; `30.0` is one, `"30"` and `true` are not."""
+
+    default_error_messages = {"invalid": "{input!r} must be a whole number", "too_large": "the number is too large"}
+
+    def _validated(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+class Real(fields.Float):
+    """A JSON number; `"5"` and `true` are none."""
+
+    default_error_messages = {"invalid": "{input!r} must be a number", "too_large": "the number is too large"}
+
+    def _validated(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.make_error("invalid", input=value)
+        return float(super()._validated(value))
+
+
+class Flag(fields.Boolean):
+    """JSON's `true` or `false`, and nothing that looks like it."""
+
+    default_error_messages = {"invalid": "{input!r} must be true or false"}
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class Digits(fields.Integer):
+    """A whole number in a path or a query, where everything is text."""
+
+    default_error_messages = {"invalid": "{input!r} must be a whole number"}
+
+    def _validated(self, value: Any) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,30}", str(value)):
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+class VideoLength(fields.Field[Any]):
+    """Frames as a whole number, or a duration such as `"5s"`."""
+
+    default_error_messages = {"invalid": '{input!r} must be frames from 1 to 1000, or a duration such as "5s"'}
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int | str:
+        if isinstance(value, str) and re.fullmatch(DURATION, value):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or not 1 <= value <= 1000:
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+class Picture(fields.Field[bytes]):
+    """A picture in base64, with or without a `data:` prefix, in the standard or the URL-safe alphabet."""
+
+    default_error_messages = {
+        "type": "must be text: the picture's bytes in base64",
+        "invalid": "is not valid base64; send the picture's bytes in base64",
+    }
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bytes:
+        if not isinstance(value, str):
+            raise self.make_error("type")
+        text = value.partition(",")[2] if value.startswith("data:") else value
+        text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
+        try:
+            return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except (binascii.Error, ValueError):
+            raise self.make_error("invalid") from None
+
+
+CONFIG_FIELDS: Mapping[type, type[fields.Field[Any]]] = {Path: Text, str: Text, bool: Flag, int: Whole, float: Real}
+DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
+URL_SAFE = str.maketrans("-_", "+/")
+BASE64 = {"type": ["string", "null"], "contentEncoding": "base64", "contentMediaType": "image/*"}
+
+
+def optional(kind: type[fields.Field[Any]], about: str, *checks: Any, **metadata: Any) -> fields.Field[Any]:
+    """A request field that may be left out; null counts as left out."""
+    return kind(allow_none=True, validate=list(checks), metadata={"description": about, **metadata})
+
+
+DEFAULTS = catalog.CONTRACT_DEFAULTS
+IF_MODEL_HAS_NONE = "Default where neither the client nor the model says anything."
+
+
+class GenerateRequest(Schema):
+    """The body of `POST /generate`. Nothing has a default here: what a client leaves out is the model's to say."""
+
+    prompt = Text(
+        required=True,
+        validate=validate.Length(1, 10_000, error="must have {min} to {max} characters"),
+        metadata={"description": "What to show.", "examples": ["A beautiful sunset over the ocean"]},
+        error_messages={"required": "is missing; say what to show", "null": "must be text in quotes, not null"},
+    )
+    negative_prompt = optional(
+        Text, "What to avoid.", validate.Length(max=10_000, error="must have at most {max} characters"), default=""
+    )
+    model_type = optional(Text, "Id of the model; left out, the configured `default_model`.", examples=["wan_demo"])
+    resolution = optional(
+        Text,
+        f"WIDTHxHEIGHT in pixels, each a multiple of the model's size step. {IF_MODEL_HAS_NONE}",
+        validate.Regexp(r"[0-9]{1,5}x[0-9]{1,5}\Z", error="{input!r} must be WIDTHxHEIGHT in pixels, such as 832x480"),
+        pattern="^[0-9]{1,5}x[0-9]{1,5}$",
+        default=DEFAULTS["resolution"],
+    )
+    video_length = optional(
+        VideoLength,
+        f'Frames, or a duration such as "5s"; rounded to what the model can make, with a warning. {IF_MODEL_HAS_NONE}',
+        default=DEFAULTS["video_length"],
+        anyOf=[
+            {"type": "integer", "minimum": 1, "maximum": 1000},
+            {"type": "string", "pattern": f"^{DURATION}$"},
+            {"type": "null"},
+        ],
+    )
+    num_inference_steps = optional(
+        Whole, f"Denoising steps. {IF_MODEL_HAS_NONE}", between(1, 100), default=DEFAULTS["num_inference_steps"]
+    )
+    guidance_scale = optional(
+        Real, f"Classifier-free guidance. {IF_MODEL_HAS_NONE}", between(0, 20), default=DEFAULTS["guidance_scale"]
+    )
+    guidance2_scale = optional(
+        Real, "Guidance of the second, low-noise expert of a model that has one (Wan 2.2 A14B).", between(0, 20)
+    )
+    embedded_guidance_scale = optional(
+        Real, "Guidance that a distilled model takes as an input.", between(0, 20), default=0
+    )
+    flow_shift = optional(
+        Real,
+        f"Shift of the noise schedule. {IF_MODEL_HAS_NONE}",
+        validate.Range(0, 100, min_inclusive=False, error="{input} must be above 0 and at most 100"),
+        default=DEFAULTS["flow_shift"],
+        exclusiveMinimum=0,
+        maximum=100,
+    )
+    seed = optional(
+        Whole, "-1 draws one, which the answer tells. File i has seed + i.", between(-1, 2**63 - 1), default=-1
+    )
+    batch_size = optional(Whole, "Files a run.", between(1, 10), default=1)
+    repeat_generation = optional(Whole, "Runs.", between(1, 10), default=1)
+    use_model_defaults = optional(
+        Flag, "true: what is left out takes the model's default; false: the defaults named here.", default=True
+    )
+    image_start = optional(Picture, "First frame: PNG, JPEG or WebP in base64.", **BASE64)
+    image_end = optional(Picture, "Last frame, likewise.", **BASE64)
+    image_refs = fields.List(
+        Picture(metadata={**BASE64, "type": "string"}),
+        allow_none=True,
+        validate=validate.Length(max=10, error="must have at most {max} pictures"),
+        metadata={"description": "Reference pictures, likewise; at most 10, and as many as the model takes."},
+        error_messages={"invalid": "must be a list of pictures in base64"},
+    )
+
+
+class TaskPath(Schema):
+    task_id = Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."})
+
+
+class ModelPath(Schema):
+    model_type = fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]})
+
+
+class FilePath(Schema):
+    filename = fields.String(required=True, metadata={"description": "A name from `GET /outputs`."})
+
+
+class OutputsQuery(Schema):
+    limit = Digits(load_default=50, validate=between(1, 200), metadata={"description": "Most files to return."})
+    offset = Digits(
+        load_default=0,
+        validate=validate.Range(min=0, error="{input} must be 0 or more"),
+        metadata={"description": "Files to leave out first."},
+    )
+    file_type = fields.String(
+        load_default=None,
+        validate=one_of("video", "image", "audio"),
+        metadata={"description": "Only files of this type.", "type": "string"},
+    )
+
+
+class PreviewQuery(Schema):
+    width = Digits(
+        load_default=320,
+        validate=between(32, 1920),
+        metadata={"description": "Width in pixels; a smaller source is not enlarged."},
+    )
+
+
+def told(kind: type[fields.Field[Any]], about: str, **options: Any) -> fields.Field[Any]:
+    """A field that an answer always has."""
+    return kind(required=True, metadata={"description": about}, **options)
+
+
+def nullable(kind: type[fields.Field[Any]], about: str) -> fields.Field[Any]:
+    """A field that an answer always has, and that may be null."""
+    return kind(required=True, allow_none=True, metadata={"description": about})
+
+
+def time_field(about: str, **options: Any) -> fields.Field[Any]:
+    """A time: UTC, ISO 8601, milliseconds, Z."""
+    return fields.String(required=True, metadata={"description": about, "format": "date-time"}, **options)
+
+
+class Failure(Schema):
+    detail = told(fields.String, "One sentence: what is wrong, and what to do.")
+
+
+class Health(Schema):
+    status = told(fields.String, "`healthy`.")
+    timestamp = time_field("Now.")
+
+
+class About(Schema):
+    version = told(fields.String, "Version of the server.")
+    api_version = told(fields.String, "Version of this API.")
+    endpoints = told(fields.Dict, "Name → method and path.", keys=fields.String(), values=fields.String())
+
+
+class ModelEntry(Schema):
+    id = told(fields.String, "What `model_type` takes.")
+    name = told(fields.String, "Name for people.")
+    description = told(fields.String, "What it is for, in a line.")
+    family = told(fields.String, "Its family.")
+    is_i2v = told(fields.Boolean, "It animates a start picture.")
+    is_t2v = told(fields.Boolean, "A prompt alone is enough.")
+    visible = told(fields.Boolean, "Worth showing in a menu.")
+    kind = told(fields.String, "`video`, `image` or `audio`.")
+    tasks = told(fields.List, "What it can do: t2v, i2v, flf2v, vace …", cls_or_instance=fields.String())
+    installed = told(fields.Boolean, "Its weights are on this machine.")
+    loaded = told(fields.Boolean, "It is warm: a task of it loads nothing.")
+
+
+class ModelList(Schema):
+    models = told(fields.List, "All models of the catalogue.", cls_or_instance=fields.Nested(ModelEntry))
+
+
+class ModelInfo(ModelEntry):
+    default_settings = told(fields.Dict, "What a request that names only a prompt gets.")
+    supported_features = told(fields.Dict, "Name → true or false.", keys=fields.String(), values=fields.Boolean())
+    limits = told(fields.Dict, "Size step, frame rule, and what pictures it takes.")
+    licence = told(fields.String, "Licence of the weights.")
+
+
+class Submitted(Schema):
+    task_id = told(fields.Integer, "Grows with every task and is never used twice.")
+    position = told(fields.Integer, "1: it is processed or next.")
+    estimated_wait = nullable(fields.Float, "Seconds until it starts; null with no history.")
+    seed = told(fields.Integer, "Seed of the first file.")
+    warnings = told(fields.List, "What was changed or ignored.", cls_or_instance=fields.String())
+    status_url = told(fields.String, "Where to ask how far it is.")
+
+
+class QueuedTask(Schema):
+    id = told(fields.Integer, "Its id.")
+    prompt = told(fields.String, f"Its prompt, cut at {SHOWN_PROMPT} characters.")
+    status = told(fields.String, "`processing`, `cancelling` or `queued`.")
+    length = told(fields.Integer, "Frames.")
+    steps = told(fields.Integer, "Denoising steps.")
+    position = told(fields.Integer, "1: it is processed or next.")
+
+
+class QueueState(Schema):
+    total_tasks = told(fields.Integer, "Tasks that have not ended.")
+    current_task_id = nullable(fields.Integer, "The one that runs.")
+    is_processing = told(fields.Boolean, "One runs.")
+    tasks = told(fields.List, "In their order.", cls_or_instance=fields.Nested(QueuedTask))
+
+
+class MadeFile(Schema):
+    filename = told(fields.String, "Name for `/download` and `/preview`.")
+    type = told(fields.String, "`video`, `image` or `audio`.")
+    url = told(fields.String, "Path of the download.")
+    preview_url = told(fields.String, "Path of the thumbnail.")
+    size_bytes = told(fields.Integer, "Size of the file.")
+    width = told(fields.Integer, "Pixels.")
+    height = told(fields.Integer, "Pixels.")
+    frames = told(fields.Integer, "Frames; 1 for a picture.")
+    fps = told(fields.Integer, "Frames a second.")
+    seed = told(fields.Integer, "Its own seed.")
+
+
+class Fault(Schema):
+    code = told(fields.String, "For programs.")
+    message = told(fields.String, "For people: what happened, and what would help.")
+
+
+class TaskState(Schema):
+    task_id = told(fields.Integer, "Its id.")
+    status = told(fields.String, "; ".join(Status))
+    progress = told(fields.Float, "Percent; only grows, and is 100 with `completed`.")
+    current_step = told(fields.Integer, "Denoising steps done, over all runs.")
+    total_steps = told(fields.Integer, "Denoising steps of all runs.")
+    position = nullable(fields.Integer, "1: it is processed or next; null once it has ended.")
+    eta_seconds = nullable(fields.Float, "Seconds of its own work still ahead, none of them in the queue.")
+    phase = nullable(fields.String, "`loading`, `encoding`, `denoising`, `decoding` or `saving` while it runs.")
+    prompt = told(fields.String, "The whole prompt.")
+    model_type = told(fields.String, "Its model.")
+    seed = told(fields.Integer, "Seed of its first file.")
+    settings = told(fields.Dict, "Everything as it was resolved.")
+    warnings = told(fields.List, "What was changed or ignored.", cls_or_instance=fields.String())
+    created_at = time_field("When it was accepted.")
+    started_at = time_field("When it last started.", allow_none=True)
+    finished_at = time_field("When it ended.", allow_none=True)
+    timings = told(fields.Dict, "Phase → seconds.", keys=fields.String(), values=fields.Float())
+    peak_memory_bytes = told(fields.Integer, "Most memory in use at once: of the card, or without one of the process.")
+    attempts = told(fields.Integer, "How often it started.")
+    error = fields.Nested(Fault, required=True, allow_none=True, metadata={"description": "Why it failed."})
+    files = told(fields.List, "What it made, each file whole.", cls_or_instance=fields.Nested(MadeFile))
+
+
+class Removed(Schema):
+    removed_task_id = told(fields.Integer, "Its id.")
+    status = told(fields.String, "`cancelled`, or `cancelling` for a task that runs: its work ends within a step.")
+
+
+class Cleared(Schema):
+    removed_count = told(fields.Integer, "How many waited.")
+
+
+class OutputEntry(Schema):
+    filename = told(fields.String, "Name for `/download` and `/preview`.")
+    type = told(fields.String, "`video`, `image` or `audio`.")
+    size_bytes = told(fields.Integer, "Size of the file.")
+    created_at = time_field("When it was made.")
+    modified_at = time_field("When it was last changed.")
+
+
+class OutputPage(Schema):
+    files = told(fields.List, "Newest first.", cls_or_instance=fields.Nested(OutputEntry))
+    total = told(fields.Integer, "Files of this type in all.")
+    limit = told(fields.Integer, "As asked for.")
+    offset = told(fields.Integer, "As asked for.")
+
+
+class ServerConfig(Schema):
+    save_path = told(fields.String, "Folder of the outputs, as configured.")
+    attention_mode = told(fields.String, KEYS["attention_mode"].metadata["why"])
+    profile = told(fields.Integer, KEYS["profile"].metadata["why"])
+    transformer_quantization = told(fields.String, KEYS["transformer_quantization"].metadata["why"])
+    vae_config = told(fields.Integer, KEYS["vae_config"].metadata["why"])
+    mmaudio_enabled = told(fields.Integer, KEYS["mmaudio_enabled"].metadata["why"])
+    default_model = told(fields.String, KEYS["default_model"].metadata["why"])
+    device = told(fields.String, KEYS["device"].metadata["why"])
+    image_format = told(fields.String, KEYS["image_format"].metadata["why"])
+    allow_download = told(fields.Boolean, KEYS["allow_download"].metadata["why"])
+    embed_settings = told(fields.Boolean, KEYS["embed_settings"].metadata["why"])
+    max_queue = told(fields.Integer, KEYS["max_queue"].metadata["why"])
+    max_body_mb = told(fields.Integer, KEYS["max_body_mb"].metadata["why"])
+    max_image_pixels = told(fields.Integer, KEYS["max_image_pixels"].metadata["why"])
+
+
+def envelope(data: type[Schema]) -> type[Schema]:
+    """The answer around `data` that everything but health, files and errors has."""
+    members = {
+        "success": told(fields.Boolean, "`true`."),
+        "message": told(fields.String, "For people."),
+        "data": fields.Nested(data, required=True),
+    }
+    return Schema.from_dict(members, name=f"{data.__name__}Answer")
+
+
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """The first complaint of a schema: the name of the field, with its place in a list, and the sentence."""
+    messages: Any = error.messages
+    name, found = next(iter(messages.items()))
+    while isinstance(found, Mapping):
+        place, found = next(iter(found.items()))
+        name = f"{name}[{place}]"
+    return str(name), found[0]
+
+
+# --------------------------------------------------------------------------------------------- the OpenAPI document
+
+ERRORS = {
+    400: "Bad request: the sentence names the field, the value and the rule.",
+    404: "There is no such thing.",
+    413: "The body is larger than `max_body_mb`.",
+    416: "The file has no such range.",
+    500: "A fault of the server.",
+    503: "Shutting down, or the queue is full: try again after `Retry-After` seconds.",
+}
+JSON_TYPE = "application/json"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def operation(
+    tag: str, summary: str, answer: type[Schema] | None, *errors: int, **inputs: type[Schema]
+) -> Callable[[Handler], Handler]:
+    """Describe a handler: its answer, the errors that it gives besides 500, and the schemas of its inputs.
+
+    The inputs are `path`, `query` and `body`; the checked values lie in the request under PATH, QUERY and BODY.
+    """
+
+    def describe(handler: Handler) -> Handler:
+        for status in (*errors, 500):
+            response_schema(Failure, status, description=ERRORS[status])(handler)
+        if answer:
+            response_schema(answer, 200, description="Done.")(handler)
+        for place, schema in inputs.items():
+            request_schema(schema, location=LOCATIONS[place])(handler)
+        described: Handler = docs(tags=[tag], summary=summary, operationId=handler.__name__)(handler)
+        return described
+
+    return describe
+
+
+LOCATIONS = {"path": "match_info", "query": "querystring", "body": "json"}
+
+
+class OpenApi(AiohttpApiSpec):  # type: ignore[misc]  # the package has no types
+    """aiohttp-apispec writes Swagger 2.0; this writes OpenAPI 3.1 from the same decorators."""
+
+    def __init__(self) -> None:
+        super().__init__(url=None, title="wangpd", version=version())
+        self.spec = APISpec(
+            title="wangpd",
+            version=version(),
+            openapi_version="3.1.0",
+            plugins=[self.plugin],
+            info={
+                "summary": "Video from prompts: the WanGP HTTP API over diffusers",
+                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            },
+            servers=[{"url": "../"}],  # relative to this document, so right behind any proxy path
+        )
+
+    def document(self, app: web.Application) -> dict[str, Any]:
+        """The document of all handlers that `operation` describes."""
+        for route in app.router.routes():
+            if route.method != hdrs.METH_HEAD:
+                self._register_route(route, route.method.lower(), route.handler)
+        return dict(self.spec.to_dict())
+
+    def _update_paths(self, data: dict[str, Any], method: str, url_path: str) -> None:
+        described = {name: data[name] for name in ("tags", "summary", "operationId")}
+        for schema in data["schemas"]:
+            described |= self._inputs(described.get("parameters", []), schema)
+        described["responses"] = {code: self._answer(answer) for code, answer in data["responses"].items()}
+        self.spec.path(path=url_path, operations={method: described})
+
+    def _inputs(self, parameters: list[Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+        if schema["location"] == "json":
+            return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema["schema"]}}}}
+        place = {"match_info": "path", "querystring": "query"}[schema["location"]]
+        found = self.plugin.converter.schema2parameters(schema["schema"], location=place)
+        return {"parameters": parameters + found}
+
+    def _answer(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        content = answer["content"] if "content" in answer else {JSON_TYPE: {"schema": answer["schema"]}}
+        return {"description": answer["description"], "content": content}
+
+
+def version() -> str:
+    """The installed version of wangpd."""
+    try:
+        return metadata.version("wangpd")
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "0"
+
+
+# --------------------------------------------------------------------------------------------------------- handlers
+
+CONFIG = web.AppKey("config", Config)
+CATALOG = web.AppKey("catalog", Catalog)
+ENGINE = web.AppKey("engine", Engine)
+JOURNAL = web.AppKey("journal", Journal)
+QUEUE = web.AppKey("queue", TaskQueue)
+OUTPUTS = web.AppKey("outputs", Outputs)
+INPUTS = web.AppKey("inputs", Inputs)
+DOCUMENT = web.AppKey("document", dict)  # the OpenAPI document, once someone has asked for it
+REQUEST_ID = web.RequestKey("request_id", str)
+BODY, QUERY, PATH = (web.RequestKey(name, dict) for name in ("body", "query", "path"))
+
+routes = web.RouteTableDef()
+
+
+def answered(message: str, data: Mapping[str, Any], **options: Any) -> web.Response:
+    """The contract's envelope around `data`."""
+    return web.json_response({"success": True, "message": message, "data": data}, dumps=to_json, **options)
+
+
+def to_json(value: Any) -> str:
+    """JSON that every parser reads: NaN and Infinity are never sent."""
+    return json.dumps(value, allow_nan=False)
+
+
+def iso(seconds: float | None) -> str | None:
+    """Seconds since the epoch as UTC, ISO 8601 with milliseconds and Z."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@routes.get(API)
+@routes.get(f"{API}/")
+@operation("General", "What this is, and where everything lies", envelope(About))
+async def about(request: web.Request) -> web.Response:
+    endpoints = {
+        route.handler.__name__: f"{route.method} {route.resource.canonical}"
+        for route in request.app.router.routes()
+        if hasattr(route.handler, "__apispec__") and route.resource and route.method != hdrs.METH_HEAD
+    }
+    return answered("WanGP API is running", {"version": version(), "api_version": API_VERSION, "endpoints": endpoints})
+
+
+@routes.get(f"{API}/health")
+@operation("General", "Is it there? Answers while the GPU works and while a model loads", Health)
+async def health(_request: web.Request) -> web.Response:
+    return web.json_response({"status": "healthy", "timestamp": iso(time.time())})
+
+
+@routes.get(f"{API}/models")
+@operation("Models", "All models", envelope(ModelList))
+async def models(request: web.Request) -> web.Response:
+    app = request.app
+    entries = await asyncio.to_thread(lambda: [model_entry(app, model) for model in app[CATALOG]])
+    return answered(f"Found {len(entries)} models", {"models": entries})
+
+
+def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
+    """What a listing says of a model. Looks at the disk for its weights."""
+    return {
+        "id": model.id,
+        "name": model.name,
+        "description": model.description,
+        "family": model.family,
+        "is_i2v": model.is_i2v,
+        "is_t2v": model.is_t2v,
+        "visible": model.visible,
+        "kind": model.kind,
+        "tasks": list(model.tasks),
+        "installed": weights.locate(model, app[CONFIG].models_dir) is not None,
+        "loaded": app[ENGINE].loaded == model.id,
+    }
+
+
+@routes.get(f"{API}/models/{{model_type}}")
+@operation("Models", "One model", envelope(ModelInfo), 404, path=ModelPath)
+async def model_info(request: web.Request) -> web.Response:
+    model = request.app[CATALOG].get(request[PATH]["model_type"])
+    entry = await asyncio.to_thread(model_entry, request.app, model)
+    details = {
+        "default_settings": catalog.default_settings(model),
+        "supported_features": model.features,
+        "limits": model_limits(model),
+        "licence": model.licence,
+    }
+    return answered(f"Model info for '{model.id}'", {**entry, **details})
+
+
+def model_limits(model: Model) -> dict[str, Any]:
+    """The rules that `resolve` holds a request to."""
+    return {
+        "resolution_multiple": model.spatial_multiple,
+        "max_side": model.max_side,
+        "video_length": dataclasses.asdict(model.frames),
+        "fps": model.fps,
+        "inputs": {name: model.takes(name) for name in catalog.IMAGE_INPUTS},
+        "max_image_refs": model.inputs.get("max_reference_images", 0),
+    }
+
+
+@routes.get(f"{API}/models/{{model_type}}/settings")
+@operation(
+    "Models",
+    "What a request that names only a prompt gets",
+    envelope(Schema.from_dict({}, name="Settings")),
+    404,
+    path=ModelPath,
+)
+async def model_settings(request: web.Request) -> web.Response:
+    model = request.app[CATALOG].get(request[PATH]["model_type"])
+    return answered(f"Default settings for '{model.id}'", catalog.default_settings(model))
+
+
+@routes.post(f"{API}/generate")
+@operation("Generation", "Queue a video", envelope(Submitted), 400, 404, 413, 503, body=GenerateRequest)
+async def generate(request: web.Request) -> web.Response:
+    app, body = request.app, request[BODY]
+    resolved = await asyncio.to_thread(resolve, app, body)
+    digest = hashlib.sha256(await request.read()).hexdigest()
+    try:
+        receipt = await app[QUEUE].submit(
+            resolved.job, resolved.warnings, key=request.headers.get("Idempotency-Key"), request=digest
+        )
+    except KeyReused:
+        raise BadRequest("Idempotency-Key: it was used for another request; take a new key") from None
+    data = {**receipt.answer, "status_url": f"{API}/status/{receipt.answer['task_id']}"}
+    headers = {"Idempotency-Replayed": "true"} if receipt.replayed else {}
+    return answered("Generation task added to queue", data, headers=headers)
+
+
+def resolve(app: web.Application, body: Mapping[str, Any]) -> catalog.Resolved:
+    """Check everything, decide everything, then store the pictures. Blocks.
+
+    Raises BadRequest or UnknownModel, and has written nothing then.
+    """
+    model = app[CATALOG].get(body.get("model_type") or app[CONFIG].default_model)
+    require_weights(model, app[CONFIG])
+    pictures = checked_pictures(body, app[CONFIG].max_image_pixels)
+    inputs = app[INPUTS]
+    paths = {name: tuple(inputs.path(data) for data in several) for name, several in pictures.items()}
+    resolved = catalog.resolve(app[CATALOG], model, body, paths)
+    for data in (data for several in pictures.values() for data in several):
+        inputs.store(data)
+    unknown = tuple(f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
+    return dataclasses.replace(resolved, warnings=(*unknown, *resolved.warnings))
+
+
+UNKNOWN = " unknown"  # not a name that a field can have
+
+
+def require_weights(model: Model, config: Config) -> None:
+    """Raises BadRequest with the command that helps if the weights are not here and may not be fetched."""
+    if not config.allow_download and weights.locate(model, config.models_dir) is None:
+        command = weights.install_command(model, config.models_dir)
+        raise BadRequest(f"model_type: '{model.id}' is not installed; install it with: {command}")
+
+
+def checked_pictures(body: Mapping[str, Any], max_pixels: int) -> dict[str, tuple[bytes, ...]]:
+    """The input pictures by field, each whole and of a size that fits in memory. Raises BadRequest."""
+    sent = {name: body[name] for name in catalog.IMAGE_INPUTS if body.get(name)}
+    pictures = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in sent.items()}
+    for name, several in pictures.items():
+        for place, data in enumerate(several):
+            try:
+                media.check_image(data, max_pixels)
+            except media.BadImage as error:
+                where = f"{name}[{place}]" if name == "image_refs" else name
+                raise BadRequest(f"{where}: the picture {error}") from None
+    return pictures
+
+
+@routes.get(f"{API}/queue")
+@operation("Queue", "What runs and what waits", envelope(QueueState))
+async def queue_state(request: web.Request) -> web.Response:
+    queue = request.app[QUEUE]
+    tasks = queue.listing()
+    entries = [
+        {
+            "id": task.id,
+            "prompt": shortened(task.job.prompt),
+            "status": task.status,
+            "length": task.job.frames,
+            "steps": task.job.steps,
+            "position": position,
+        }
+        for position, task in enumerate(tasks, start=1)
+    ]
+    running = queue.current
+    data = {
+        "total_tasks": len(tasks),
+        "current_task_id": running.id if running else None,
+        "is_processing": running is not None,
+        "tasks": entries,
+    }
+    return answered(f"Queue has {len(tasks)} tasks", data)
+
+
+def shortened(prompt: str) -> str:
+    """The prompt, cut to what a listing shows."""
+    return prompt if len(prompt) <= SHOWN_PROMPT else prompt[:SHOWN_PROMPT] + "…"
+
+
+@routes.delete(f"{API}/queue")
+@operation("Queue", "Take out all waiting tasks; the running one goes on", envelope(Cleared))
+async def clear_queue(request: web.Request) -> web.Response:
+    count = await request.app[QUEUE].clear()
+    return answered(f"Cleared {count} tasks from queue", {"removed_count": count})
+
+
+@routes.delete(f"{API}/queue/{{task_id}}")
+@operation("Queue", "Take out a waiting task, or cancel the running one", envelope(Removed), 400, 404, path=TaskPath)
+async def remove_task(request: web.Request) -> web.Response:
+    task_id = request[PATH]["task_id"]
+    status = await request.app[QUEUE].remove(task_id)
+    message = f"Task {task_id} removed from queue" if status.ended else f"Task {task_id} is being cancelled"
+    return answered(message, {"removed_task_id": task_id, "status": status})
+
+
+@routes.get(f"{API}/status/{{task_id}}")
+@operation("Queue", "How far a task is", envelope(TaskState), 400, 404, path=TaskPath)
+async def task_status(request: web.Request) -> web.Response:
+    queue = request.app[QUEUE]
+    task = await queue.get(request[PATH]["task_id"])
+    return answered(f"Task {task.id} status", task_state(queue, task))
+
+
+def task_state(queue: TaskQueue, task: Task) -> dict[str, Any]:
+    """Everything that can be said of a task now."""
+    done, total = queue.steps_done(task)
+    return {
+        "task_id": task.id,
+        "status": task.status,
+        "progress": queue.progress_percent(task),
+        "current_step": done,
+        "total_steps": total,
+        "position": queue.position(task),
+        "eta_seconds": queue.eta_s(task),
+        "phase": queue.phase(task),
+        "prompt": task.job.prompt,
+        "model_type": task.job.model,
+        "seed": task.job.seed,
+        "settings": catalog.settings(task.job),
+        "warnings": list(task.warnings),
+        "created_at": iso(task.created_at),
+        "started_at": iso(task.started_at),
+        "finished_at": iso(task.finished_at),
+        "timings": {phase: round(seconds, 3) for phase, seconds in task.timings.items()},
+        "peak_memory_bytes": task.peak_memory_bytes,
+        "attempts": task.attempts,
+        "error": task.error,
+        "files": [
+            {
+                **dataclasses.asdict(file),
+                "url": f"{API}/download/{file.filename}",
+                "preview_url": f"{API}/preview/{file.filename}",
+            }
+            for file in task.files
+        ],
+    }
+
+
+@routes.get(f"{API}/outputs")
+@operation("Output files", "The finished files, newest first", envelope(OutputPage), 400, query=OutputsQuery)
+async def outputs(request: web.Request) -> web.Response:
+    folder, query = request.app[OUTPUTS], request[QUERY]
+    kind, limit, offset = query["file_type"], query["limit"], query["offset"]
+    # From memory while nothing changed: no thread is worth that.
+    entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
+    page = [output_entry(entry) for entry in entries[offset : offset + limit]]
+    return answered(
+        f"Found {len(entries)} files", {"files": page, "total": len(entries), "limit": limit, "offset": offset}
+    )
+
+
+def output_entry(entry: Entry) -> dict[str, Any]:
+    """A file as the listing tells it."""
+    return {
+        "filename": entry.filename,
+        "type": entry.type,
+        "size_bytes": entry.size_bytes,
+        "created_at": iso(entry.created_at),
+        "modified_at": iso(entry.modified_at),
+    }
+
+
+class MediaFile(web.FileResponse):
+    """A file with everything that HTTP knows of ranges; aiohttp's own compares `If-Range` by date only."""
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        headers = request.headers.copy()
+        headers.popall(hdrs.ACCEPT_ENCODING, None)  # a `name.mp4.gz` that lies there by chance is not this file
+        condition = request.headers.get(hdrs.IF_RANGE, "")
+        if '"' in condition and condition != self._quoted_etag:
+            headers.popall(hdrs.RANGE, None)  # another version of the file: the client needs the whole
+        return await super().prepare(cast(web.Request, request).clone(headers=headers))
+
+    @property
+    def _quoted_etag(self) -> str:
+        about = self._path.stat()
+        return f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
+
+
+@routes.get(f"{API}/download/{{filename}}")
+@operation("Output files", "A file; ranges, conditions and HEAD as HTTP has them", None, 404, 416, path=FilePath)
+async def download(request: web.Request) -> web.StreamResponse:
+    path = await found(request)
+    require_range(request, path.stat().st_size)
+    kind = media.MEDIA_TYPES[path.suffix.lower()][1]
+    disposition = f'inline; filename="{re.sub(r"[^ -!#-~]", "_", path.name)}"'
+    return MediaFile(path, headers={hdrs.CONTENT_TYPE: kind, hdrs.CONTENT_DISPOSITION: disposition})
+
+
+async def found(request: web.Request) -> Path:
+    """The output file that the path names. Raises 404."""
+    name = request[PATH]["filename"]
+    path = request.app[OUTPUTS].find(name)
+    if path is None:
+        raise web.HTTPNotFound(text=f"File '{shortened(name)}' not found; GET {API}/outputs lists those there are")
+    return path
+
+
+def require_range(request: web.Request, size: int) -> None:
+    """Raises 416 with its reason if the range lies outside the file; a condition may still make it void."""
+    try:
+        start = request.http_range.start
+    except ValueError:
+        start = size
+    if start is not None and start >= size and hdrs.IF_RANGE not in request.headers:
+        raise no_such_range(size)
+
+
+def no_such_range(size: int) -> web.HTTPException:
+    """The error for a range outside a file of `size` bytes."""
+    error = web.HTTPRequestRangeNotSatisfiable(text=f"Range: the file has {size} bytes, no such range in it")
+    error.headers[hdrs.CONTENT_RANGE] = f"bytes */{size}"
+    return error
+
+
+def in_memory(request: web.Request, body: bytes, content_type: str) -> web.Response:
+    """What MediaFile does, for bytes in hand: validator, conditions and ranges. Raises 416."""
+    etag = hashlib.sha256(body).hexdigest()[:32]
+    headers = {hdrs.ETAG: f'"{etag}"', hdrs.ACCEPT_RANGES: "bytes"}
+    if any(known.value in (etag, "*") for known in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    require_range(request, len(body))
+    wanted = request.http_range
+    if wanted.start is None or request.headers.get(hdrs.IF_RANGE, f'"{etag}"') != f'"{etag}"':
+        return web.Response(body=body, content_type=content_type, headers=headers)
+    start, stop, _ = wanted.indices(len(body))
+    headers[hdrs.CONTENT_RANGE] = f"bytes {start}-{stop - 1}/{len(body)}"
+    return web.Response(status=206, body=body[start:stop], content_type=content_type, headers=headers)
+
+
+@routes.get(f"{API}/preview/{{filename}}")
+@operation(
+    "Output files",
+    "A JPEG of a picture or of a video's first frame",
+    None,
+    400,
+    404,
+    416,
+    path=FilePath,
+    query=PreviewQuery,
+)
+async def preview(request: web.Request) -> web.StreamResponse:
+    path = await found(request)
+    try:
+        thumbnail = await asyncio.to_thread(request.app[OUTPUTS].thumbnail, path, request[QUERY]["width"])
+    except media.NoPreview as error:
+        raise BadRequest(str(error)) from None
+    except FileNotFoundError:
+        raise web.HTTPNotFound(text=f"File '{path.name}' not found; it was removed just now") from None
+    return in_memory(request, thumbnail, "image/jpeg")
+
+
+@routes.get(f"{API}/config")
+@operation("Configuration", "The configuration, less what is nobody's business", envelope(ServerConfig))
+async def server_config(request: web.Request) -> web.Response:
+    config = request.app[CONFIG]
+    shown = {name: getattr(config, name) for name in ServerConfig().fields}
+    return answered("Server configuration", {**shown, "save_path": config.shown_save_path})
+
+
+# Both viewers lie in the package aiohttp-swagger3; nothing of it is imported, and nothing is fetched from elsewhere.
+VIEWERS = {
+    "docs": ("swagger_ui", "swagger-ui.css", "swagger-ui-bundle.js"),
+    "redoc": ("redoc_ui", "google-fonts.css", "redoc.standalone.js"),
+}
+START_SCRIPTS = {
+    "docs": "SwaggerUIBundle({url: 'openapi.json', dom_id: '#viewer', deepLinking: true})",
+    "redoc": "Redoc.init('openapi.json', {disableSearch: false}, document.getElementById('viewer'))",
+}
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>wangpd API</title>
+<link rel="stylesheet" href="{name}/files/{css}"><link rel="icon" href="data:,">
+<body style="margin: 0"><div id="viewer"></div>
+<script src="{name}/files/{script}"></script><script src="{name}/start.js"></script>
+"""
+PAGE_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data:",
+        "font-src 'self' data:",
+        "worker-src blob:",
+    )
+)
+
+
+@routes.get("/api/openapi.json")
+async def openapi_document(request: web.Request) -> web.Response:
+    app = request.app
+    if not app[DOCUMENT]:  # made when first asked for: it costs more than a start may
+        app[DOCUMENT].update(OpenApi().document(app))
+    return web.json_response(app[DOCUMENT])
+
+
+def add_viewers(app: web.Application) -> None:
+    """Serve Swagger UI at /api/docs and ReDoc at /api/redoc, all from this machine."""
+    package = importlib.util.find_spec("aiohttp_swagger3")
+    assert package and package.submodule_search_locations
+    root = Path(package.submodule_search_locations[0])
+    for name, (folder, css, script) in VIEWERS.items():
+        page = PAGE.format(name=name, css=css, script=script)
+        app.router.add_get(f"/api/{name}", fixed(page, "text/html"))
+        app.router.add_get(f"/api/{name}/start.js", fixed(START_SCRIPTS[name], "text/javascript"))
+        app.router.add_static(f"/api/{name}/files", root / folder)
+
+
+def fixed(text: str, content_type: str) -> Handler:
+    """A handler that always answers `text`."""
+
+    async def handler(_request: web.Request) -> web.Response:
+        return web.Response(text=text, content_type=content_type, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    return handler
+
+
+# ------------------------------------------------------------------------------------------------------ middlewares
+
+# What an exception of the engine is in HTTP.
+STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
+    BadRequest: web.HTTPBadRequest,
+    WrongState: web.HTTPBadRequest,
+    UnknownModel: web.HTTPNotFound,
+    NoSuchTask: web.HTTPNotFound,
+    Closed: web.HTTPServiceUnavailable,
+    Full: web.HTTPServiceUnavailable,
+}
+
+
+@web.middleware
+async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error is `{"detail": one sentence}`; what nobody foresaw is logged, and told to nobody."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return failure(request, error) if error.status >= 400 else error
+    except tuple(STATUSES) as error:
+        return failure(request, STATUSES[type(error)](text=str(error)))
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        log.exception("request %s: %s %s", request[REQUEST_ID], request.method, request.path)
+        return web.json_response({"detail": "Internal server error"}, status=500)
+
+
+def failure(request: web.Request, error: web.HTTPException) -> web.Response:
+    """The error as JSON, with those of its headers that mean something."""
+    kept = (hdrs.ALLOW, hdrs.CONTENT_RANGE, hdrs.RETRY_AFTER)
+    headers = {name: error.headers[name] for name in kept if name in error.headers}
+    if error.status == web.HTTPServiceUnavailable.status_code:
+        headers[hdrs.RETRY_AFTER] = str(RETRY_AFTER_S)
+    sentence = SENTENCES[error.status](request, error) if error.status in SENTENCES else error.text
+    return web.json_response({"detail": sentence}, status=error.status, headers=headers)
+
+
+def no_route(request: web.Request, error: web.HTTPException) -> str | None:
+    """What a 404 says: the handler's own sentence, or that there is no such path."""
+    own = error.text if error.text != f"{error.status}: {error.reason}" else None
+    return own or f"There is no {request.path}; GET {API}/ lists what there is"
+
+
+SENTENCES: Mapping[int, Callable[[web.Request, web.HTTPException], str | None]] = {
+    404: no_route,
+    405: lambda request, error: f"{request.method} is not allowed here; allowed: {error.headers.get(hdrs.ALLOW, '')}",
+    413: lambda request, _: f"The body is larger than {request.app[CONFIG].max_body_mb} MiB (max_body_mb)",
+}
+
+
+@web.middleware
+async def validation_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Check path, query and body by the schemas of the handler, and leave the values in the request."""
+    for described in getattr(request.match_info.handler, "__schemas__", ()):
+        key, read = SOURCES[described["location"]]
+        try:
+            request[key] = await read(request, described["schema"])
+        except ValidationError as error:
+            raise BadRequest(": ".join(first_fault(error))) from None
+    return await handler(request)
+
+
+async def read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
+    """The JSON object that was sent. Raises BadRequest or ValidationError; a body that is too large raises 413."""
+    if request.content_type != JSON_TYPE:  # also keeps a web page from posting a form across sites
+        raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE}")
+    raw = await request.read()
+    return await asyncio.to_thread(lambda: loaded(schema, parsed(raw)))
+
+
+def parsed(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`. Raises BadRequest."""
+    try:
+        body = json.loads(raw, parse_constant=no_constant)
+    except (ValueError, RecursionError):
+        raise BadRequest('The body is not valid JSON; send an object such as {"prompt": "a cat"}') from None
+    if not isinstance(body, dict):
+        raise BadRequest('The body must be a JSON object such as {"prompt": "a cat"}')
+    return body
+
+
+def no_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(name)
+
+
+def loaded(schema: Schema, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked values, less those that were null; names that the schema does not know are kept aside."""
+    checked = schema.load(values, unknown=EXCLUDE)
+    known = {name: value for name, value in checked.items() if value is not None or name not in values}
+    unknown = [shortened(name) for name in values if name not in schema.fields]
+    return {**known, UNKNOWN: unknown} if unknown else known
+
+
+async def read_query(request: web.Request, schema: Schema) -> dict[str, Any]:
+    """The query; of a name that is given twice, the first value. Raises ValidationError."""
+    return loaded(schema, dict(reversed(list(request.query.items()))))
+
+
+async def read_path(request: web.Request, schema: Schema) -> dict[str, Any]:
+    """The names that the route found in the path. Raises ValidationError."""
+    return loaded(schema, request.match_info)
+
+
+SOURCES: Mapping[str, tuple[Any, Callable[[web.Request, Schema], Awaitable[dict[str, Any]]]]] = {
+    "json": (BODY, read_body),
+    "querystring": (QUERY, read_query),
+    "match_info": (PATH, read_path),
+}
+
+
+@web.middleware
+async def request_id_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request an id, the client's own if it has one, so that its lines in the log can be found."""
+    sent = request.headers.get("X-Request-ID", "")
+    request[REQUEST_ID] = sent if re.fullmatch(r"[!-~]{1,128}", sent) else uuid.uuid4().hex
+    return await handler(request)
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """What every answer carries, files too: `on_response_prepare` sees those whose sending a middleware does not."""
+    response.headers["X-Request-ID"] = request.get(REQUEST_ID, "-")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+
+
+class AccessLog(AbstractAccessLogger):
+    """One short line a request, at level debug unless it failed."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        level = logging.INFO if response.status >= 500 else logging.DEBUG
+        request_id = response.headers.get("X-Request-ID", "-")
+        line = (request.method, request.path, response.status, time * 1000, request_id)
+        self.logger.log(level, "%s %s %d %.1f ms %s", *line)
+
+    @property
+    def enabled(self) -> bool:
+        return self.logger.isEnabledFor(logging.INFO)
+
+
+# --------------------------------------------------------------------------------------------------------- make_app
+
+
+def make_app(config: Config) -> web.Application:
+    """The whole daemon but its socket, for production and tests alike. Lifetimes begin and end in `cleanup_ctx`."""
+    app = web.Application(
+        middlewares=[request_id_middleware, errors_middleware, validation_middleware],
+        client_max_size=config.max_body_mb * 2**20,
+    )
+    app[CONFIG], app[DOCUMENT] = config, {}
+    app[CATALOG] = Catalog.load()
+    app[OUTPUTS] = Outputs(config.save_path, config.state_path / "thumbnails")
+    app[INPUTS] = Inputs(config.state_path / "inputs")
+    app[ENGINE] = Engine(config.engine(), config.cancel_grace_s)
+    app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
+    app[QUEUE] = TaskQueue(app[JOURNAL], app[ENGINE], app[CATALOG], app[OUTPUTS], config.limits())
+    app.add_routes(routes)
+    add_viewers(app)
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.extend([engine_lifetime, queue_lifetime])
+    return app
+
+
+async def engine_lifetime(app: web.Application) -> AsyncIterator[None]:
+    """The generation process ends with the daemon, whatever it does."""
+    app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
+    yield
+    app[ENGINE].close()
+
+
+async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
+    """The journal is open, and its tasks run."""
+    await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
+    if app[JOURNAL].set_aside:
+        log.error("the journal could not be read and was moved to %s; the queue starts empty", app[JOURNAL].set_aside)
+    await asyncio.to_thread(app[INPUTS].sweep, await app[JOURNAL].inputs())
+    async with app[QUEUE].running(app[CONFIG].stop_grace_s):
+        yield
+    await app[JOURNAL].close()
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+class Supervisor:
+    """systemd's side of the daemon: READY, the queue in STATUS, and the watchdog. Silent where there is no systemd."""
+
+    def __init__(self, queue: TaskQueue) -> None:
+        self._queue = queue
+        self._address = os.environ.get("NOTIFY_SOCKET", "")
+        self._interval_s = float(os.environ.get("WATCHDOG_USEC", "10000000")) / 1e6 / 2
+
+    def tell(self, *lines: str) -> None:
+        """Send `lines`; systemd's absence or fault is none of the daemon's."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto("\n".join(lines).encode(), address)
+
+    def status(self) -> str:
+        """What `systemctl status` shows."""
+        running, tasks = self._queue.current, self._queue.listing()
+        waiting = f"{len(tasks) - bool(running)} waiting"
+        return f"STATUS=task {running.id} runs, {waiting}" if running else f"STATUS=idle, {waiting}"
+
+    async def watch(self) -> None:
+        """Say again and again that the event loop turns."""
+        while True:
+            self.tell("WATCHDOG=1", self.status())
+            await asyncio.sleep(self._interval_s)
+
+
+async def serve(config: Config) -> None:
+    """Run until SIGTERM or SIGINT; a second one ends at once. Raises OSError if the port is taken."""
+    app = make_app(config)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
+    runner = web.AppRunner(app, access_log_class=AccessLog, access_log=logging.getLogger("wangpd.access"))
+    await runner.setup()
+    supervisor = Supervisor(app[QUEUE])
+    watching = asyncio.create_task(supervisor.watch())
+    try:
+        await web.TCPSite(runner, config.host, config.port).start()
+        host, port, *_ = runner.addresses[0]
+        log.info("wangpd %s listens on http://%s:%d%s/", version(), host, port, API)
+        supervisor.tell("READY=1", supervisor.status())
+        await stop.wait()
+        supervisor.tell("STOPPING=1", "STATUS=stopping the running task")
+    finally:
+        watching.cancel()
+        await runner.cleanup()
+
+
+def on_signal(stop: asyncio.Event, app: web.Application) -> None:
+    """First: no new work, and an orderly end. Again: the end."""
+    if stop.is_set():
+        app[ENGINE].close()
+        os._exit(1)
+    app[QUEUE].close()
+    stop.set()
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
+    parser.add_argument("--config", type=Path, help="configuration; else ./wangpd.toml, then /etc/wangpd/wangpd.toml")
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int, help="port to listen on")
+    parser.add_argument("--save-path", help="folder of the finished files")
+    parser.add_argument("--state-path", help="folder of the queue's journal")
+    parser.add_argument("--api", action="store_true", help="accepted, and changes nothing: the API is always there")
+    parser.add_argument("--api-only", action="store_true", default=None, help="likewise: there is nothing else")
+    parser.add_argument("--check-config", action="store_true", help="say whether the configuration is right, and end")
+    parser.add_argument("--version", action="version", version=f"wangpd {version()}")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the daemon; returns the exit code: 0, or 2 for a configuration that can't be."""
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    flags = {name: value for name, value in vars(options).items() if name in KEYS and value is not None}
+    try:
+        config = load_config(options.config, flags)
+        require_sense(config)
+    except ConfigError as error:
+        print(f"wangpd: {error}", file=sys.stderr)
+        return 2
+    if options.check_config:
+        print("wangpd: the configuration is right")
+        return 0
+    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
+    return started(config)
+
+
+def require_sense(config: Config) -> None:
+    """Raises ConfigError for what only the catalogue can tell."""
+    models = Catalog.load()
+    if config.default_model not in models:
+        known = ", ".join(model.id for model in models)
+        raise ConfigError(f"default_model: {config.default_model!r} is not in the catalogue; it has {known}")
+
+
+def started(config: Config) -> int:
+    """Serve until the end; returns the exit code."""
+    try:
+        asyncio.run(serve(config))
+    except OSError as error:
+        print(f"wangpd: can't start: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
