@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'Environment ready.'
 
 demo: $(STAMP)
-	@$(VENV)/bin/python tools/demo.py
+	@$(VENV)/bin/python tools/run_demo.py
 
 run: $(STAMP)
 	@exec $(VENV)/bin/wangpd $(ARGS)

@@ -94,7 +94,7 @@ class Engine:
     def _death(self, task_id: int) -> Exception:
         """What the end of the process means for its task; the next run starts another."""
         board, cancelled = self._board, self._board.cancel == task_id
-        self._forget()  # the pool ends what is left of its process itself
+        self._discard()
         if cancelled:
             return Cancelled("the generation process was ended")
         where = f"while {Phase(board.phase).name.lower()}" if board.task == task_id else "before it began"
@@ -129,23 +129,18 @@ class Engine:
         pid = self._board.pid
         if pid:
             log.warning("the generation process (pid %d) did not stop in time and is ended", pid)
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            end_group(pid)
         elif self._executor is not None:  # it is still being spawned and has not said its pid
             self._killing = asyncio.get_running_loop().call_later(0.1, self._kill)
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
+        """End the process and whatever it started; the next run starts another."""
         executor, self._executor, self.loaded = self._executor, None, None
-        self._board = Board()
+        pid, self._board = self._board.pid, Board()
+        if pid:
+            end_group(pid)
         if executor is not None:
             executor.shutdown(wait=False, cancel_futures=True)
-
-    def _discard(self) -> None:
-        """Kill the process; the next run starts another."""
-        if self._executor is not None and self._board.pid:
-            with suppress(ProcessLookupError):
-                os.kill(self._board.pid, signal.SIGKILL)
-        self._forget()
 
     def unload(self) -> bool:
         """End the idle process, and with it give back all memory. False if a job runs or nothing is loaded."""
@@ -158,3 +153,9 @@ class Engine:
         """End the process, whatever it does."""
         self._stop_timer()
         self._discard()
+
+
+def end_group(pid: int) -> None:
+    """Kill a worker and its ffmpeg: the worker leads a process group of its own."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

@@ -347,24 +347,32 @@ class TaskQueue:
         except Cancelled:
             await self._stopped(task)
         except (EngineError, UnknownModel) as error:
-            code = getattr(error, "code", "unknown_model")
-            await self._finish(task, Status.FAILED, code, str(error))
+            await asyncio.to_thread(self._files.remove_parts, task.id)
+            await self._finish(task, Status.FAILED, getattr(error, "code", "unknown_model"), str(error))
         else:
-            task.files, task.timings, task.peak_memory_bytes = result.files, result.timings, result.peak_memory_bytes
-            self._speeds.learn(task.job, result, loaded=not warm)
-            await self._journal.set_fact("speeds", self._speeds.facts())
-            await self._finish(task, Status.COMPLETED)
+            await self._completed(task, result, warm)
         await self._journal.prune(self._limits.history_count, self._limits.history_s)
 
+    async def _completed(self, task: Task, result: Result, warm: bool) -> None:
+        task.files, task.timings, task.peak_memory_bytes = result.files, result.timings, result.peak_memory_bytes
+        self._speeds.learn(task.job, result, loaded=not warm)
+        await self._journal.set_fact("speeds", self._speeds.facts())
+        # A cancel that came after the last file was whole: "cancelling" was said, so "cancelled" must follow.
+        await self._finish(task, Status.CANCELLED if task.status is Status.CANCELLING else Status.COMPLETED)
+
     async def _stopped(self, task: Task) -> None:
-        """Its work has ended before its time: by a client, or by a shutdown that puts it back."""
-        await asyncio.to_thread(self._files.remove_attempt, task.id)
+        """Its work has ended before its time: by a client, or by a shutdown that puts it back.
+
+        A client keeps the files of earlier runs, each of them whole; a task that goes back will make them all again.
+        """
         if task.id in self.interrupted and task.status is not Status.CANCELLING:
+            await asyncio.to_thread(self._files.remove_attempt, task.id)
             task.status, task.started_at, task.attempts = Status.QUEUED, None, task.attempts - 1
             self._waiting = {task.id: task, **self._waiting}
             await self._journal.save(task)
             await self._journal.reorder(list(self._waiting))
         else:
+            await asyncio.to_thread(self._files.remove_parts, task.id)
             await self._finish(task, Status.CANCELLED)
 
     async def _finish(self, task: Task, status: Status, code: str = "", sentence: str = "") -> None:

@@ -1,51 +1,89 @@
 """Where a model's weights lie: in the package, in `models_dir`, or in the Hugging Face cache."""
 
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.catalog import HERE, Model
 
 INDEX = "model_index.json"  # the file that makes a folder a diffusers pipeline
+UNWANTED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pickle", "*.onnx", "*.msgpack"]  # pickles could run code
 
 
-def locate(model: Model, models_dir: Path) -> Path | None:
-    """The folder that holds this model's weights, or None if they are not installed."""
-    folders = [HERE / model.builtin] if model.builtin else [models_dir / model.id, *_cached(model)]
-    return next((folder for folder in folders if (folder / INDEX).is_file()), None)
+@dataclass(frozen=True)
+class Weights:
+    """A diffusers folder, and the LoRA files of the model's recipe in its order."""
+
+    folder: Path
+    loras: tuple[Path, ...] = ()
+
+
+def locate(model: Model, models_dir: Path) -> Weights | None:
+    """Where this model's weights are, or None if they are not all installed."""
+    folder = next((folder for folder in _folders(model, models_dir) if (folder / INDEX).is_file()), None)
+    loras = [_lora(lora, models_dir / model.id / "loras") for lora in model.recipe_loras]
+    found = tuple(path for path in loras if path)
+    return Weights(folder, found) if folder and len(found) == len(loras) else None
 
 
 def install_command(model: Model, models_dir: Path) -> str:
     """The command that puts this model's weights where `locate` finds them."""
-    return f"hf download {model.repo} --local-dir {models_dir / model.id}"
+    owner = model.base or model.id
+    commands = [f"hf download {model.repo} --local-dir {models_dir / owner}"]
+    for lora in model.recipe_loras:
+        commands.append(f"hf download {lora['repo']} {lora['file']} --local-dir {models_dir / model.id / 'loras'}")
+    return " && ".join(commands)
+
+
+def download(model: Model, models_dir: Path) -> Weights:
+    """Fetch from the hub what is not here, safetensors only, and return where it lies.
+
+    Raises OSError, or an error of the hub's library that says what failed. It may take hours, and goes on where it was
+    broken off: until it is whole, it never looks installed.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download  # only here: the daemon must not carry it
+
+    folder = models_dir / (model.base or model.id)
+    if not any((known / INDEX).is_file() for known in _folders(model, models_dir)):
+        part = models_dir / f".{folder.name}.part"
+        snapshot_download(model.repo, revision=model.revision, local_dir=part, ignore_patterns=UNWANTED)
+        part.rename(folder)
+    for lora in model.recipe_loras:
+        hf_hub_download(lora["repo"], lora["file"], local_dir=models_dir / model.id / "loras")
+    found = locate(model, models_dir)
+    if found is None:
+        raise OSError(f"the hub's {model.repo} holds no {INDEX}: it is not in diffusers layout")
+    return found
+
+
+def _folders(model: Model, models_dir: Path) -> Iterator[Path]:
+    if model.builtin:
+        yield HERE / model.builtin
+        return
+    yield models_dir / model.id
+    if model.base:
+        yield models_dir / model.base
+    yield _snapshot(model.repo, model.revision or "main")
+
+
+def _lora(lora: Mapping[str, Any], folder: Path) -> Path | None:
+    name = Path(lora["file"])
+    places = (folder / name, folder / name.name, _snapshot(lora["repo"], "main") / name)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _snapshot(repo: str, revision: str) -> Path:
+    """The cache's folder of a repository. (Reading its `refs` file here spares the daemon the hub's library.)"""
+    cached = hub_cache() / ("models--" + repo.replace("/", "--"))
+    with suppress(OSError):  # a revision that is a commit has no ref: its snapshot carries its name
+        revision = (cached / "refs" / revision).read_text().strip()
+    return cached / "snapshots" / revision
 
 
 def hub_cache() -> Path:
     """The Hugging Face cache, by the variables that its own tools obey."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
-def _cached(model: Model) -> list[Path]:
-    """The snapshot that the cache's own `refs` file names. (Reading it here spares the daemon the hub's library.)"""
-    repo = hub_cache() / ("models--" + model.repo.replace("/", "--"))
-    revision = model.revision or "main"
-    ref = repo / "refs" / revision
-    with suppress(OSError):  # a revision that is a commit has no ref: its snapshot carries its name
-        revision = ref.read_text().strip()
-    return [repo / "snapshots" / revision]
-
-
-def download(model: Model, models_dir: Path) -> Path:
-    """Fetch the weights from the hub into `models_dir`, safetensors only, and return their folder.
-
-    Raises OSError, or an error of the hub's library that says what failed. It may take hours.
-    """
-    from huggingface_hub import snapshot_download  # only here: the daemon must not carry it
-
-    folder = models_dir / model.id
-    part = models_dir / f".{model.id}.part"  # a broken download goes on from here, and never looks installed
-    unwanted = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pickle", "*.onnx", "*.msgpack"]
-    snapshot_download(model.repo, revision=model.revision, local_dir=part, ignore_patterns=unwanted)
-    part.rename(folder)
-    return folder

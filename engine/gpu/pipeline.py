@@ -7,21 +7,25 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from PIL import Image, ImageOps
 
 from engine import media
 from engine.catalog import SEED_RANGE, Model, Pipeline
 from engine.gpu.meter import Meter
 from engine.job import EngineError, Job, Phase
+from engine.weights import Weights
 
 MID_GREY = (128, 128, 128)  # what a masked control video holds where a frame is to be generated
 KEEP, GENERATE = 0, 255
-diffusers.utils.logging.disable_progress_bar()  # the meter reports; a bar would only fill the log
+# The meter reports progress, and a fault is an exception: bars and hints would only fill the log.
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()
 DENOISERS = ("transformer", "transformer_2", "unet")
 
 
@@ -33,17 +37,33 @@ class Clip:
     frames: torch.Tensor
 
 
-def load(model: Model, pipeline: Pipeline, folder: Path, device: torch.device) -> Any:
-    """The pipeline of `folder`, in the catalogue's dtypes on a GPU and in float32 on a CPU. It lies in RAM.
+def load(model: Model, pipeline: Pipeline, weights: Weights, device: torch.device) -> Any:
+    """The model's pipeline, in the catalogue's dtypes on a GPU and in float32 on a CPU. It lies in RAM.
 
     Only safetensors are read: a pickled checkpoint could run code.
     """
     options = {"variant": model.variant} if model.variant else {}
     pipe = _class(pipeline).from_pretrained(
-        folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True, **options
+        weights.folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True, **options
     )
     pipe.set_progress_bar_config(disable=True)
+    _fuse_recipe(pipe, model, weights)
     return pipe
+
+
+def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:
+    """Add the LoRAs that make this model out of its base to the weights themselves: they cost nothing at run time."""
+    recipe = list(zip(model.recipe_loras, weights.loras, strict=True))
+    if not recipe:
+        return
+    for lora, path in recipe:
+        second = {"load_into_transformer_2": True} if lora["target"] == "transformer_2" else {}
+        pipe.load_lora_weights(
+            path.parent, weight_name=path.name, adapter_name=lora["adapter"], local_files_only=True, **second
+        )
+    pipe.set_adapters([lora["adapter"] for lora, _ in recipe], [lora["weight"] for lora, _ in recipe])
+    pipe.fuse_lora(components=sorted({lora["target"] for lora, _ in recipe}))
+    pipe.unload_lora_weights()
 
 
 def _class(pipeline: Pipeline) -> Any:
@@ -117,7 +137,9 @@ def call_arguments(model: Model, job: Job, seeds: list[int]) -> dict[str, Any]:
     roles = {**_plain_roles(model, job), **_picture_roles(pipeline, job)}
     # A CPU generator draws the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    roles |= {"seed": generators if len(seeds) > 1 else generators[0], "count": len(seeds), "output_type": "pt"}
+    roles |= {"seed": generators[0], "output_type": "pt"}
+    if len(seeds) > 1:  # a list of prompts, not `num_videos_per_prompt`: that breaks classes with an image encoder
+        roles |= {"seed": generators, "prompt": [job.prompt] * len(seeds)}
     named = {pipeline.call[role]: value for role, value in roles.items() if role in pipeline.call}
     return {**model.extra_call, **{name: value for name, value in named.items() if value is not None}}
 

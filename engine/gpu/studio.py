@@ -1,9 +1,9 @@
 """The studio: the loaded model, kept warm from task to task, and the way of a job through it to its files."""
 
 import gc
+import logging
 import resource
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +13,12 @@ from engine.catalog import Model
 from engine.gpu import encode, memory, pipeline
 from engine.gpu.meter import Meter
 from engine.job import EngineError, Job, OutputFile, Phase, Result
+from engine.weights import Weights
 
 if TYPE_CHECKING:
     from engine.executor import EngineConfig
 
+log = logging.getLogger("wangpd.worker")
 IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
@@ -45,19 +47,20 @@ class Studio:
         if self._model_id != model.id:
             self._model_id, self._pipe = "", None  # free the old one first: two may not fit
             self.give_back()
-            pipe = pipeline.load(model, model.pipelines[task], self._folder(model), self._device)
+            pipe = pipeline.load(model, model.pipelines[task], self._weights(model), self._device)
             memory.place(pipe, model, self._device, self._config.profile, self._config.vae_config)
             self._model_id, self._pipe = model.id, pipe
+            log.info("loaded model %s on %s", model.id, self._device)
         return self._pipe
 
-    def _folder(self, model: Model) -> Path:
-        folder = weights.locate(model, self._config.models_dir)
-        if folder is None and self._config.allow_download:
+    def _weights(self, model: Model) -> Weights:
+        found = weights.locate(model, self._config.models_dir)
+        if found is None and self._config.allow_download:
             return weights.download(model, self._config.models_dir)
-        if folder is None:
+        if found is None:
             command = weights.install_command(model, self._config.models_dir)
             raise EngineError(f"Model '{model.id}' is not installed any more. Install it with: {command}", "no_weights")
-        return folder
+        return found
 
     def _save(self, task_id: int, job: Job, clip: pipeline.Clip, started: datetime) -> OutputFile:
         """Write one clip; it is seen in the output folder only when it is whole."""

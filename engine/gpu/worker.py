@@ -33,8 +33,8 @@ def start(board: Board, config: "EngineConfig") -> None:
     """Make this process the worker of `board`. Trivial on purpose: an error in an initializer loses its message."""
     global _board, _config
     _board, _config = board, config
+    os.setsid()  # a group of its own: Ctrl-C is the daemon's to handle, and ffmpeg ends with its worker
     board.pid = os.getpid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the daemon's to handle
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
     if not config.allow_download:
@@ -47,7 +47,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def generate(task_id: int, job: Job, model: Model) -> Result:

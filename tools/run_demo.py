@@ -1,7 +1,6 @@
 """`make demo`: start wangpd, send it a prompt over HTTP, show the progress, leave a playable file in outputs/.
 
-A client like any other: standard library only, and nothing of the daemon is imported. (The folder `demo/` beside this
-file is something else: how the embedded model was trained.)
+A client like any other: standard library only, and nothing of the daemon is imported.
 """
 
 import argparse
