@@ -10,7 +10,11 @@ import asyncio
 import base64
 import binascii
 import dataclasses
+import difflib
+import errno
+import fcntl
 import hashlib
+import hmac
 import importlib.util
 import json
 import logging
@@ -22,13 +26,14 @@ import sys
 import time
 import tomllib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
+from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
@@ -45,9 +50,9 @@ from engine import catalog, media, weights
 from engine.catalog import BadRequest, Catalog, Model, UnknownModel
 from engine.executor import Engine, EngineConfig
 from engine.inputs import Inputs
-from engine.journal import Journal
-from engine.outputs import Entry, Outputs
-from engine.queue import Closed, Full, KeyReused, Limits, NoSuchTask, TaskQueue, WrongState
+from engine.journal import Journal, JournalFault
+from engine.outputs import Entry, Outputs, Retention
+from engine.queue import Busy, Closed, EngineDown, Full, KeyReused, Limits, NoSuchTask, Receipt, TaskQueue, WrongState
 from engine.task import Status, Task
 
 log = logging.getLogger("wangpd")
@@ -55,7 +60,11 @@ log = logging.getLogger("wangpd")
 API = "/api/v1"
 API_VERSION = "1.0.0"  # of the contract
 RETRY_AFTER_S = 10
+SWEEP_S = 3600
+KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
+DRAIN_S = 5  # for answers under way at a shutdown
 SHOWN_PROMPT = 100  # characters of a prompt in the queue listing
+MOST_TOLD = 2000  # characters of an error
 SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -127,9 +136,7 @@ class Config:
         "What becomes of a task that a restart interrupted: resume, pause or fail.",
         one_of("resume", "pause", "fail"),
     )
-    history_days: int = key(
-        30, "Days that the record of an ended task is kept; files are kept for ever.", between(1, 36500)
-    )
+    history_days: int = key(30, "Days that the record of an ended task is kept; its files stay.", between(1, 36500))
     history_count: int = key(10_000, "Records of ended tasks that are kept at most.", between(1, 10_000_000))
     cancel_grace_s: float = key(
         10.0, "Seconds that a cancelled task may take to stop before its process is ended.", between(0, 3600)
@@ -139,6 +146,34 @@ class Config:
     )
     log_level: str = key(
         "info", "How much is logged: debug, info, warning or error.", one_of("debug", "info", "warning", "error")
+    )
+    step_timeout_s: float = key(
+        600.0,
+        "Seconds without progress that end a task; twenty usual steps of its model if that is more.",
+        between(1, 86400),
+    )
+    idle_unload_s: float = key(
+        0.0, "Seconds of idleness after which all GPU memory is given back; 0: never.", between(0, 10**7)
+    )
+    min_free_mb: int = key(
+        1024, "MiB that must be free on the disk of save_path before a task starts.", between(0, 10**9)
+    )
+    keep_outputs_days: float = key(0.0, "Days after which finished files are deleted; 0: never.", between(0, 36500))
+    keep_outputs_mb: int = key(
+        0, "MiB of finished files; the oldest beyond it are deleted; 0: no limit.", between(0, 10**9)
+    )
+    max_connections: int = key(500, "Connections at a time; one more is answered 503.", between(1, 100_000))
+    body_timeout_s: float = key(120.0, "Seconds in which a request's body must have arrived.", between(1, 86400))
+    allowed_hosts: tuple[str, ...] = key(
+        (), "Names under which the daemon may be asked for, against DNS rebinding; none: any."
+    )
+    cors_origins: tuple[str, ...] = key((), "Origins of web pages that may use the API, such as https://example.org.")
+    token_file: str = key("", "File with a token that requests must bring as Authorization: Bearer; none: no login.")
+    trusted_proxies: tuple[str, ...] = key((), "Addresses of proxies whose X-Forwarded-For and -Host are believed.")
+    base_path: str = key(
+        "",
+        "Path under which a proxy shows the daemon, such as /video; the proxy takes it off, links get it.",
+        validate.Regexp(r"(/[A-Za-z0-9_.~-]+)*$", error="{input!r} must be empty or begin with /, and not end with it"),
     )
     api_only: bool = key(False, "Accepted for WanGP's sake: wangpd has no other mode than its API.")
     shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config tells
@@ -155,7 +190,14 @@ class Config:
             on_restart=self.on_restart,
             history_count=self.history_count,
             history_s=self.history_days * 86400.0,
+            step_timeout_s=self.step_timeout_s,
+            idle_unload_s=self.idle_unload_s,
         )
+
+    def retention(self) -> Retention:
+        """The part that the output folder needs."""
+        mib = 2**20
+        return Retention(self.keep_outputs_days * 86400, self.keep_outputs_mb * mib, self.min_free_mb * mib)
 
 
 KEYS = {field.name: field for field in dataclasses.fields(Config) if "why" in field.metadata}
@@ -176,6 +218,8 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
     shown = str(flags.get("save_path") or values.get("save_path", KEYS["save_path"].default))
     values = {**_checked(flags, "command line"), **{key: value for key, value in values.items() if key not in flags}}
     folders = {name: (Path() if name in flags else base, values.get(name, KEYS[name].default)) for name in FOLDERS}
+    if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
+        values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
     return Config(
         **values
         | {name: Path(root, folder).absolute() for name, (root, folder) in folders.items()}
@@ -184,6 +228,7 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
 
 
 FOLDERS = ("save_path", "state_path", "models_dir")
+NOT_EMPTY = validate.Length(1, error="must not be empty")  # as a host, nothing would mean every address
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -200,15 +245,22 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         return dict(_config_schema().load(values))
     except ValidationError as error:
         name, sentence = first_fault(error)
-        if name not in KEYS:
-            sentence = f"there is no such key; the keys are {', '.join(KEYS)}"
-        raise ConfigError(f"{where}: {name}: {sentence}") from None
+        raise ConfigError(
+            f"{where}: {name}: {sentence if name.partition('[')[0] in KEYS else _no_such_key(name)}"
+        ) from None
+
+
+def _no_such_key(name: str) -> str:
+    near = difflib.get_close_matches(name, KEYS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}"
+    return f"there is no such key; {hint}"
 
 
 def _config_schema() -> Schema:
     def made(field: dataclasses.Field[Any]) -> fields.Field[Any]:
-        check = field.metadata["check"]
-        return CONFIG_FIELDS[cast(type, field.type)](validate=[check] if check else [])
+        kind, check = CONFIG_FIELDS[field.type], field.metadata["check"]
+        required = kind is Text and field.default != ""
+        return kind(validate=[check] if check else [NOT_EMPTY] if required else [])
 
     return Schema.from_dict({name: made(field) for name, field in KEYS.items()})(unknown=RAISE)
 
@@ -268,7 +320,7 @@ class Digits(fields.Integer):
     default_error_messages = {"invalid": "{input!r} must be a whole number"}
 
     def _validated(self, value: Any) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,30}", str(value)):
+        if not re.fullmatch(r"-?[0-9]{1,4000}", str(value)):
             raise self.make_error("invalid", input=value)
         return int(value)
 
@@ -305,10 +357,29 @@ class Picture(fields.Field[bytes]):
             raise self.make_error("invalid") from None
 
 
-CONFIG_FIELDS: Mapping[type, type[fields.Field[Any]]] = {Path: Text, str: Text, bool: Flag, int: Whole, float: Real}
+class Texts(fields.List[Any]):
+    """A list of texts, as a tuple, so that a Config stays frozen."""
+
+    default_error_messages = {"invalid": 'must be a list such as ["a", "b"]'}
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(Text(), **options)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        return tuple(super()._deserialize(value, attr, data, **kwargs))
+
+
+CONFIG_FIELDS: Mapping[Any, type[fields.Field[Any]]] = {
+    Path: Text,
+    str: Text,
+    bool: Flag,
+    int: Whole,
+    float: Real,
+    tuple[str, ...]: Texts,
+}
 DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
 URL_SAFE = str.maketrans("-_", "+/")
-BASE64 = {"type": ["string", "null"], "contentEncoding": "base64", "contentMediaType": "image/*"}
+BASE64 = {"contentEncoding": "base64", "contentMediaType": "image/*"}
 
 
 def optional(kind: type[fields.Field[Any]], about: str, *checks: Any, **metadata: Any) -> fields.Field[Any]:
@@ -322,6 +393,9 @@ IF_MODEL_HAS_NONE = "Default where neither the client nor the model says anythin
 
 class GenerateRequest(Schema):
     """The body of `POST /generate`. Nothing has a default here: what a client leaves out is the model's to say."""
+
+    class Meta:
+        unknown = EXCLUDE  # ignored, and named in the answer's warnings
 
     prompt = Text(
         required=True,
@@ -378,10 +452,10 @@ class GenerateRequest(Schema):
     use_model_defaults = optional(
         Flag, "true: what is left out takes the model's default; false: the defaults named here.", default=True
     )
-    image_start = optional(Picture, "First frame: PNG, JPEG or WebP in base64.", **BASE64)
-    image_end = optional(Picture, "Last frame, likewise.", **BASE64)
+    image_start = optional(Picture, "First frame: PNG, JPEG or WebP in base64.", type="string")
+    image_end = optional(Picture, "Last frame, likewise.", type="string")
     image_refs = fields.List(
-        Picture(metadata={**BASE64, "type": "string"}),
+        Picture(metadata={"type": "string"}),
         allow_none=True,
         validate=validate.Length(max=10, error="must have at most {max} pictures"),
         metadata={"description": "Reference pictures, likewise; at most 10, and as many as the model takes."},
@@ -409,9 +483,48 @@ class OutputsQuery(Schema):
         metadata={"description": "Files to leave out first."},
     )
     file_type = fields.String(
+        validate=one_of("video", "image", "audio"), metadata={"description": "Only files of this type."}
+    )
+
+
+class GenerateQuery(Schema):
+    dry_run = fields.String(
+        load_default="0",
+        validate=one_of("0", "1", "true", "false"),
+        metadata={"description": "1: check and resolve everything, queue nothing, and answer with the settings."},
+    )
+
+
+class StatusQuery(Schema):
+    wait = Digits(
         load_default=None,
-        validate=one_of("video", "image", "audio"),
-        metadata={"description": "Only files of this type.", "type": "string"},
+        validate=between(1, 60),
+        metadata={"description": "Seconds to wait for the task's end; the answer comes as soon as it has ended."},
+    )
+
+
+class HistoryQuery(Schema):
+    status = fields.String(
+        load_default=None,
+        validate=one_of(*(status.value for status in Status)),
+        metadata={"description": "Only tasks in this state.", "type": "string"},
+    )
+    limit = Digits(load_default=50, validate=between(1, 200), metadata={"description": "Most tasks to return."})
+    offset = Digits(
+        load_default=0,
+        validate=validate.Range(0, 2**31, error="{input} must be between {min} and {max}"),
+        metadata={"description": "Tasks to leave out first."},
+    )
+
+
+class MoveRequest(Schema):
+    """The body of `PATCH /queue/{task_id}`."""
+
+    position = Whole(
+        required=True,
+        validate=between(1, 10**6),
+        metadata={"description": "Where it shall wait: 1 is processed or next. Beyond the end means the end."},
+        error_messages={"required": "is missing; say at which position it shall wait", "null": "must be a number"},
     )
 
 
@@ -428,6 +541,11 @@ def told(kind: type[fields.Field[Any]], about: str, **options: Any) -> fields.Fi
     return kind(required=True, metadata={"description": about}, **options)
 
 
+def described(kind: type[fields.Field[Any]], about: str, **options: Any) -> fields.Field[Any]:
+    """A field that some answers have."""
+    return kind(metadata={"description": about}, **options)
+
+
 def nullable(kind: type[fields.Field[Any]], about: str) -> fields.Field[Any]:
     """A field that an answer always has, and that may be null."""
     return kind(required=True, allow_none=True, metadata={"description": about})
@@ -440,6 +558,12 @@ def time_field(about: str, **options: Any) -> fields.Field[Any]:
 
 class Failure(Schema):
     detail = told(fields.String, "One sentence: what is wrong, and what to do.")
+
+
+class Ready(Schema):
+    status = told(fields.String, "`ready`.")
+    timestamp = time_field("Now.")
+    warnings = told(fields.List, "What a person should look at.", cls_or_instance=fields.String())
 
 
 class Health(Schema):
@@ -471,20 +595,50 @@ class ModelList(Schema):
     models = told(fields.List, "All models of the catalogue.", cls_or_instance=fields.Nested(ModelEntry))
 
 
+class Settings(Schema):
+    """What a request can decide. A setting that the model does not have is absent."""
+
+    prompt = told(fields.String, "What to show.")
+    negative_prompt = described(fields.String, "What to avoid.")
+    resolution = told(fields.String, "WIDTHxHEIGHT in pixels.")
+    video_length = told(fields.Integer, "Frames.")
+    num_inference_steps = told(fields.Integer, "Denoising steps.")
+    guidance_scale = told(fields.Float, "Classifier-free guidance.")
+    guidance2_scale = described(fields.Float, "Guidance of the second expert.")
+    embedded_guidance_scale = described(fields.Float, "Guidance that a distilled model takes as an input.")
+    flow_shift = described(fields.Float, "Shift of the noise schedule.")
+    seed = told(fields.Integer, "-1: one is drawn.")
+    batch_size = told(fields.Integer, "Files a run.")
+    repeat_generation = told(fields.Integer, "Runs.")
+
+
+class TaskSettings(Settings):
+    model_type = told(fields.String, "Id of the model.")
+    task = told(fields.String, "What the model does: t2v, i2v, flf2v, vace …")
+    fps = told(fields.Integer, "Frames a second.")
+    image_start = described(fields.List, "SHA-256 of the picture's bytes.", cls_or_instance=fields.String())
+    image_end = described(fields.List, "Likewise.", cls_or_instance=fields.String())
+    image_refs = described(fields.List, "Likewise, one each.", cls_or_instance=fields.String())
+
+
 class ModelInfo(ModelEntry):
-    default_settings = told(fields.Dict, "What a request that names only a prompt gets.")
+    default_settings = fields.Nested(Settings, required=True, metadata={"description": "As `/settings` tells them."})
     supported_features = told(fields.Dict, "Name → true or false.", keys=fields.String(), values=fields.Boolean())
     limits = told(fields.Dict, "Size step, frame rule, and what pictures it takes.")
     licence = told(fields.String, "Licence of the weights.")
 
 
 class Submitted(Schema):
-    task_id = told(fields.Integer, "Grows with every task and is never used twice.")
-    position = told(fields.Integer, "1: it is processed or next.")
+    task_id = nullable(fields.Integer, "Grows with every task and is never used twice; null for a dry run.")
+    position = nullable(fields.Integer, "1: it is processed or next; null for a dry run.")
     estimated_wait = nullable(fields.Float, "Seconds until it starts; null with no history.")
     seed = told(fields.Integer, "Seed of the first file.")
     warnings = told(fields.List, "What was changed or ignored.", cls_or_instance=fields.String())
-    status_url = told(fields.String, "Where to ask how far it is.")
+    status_url = nullable(fields.String, "Where to ask how far it is; null for a dry run.")
+    settings = fields.Dict(metadata={"description": "Everything as it was resolved; only in a dry run."})
+    estimated_seconds = fields.Float(
+        allow_none=True, metadata={"description": "Seconds of its own work; null with no history; only in a dry run."}
+    )
 
 
 class QueuedTask(Schema):
@@ -500,6 +654,7 @@ class QueueState(Schema):
     total_tasks = told(fields.Integer, "Tasks that have not ended.")
     current_task_id = nullable(fields.Integer, "The one that runs.")
     is_processing = told(fields.Boolean, "One runs.")
+    paused = told(fields.Boolean, "No waiting task is started.")
     tasks = told(fields.List, "In their order.", cls_or_instance=fields.Nested(QueuedTask))
 
 
@@ -533,7 +688,7 @@ class TaskState(Schema):
     prompt = told(fields.String, "The whole prompt.")
     model_type = told(fields.String, "Its model.")
     seed = told(fields.Integer, "Seed of its first file.")
-    settings = told(fields.Dict, "Everything as it was resolved.")
+    settings = fields.Nested(TaskSettings, required=True, metadata={"description": "As they were resolved."})
     warnings = told(fields.List, "What was changed or ignored.", cls_or_instance=fields.String())
     created_at = time_field("When it was accepted.")
     started_at = time_field("When it last started.", allow_none=True)
@@ -548,6 +703,31 @@ class TaskState(Schema):
 class Removed(Schema):
     removed_task_id = told(fields.Integer, "Its id.")
     status = told(fields.String, "`cancelled`, or `cancelling` for a task that runs: its work ends within a step.")
+
+
+class Paused(Schema):
+    paused = told(fields.Boolean, "No waiting task is started.")
+
+
+class Moved(Schema):
+    task_id = told(fields.Integer, "Its id.")
+    position = told(fields.Integer, "Where it waits now.")
+
+
+class TaskPage(Schema):
+    tasks = told(fields.List, "Newest first.", cls_or_instance=fields.Nested(TaskState))
+    total = told(fields.Integer, "Tasks of this state in all.")
+    limit = told(fields.Integer, "As asked for.")
+    offset = told(fields.Integer, "As asked for.")
+
+
+class LoadState(Schema):
+    model = told(fields.String, "Its id.")
+    loaded = told(fields.Boolean, "It is warm; false: it is being loaded.")
+
+
+class Unloaded(Schema):
+    unloaded = told(fields.Boolean, "There was something to give back.")
 
 
 class Cleared(Schema):
@@ -610,11 +790,20 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
 
 ERRORS = {
     400: "Bad request: the sentence names the field, the value and the rule.",
+    401: "A token is asked for, and none or a wrong one came.",
+    403: "Asked for under another name, or by a web page of another site.",
     404: "There is no such thing.",
+    408: "The body did not arrive in time.",
     413: "The body is larger than `max_body_mb`.",
     416: "The file has no such range.",
     500: "A fault of the server.",
     503: "Shutting down, or the queue is full: try again after `Retry-After` seconds.",
+}
+ANY_BYTES: Mapping[str, Any] = {"*/*": {"schema": {}}}
+FILE_ANSWERS = {
+    "200": {"description": "The whole file.", "content": ANY_BYTES},
+    "206": {"description": "The range that was asked for.", "content": ANY_BYTES},
+    "304": {"description": "The client's copy is still right.", "content": {}},
 }
 JSON_TYPE = "application/json"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -629,10 +818,12 @@ def operation(
     """
 
     def describe(handler: Handler) -> Handler:
-        for status in (*errors, 500):
+        for status in sorted({*errors, 401, 403, 500}):
             response_schema(Failure, status, description=ERRORS[status])(handler)
         if answer:
             response_schema(answer, 200, description="Done.")(handler)
+        else:
+            docs(responses=FILE_ANSWERS)(handler)
         for place, schema in inputs.items():
             request_schema(schema, location=LOCATIONS[place])(handler)
         described: Handler = docs(tags=[tag], summary=summary, operationId=handler.__name__)(handler)
@@ -660,11 +851,12 @@ class OpenApi(AiohttpApiSpec):  # type: ignore[misc]  # the package has no types
             },
             servers=[{"url": "../"}],  # relative to this document, so right behind any proxy path
         )
+        self.plugin.converter.add_attribute_function(base64_keywords)
 
     def document(self, app: web.Application) -> dict[str, Any]:
         """The document of all handlers that `operation` describes."""
         for route in app.router.routes():
-            if route.method != hdrs.METH_HEAD:
+            if route.method != hdrs.METH_HEAD and route.resource and route.resource.canonical != API:  # is API/ as well
                 self._register_route(route, route.method.lower(), route.handler)
         return dict(self.spec.to_dict())
 
@@ -687,6 +879,11 @@ class OpenApi(AiohttpApiSpec):  # type: ignore[misc]  # the package has no types
         return {"description": answer["description"], "content": content}
 
 
+def base64_keywords(_converter: Any, field: fields.Field[Any], **_: Any) -> dict[str, Any]:
+    """The keywords of a picture, which apispec does not pass on from a field's metadata."""
+    return BASE64 if isinstance(field, Picture) else {}
+
+
 def version() -> str:
     """The installed version of wangpd."""
     try:
@@ -698,6 +895,7 @@ def version() -> str:
 # --------------------------------------------------------------------------------------------------------- handlers
 
 CONFIG = web.AppKey("config", Config)
+TOKEN = web.AppKey("token", bytes)  # empty: no login is asked for
 CATALOG = web.AppKey("catalog", Catalog)
 ENGINE = web.AppKey("engine", Engine)
 JOURNAL = web.AppKey("journal", Journal)
@@ -746,6 +944,26 @@ async def health(_request: web.Request) -> web.Response:
     return web.json_response({"status": "healthy", "timestamp": iso(time.time())})
 
 
+@routes.get(f"{API}/health/ready")
+@operation("General", "Can it take work? 503 with the reason while it can't", Ready, 503)
+async def ready(request: web.Request) -> web.Response:
+    app = request.app
+    reasons = [
+        *app[QUEUE].faults.values(),
+        app[OUTPUTS].no_room(),
+        "wangpd is shutting down" if app[QUEUE].closed else "",
+    ]
+    if reason := next(filter(None, reasons), None):
+        raise web.HTTPServiceUnavailable(text=reason)
+    return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": remarks(app)})
+
+
+def remarks(app: web.Application) -> list[str]:
+    """What a person should look at, though work goes on."""
+    aside = app[JOURNAL].set_aside
+    return [f"The queue's journal could not be read and was moved to {aside.name}; its tasks are lost"] if aside else []
+
+
 @routes.get(f"{API}/models")
 @operation("Models", "All models", envelope(ModelList))
 async def models(request: web.Request) -> web.Response:
@@ -767,7 +985,7 @@ def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
         "kind": model.kind,
         "tasks": list(model.tasks),
         "installed": weights.locate(model, app[CONFIG].models_dir) is not None,
-        "loaded": app[ENGINE].loaded == model.id,
+        "loaded": app[ENGINE].loaded(model.id),
     }
 
 
@@ -801,7 +1019,7 @@ def model_limits(model: Model) -> dict[str, Any]:
 @operation(
     "Models",
     "What a request that names only a prompt gets",
-    envelope(Schema.from_dict({}, name="Settings")),
+    envelope(Settings),
     404,
     path=ModelPath,
 )
@@ -810,11 +1028,45 @@ async def model_settings(request: web.Request) -> web.Response:
     return answered(f"Default settings for '{model.id}'", catalog.default_settings(model))
 
 
+@routes.post(f"{API}/models/{{model_type}}/load")
+@operation("Models", "Make a model warm as soon as the engine is free", envelope(LoadState), 400, 404, path=ModelPath)
+async def load_model(request: web.Request) -> web.Response:
+    app = request.app
+    model = app[CATALOG].get(request[PATH]["model_type"])
+    await asyncio.to_thread(require_weights, model, app[CONFIG])
+    loaded = app[QUEUE].load(model)
+    message = f"Model '{model.id}' is loaded" if loaded else f"Model '{model.id}' is being loaded"
+    return answered(message, {"model": model.id, "loaded": loaded})
+
+
+@routes.post(f"{API}/unload")
+@operation("Models", "Give all memory of the GPU back", envelope(Unloaded), 400)
+async def unload(request: web.Request) -> web.Response:
+    unloaded = request.app[QUEUE].unload()
+    return answered("Memory given back" if unloaded else "Nothing was loaded", {"unloaded": unloaded})
+
+
 @routes.post(f"{API}/generate")
-@operation("Generation", "Queue a video", envelope(Submitted), 400, 404, 413, 503, body=GenerateRequest)
+@operation(
+    "Generation",
+    "Queue a video",
+    envelope(Submitted),
+    400,
+    404,
+    408,
+    413,
+    503,
+    body=GenerateRequest,
+    query=GenerateQuery,
+)
 async def generate(request: web.Request) -> web.Response:
     app, body = request.app, request[BODY]
-    resolved = await asyncio.to_thread(resolve, app, body)
+    dry = request[QUERY]["dry_run"] in ("1", "true")
+    resolved = await asyncio.to_thread(resolve, app, body, not dry)
+    if dry:
+        return dry_run(app, resolved)
+    if sentence := app[OUTPUTS].no_room():
+        raise web.HTTPServiceUnavailable(text=sentence)
     digest = hashlib.sha256(await request.read()).hexdigest()
     try:
         receipt = await app[QUEUE].submit(
@@ -822,13 +1074,39 @@ async def generate(request: web.Request) -> web.Response:
         )
     except KeyReused:
         raise BadRequest("Idempotency-Key: it was used for another request; take a new key") from None
-    data = {**receipt.answer, "status_url": f"{API}/status/{receipt.answer['task_id']}"}
+    return accepted(app, receipt)
+
+
+def accepted(app: web.Application, receipt: Receipt) -> web.Response:
+    """The answer to a submission."""
+    data = {**receipt.answer, "status_url": link(app, f"/status/{receipt.answer['task_id']}")}
     headers = {"Idempotency-Replayed": "true"} if receipt.replayed else {}
     return answered("Generation task added to queue", data, headers=headers)
 
 
-def resolve(app: web.Application, body: Mapping[str, Any]) -> catalog.Resolved:
-    """Check everything, decide everything, then store the pictures. Blocks.
+def dry_run(app: web.Application, resolved: catalog.Resolved) -> web.Response:
+    """What a submission would have come to."""
+    job, queue = resolved.job, app[QUEUE]
+    data = {
+        "task_id": None,
+        "position": None,
+        "estimated_wait": queue.estimated_wait_s(),
+        "estimated_seconds": queue.estimate_s(job),
+        "seed": job.seed,
+        "warnings": list(resolved.warnings),
+        "status_url": None,
+        "settings": catalog.settings(job),
+    }
+    return answered("Dry run: nothing was queued", data)
+
+
+def link(app: web.Application, path: str) -> str:
+    """A path of the API as a client sees it, behind a proxy too."""
+    return f"{app[CONFIG].base_path}{API}{path}"
+
+
+def resolve(app: web.Application, body: Mapping[str, Any], store: bool) -> catalog.Resolved:
+    """Check everything, decide everything, then with `store` keep the pictures. Blocks.
 
     Raises BadRequest or UnknownModel, and has written nothing then.
     """
@@ -838,7 +1116,7 @@ def resolve(app: web.Application, body: Mapping[str, Any]) -> catalog.Resolved:
     inputs = app[INPUTS]
     paths = {name: tuple(inputs.path(data) for data in several) for name, several in pictures.items()}
     resolved = catalog.resolve(app[CATALOG], model, body, paths)
-    for data in (data for several in pictures.values() for data in several):
+    for data in (data for several in pictures.values() for data in several if store):
         inputs.store(data)
     unknown = tuple(f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
     return dataclasses.replace(resolved, warnings=(*unknown, *resolved.warnings))
@@ -856,7 +1134,7 @@ def require_weights(model: Model, config: Config) -> None:
 
 def checked_pictures(body: Mapping[str, Any], max_pixels: int) -> dict[str, tuple[bytes, ...]]:
     """The input pictures by field, each whole and of a size that fits in memory. Raises BadRequest."""
-    sent = {name: body[name] for name in catalog.IMAGE_INPUTS if body.get(name)}
+    sent = {name: body[name] for name in catalog.IMAGE_INPUTS if body.get(name, []) != []}
     pictures = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in sent.items()}
     for name, several in pictures.items():
         for place, data in enumerate(several):
@@ -889,6 +1167,7 @@ async def queue_state(request: web.Request) -> web.Response:
         "total_tasks": len(tasks),
         "current_task_id": running.id if running else None,
         "is_processing": running is not None,
+        "paused": queue.paused,
         "tasks": entries,
     }
     return answered(f"Queue has {len(tasks)} tasks", data)
@@ -906,6 +1185,53 @@ async def clear_queue(request: web.Request) -> web.Response:
     return answered(f"Cleared {count} tasks from queue", {"removed_count": count})
 
 
+@routes.post(f"{API}/queue/pause")
+@operation("Queue", "Start no waiting task; the running one goes on", envelope(Paused), 503)
+async def pause_queue(request: web.Request) -> web.Response:
+    await request.app[QUEUE].pause(True)
+    return answered("Queue paused", {"paused": True})
+
+
+@routes.post(f"{API}/queue/resume")
+@operation("Queue", "Start waiting tasks again", envelope(Paused), 503)
+async def resume_queue(request: web.Request) -> web.Response:
+    await request.app[QUEUE].pause(False)
+    return answered("Queue resumed", {"paused": False})
+
+
+@routes.patch(f"{API}/queue/{{task_id}}")
+@operation("Queue", "Move a waiting task", envelope(Moved), 400, 404, 408, 413, 503, path=TaskPath, body=MoveRequest)
+async def move_task(request: web.Request) -> web.Response:
+    task_id = request[PATH]["task_id"]
+    position = await request.app[QUEUE].move(task_id, request[BODY]["position"])
+    return answered(f"Task {task_id} is at position {position}", {"task_id": task_id, "position": position})
+
+
+@routes.post(f"{API}/queue/{{task_id}}/retry")
+@operation(
+    "Queue",
+    "Queue an ended task again, settings, seed and pictures as they were",
+    envelope(Submitted),
+    400,
+    404,
+    503,
+    path=TaskPath,
+)
+async def retry_task(request: web.Request) -> web.Response:
+    return accepted(request.app, await request.app[QUEUE].retry(request[PATH]["task_id"]))
+
+
+@routes.get(f"{API}/tasks")
+@operation("Queue", "All tasks, ended ones too, newest first", envelope(TaskPage), 400, 503, query=HistoryQuery)
+async def history(request: web.Request) -> web.Response:
+    app, query = request.app, request[QUERY]
+    status = Status(query["status"]) if query["status"] else None
+    tasks, total = await app[QUEUE].history(status, query["limit"], query["offset"])
+    page = [task_state(app, task) for task in tasks]
+    data = {"tasks": page, "total": total, "limit": query["limit"], "offset": query["offset"]}
+    return answered(f"Found {total} tasks", data)
+
+
 @routes.delete(f"{API}/queue/{{task_id}}")
 @operation("Queue", "Take out a waiting task, or cancel the running one", envelope(Removed), 400, 404, path=TaskPath)
 async def remove_task(request: web.Request) -> web.Response:
@@ -916,15 +1242,16 @@ async def remove_task(request: web.Request) -> web.Response:
 
 
 @routes.get(f"{API}/status/{{task_id}}")
-@operation("Queue", "How far a task is", envelope(TaskState), 400, 404, path=TaskPath)
+@operation("Queue", "How far a task is", envelope(TaskState), 400, 404, 503, path=TaskPath, query=StatusQuery)
 async def task_status(request: web.Request) -> web.Response:
-    queue = request.app[QUEUE]
-    task = await queue.get(request[PATH]["task_id"])
-    return answered(f"Task {task.id} status", task_state(queue, task))
+    queue, task_id, wait_s = request.app[QUEUE], request[PATH]["task_id"], request[QUERY]["wait"]
+    task = await (queue.wait(task_id, wait_s) if wait_s else queue.get(task_id))
+    return answered(f"Task {task.id} status", task_state(request.app, task))
 
 
-def task_state(queue: TaskQueue, task: Task) -> dict[str, Any]:
+def task_state(app: web.Application, task: Task) -> dict[str, Any]:
     """Everything that can be said of a task now."""
+    queue = app[QUEUE]
     done, total = queue.steps_done(task)
     return {
         "task_id": task.id,
@@ -950,8 +1277,8 @@ def task_state(queue: TaskQueue, task: Task) -> dict[str, Any]:
         "files": [
             {
                 **dataclasses.asdict(file),
-                "url": f"{API}/download/{file.filename}",
-                "preview_url": f"{API}/preview/{file.filename}",
+                "url": link(app, f"/download/{file.filename}"),
+                "preview_url": link(app, f"/preview/{file.filename}"),
             }
             for file in task.files
         ],
@@ -962,7 +1289,7 @@ def task_state(queue: TaskQueue, task: Task) -> dict[str, Any]:
 @operation("Output files", "The finished files, newest first", envelope(OutputPage), 400, query=OutputsQuery)
 async def outputs(request: web.Request) -> web.Response:
     folder, query = request.app[OUTPUTS], request[QUERY]
-    kind, limit, offset = query["file_type"], query["limit"], query["offset"]
+    kind, limit, offset = query.get("file_type"), query["limit"], query["offset"]
     # From memory while nothing changed: no thread is worth that.
     entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
     page = [output_entry(entry) for entry in entries[offset : offset + limit]]
@@ -1145,6 +1472,9 @@ STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
     WrongState: web.HTTPBadRequest,
     UnknownModel: web.HTTPNotFound,
     NoSuchTask: web.HTTPNotFound,
+    Busy: web.HTTPBadRequest,
+    JournalFault: web.HTTPServiceUnavailable,
+    EngineDown: web.HTTPServiceUnavailable,
     Closed: web.HTTPServiceUnavailable,
     Full: web.HTTPServiceUnavailable,
 }
@@ -1168,12 +1498,18 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
 
 def failure(request: web.Request, error: web.HTTPException) -> web.Response:
     """The error as JSON, with those of its headers that mean something."""
-    kept = (hdrs.ALLOW, hdrs.CONTENT_RANGE, hdrs.RETRY_AFTER)
+    kept = (hdrs.ALLOW, hdrs.CONTENT_RANGE, hdrs.RETRY_AFTER, hdrs.WWW_AUTHENTICATE)
     headers = {name: error.headers[name] for name in kept if name in error.headers}
     if error.status == web.HTTPServiceUnavailable.status_code:
         headers[hdrs.RETRY_AFTER] = str(RETRY_AFTER_S)
     sentence = SENTENCES[error.status](request, error) if error.status in SENTENCES else error.text
-    return web.json_response({"detail": sentence}, status=error.status, headers=headers)
+    return web.json_response({"detail": brief(sentence or error.reason)}, status=error.status, headers=headers)
+
+
+def brief(sentence: str) -> str:
+    """The sentence, less the middle of a value that is too long to be told again; the rule stands at the end."""
+    half = MOST_TOLD // 2
+    return sentence if len(sentence) <= MOST_TOLD else f"{sentence[:half]}…{sentence[-half:]}"
 
 
 def no_route(request: web.Request, error: web.HTTPException) -> str | None:
@@ -1205,7 +1541,11 @@ async def read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
     """The JSON object that was sent. Raises BadRequest or ValidationError; a body that is too large raises 413."""
     if request.content_type != JSON_TYPE:  # also keeps a web page from posting a form across sites
         raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE}")
-    raw = await request.read()
+    try:
+        async with asyncio.timeout(request.app[CONFIG].body_timeout_s):
+            raw = await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
     return await asyncio.to_thread(lambda: loaded(schema, parsed(raw)))
 
 
@@ -1258,10 +1598,76 @@ async def request_id_middleware(request: web.Request, handler: Handler) -> web.S
     return await handler(request)
 
 
+@web.middleware
+async def guard_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Who may ask at all: the name asked for, the web page that asks, and the token."""
+    app = request.app
+    if is_preflight(request):
+        return web.Response(status=204)  # add_headers says the rest
+    host = forwarded(request, "X-Forwarded-Host", request.host)
+    if app[CONFIG].allowed_hosts and host.rsplit(":", 1)[0].strip("[]") not in app[CONFIG].allowed_hosts:
+        raise web.HTTPForbidden(text=f"Host: '{shortened(host)}' is none of allowed_hosts")
+    if request.method not in SAFE_METHODS and from_elsewhere(request, host):
+        raise web.HTTPForbidden(text="Origin: a web page of another site asked; cors_origins names those that may")
+    if app[TOKEN] and request.path not in OPEN_PATHS and not hmac.compare_digest(bearer(request), app[TOKEN]):
+        raise web.HTTPUnauthorized(
+            text="Authorization: 'Bearer TOKEN' is asked for here", headers={hdrs.WWW_AUTHENTICATE: "Bearer"}
+        )
+    return await handler(request)
+
+
+SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
+OPEN_PATHS = frozenset({f"{API}/health", f"{API}/health/ready"})
+
+
+def forwarded(request: web.Request, header: str, own: str) -> str:
+    """What a trusted proxy says of its client; of anybody else, the connection's own truth."""
+    if request.remote not in request.app[CONFIG].trusted_proxies:
+        return own
+    return request.headers.get(header, own).rsplit(",", 1)[-1].strip()
+
+
+def from_elsewhere(request: web.Request, host: str) -> bool:
+    """True if a browser says that a page of another site, and none of `cors_origins`, makes this request."""
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is None:
+        return request.headers.get("Sec-Fetch-Site") == "cross-site"
+    return urlsplit(origin).netloc != host and not may_share(request)
+
+
+def may_share(request: web.BaseRequest) -> bool:
+    """True if the page that asks is one of `cors_origins`."""
+    allowed = request.app[CONFIG].cors_origins if isinstance(request, web.Request) else ()
+    return request.headers.get(hdrs.ORIGIN) in allowed or (hdrs.ORIGIN in request.headers and "*" in allowed)
+
+
+def is_preflight(request: web.Request) -> bool:
+    """True if a browser asks whether an allowed page may send a request."""
+    asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    return request.method == hdrs.METH_OPTIONS and asked and may_share(request)
+
+
+def bearer(request: web.Request) -> bytes:
+    """The token that the request brings; empty if there is none."""
+    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    return token.strip().encode() if scheme.lower() == "bearer" else b""
+
+
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """What every answer carries, files too: `on_response_prepare` sees those whose sending a middleware does not."""
     response.headers["X-Request-ID"] = request.get(REQUEST_ID, "-")
     response.headers["X-Content-Type-Options"] = "nosniff"
+    if may_share(request):
+        response.headers.update(CORS_HEADERS | {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: request.headers[hdrs.ORIGIN]})
+
+
+CORS_HEADERS = {
+    hdrs.VARY: hdrs.ORIGIN,
+    hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST, PATCH, DELETE",
+    hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Idempotency-Key, Range, X-Request-ID",
+    hdrs.ACCESS_CONTROL_EXPOSE_HEADERS: "Content-Range, ETag, Idempotency-Replayed, Retry-After, X-Request-ID",
+    hdrs.ACCESS_CONTROL_MAX_AGE: "600",
+}
 
 
 class AccessLog(AbstractAccessLogger):
@@ -1284,12 +1690,12 @@ class AccessLog(AbstractAccessLogger):
 def make_app(config: Config) -> web.Application:
     """The whole daemon but its socket, for production and tests alike. Lifetimes begin and end in `cleanup_ctx`."""
     app = web.Application(
-        middlewares=[request_id_middleware, errors_middleware, validation_middleware],
+        middlewares=[request_id_middleware, errors_middleware, guard_middleware, validation_middleware],
         client_max_size=config.max_body_mb * 2**20,
     )
-    app[CONFIG], app[DOCUMENT] = config, {}
+    app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
     app[CATALOG] = Catalog.load()
-    app[OUTPUTS] = Outputs(config.save_path, config.state_path / "thumbnails")
+    app[OUTPUTS] = Outputs(config.save_path, config.state_path / "thumbnails", config.retention())
     app[INPUTS] = Inputs(config.state_path / "inputs")
     app[ENGINE] = Engine(config.engine(), config.cancel_grace_s)
     app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
@@ -1299,6 +1705,20 @@ def make_app(config: Config) -> web.Application:
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.extend([engine_lifetime, queue_lifetime])
     return app
+
+
+def read_token(config: Config) -> bytes:
+    """The token of `token_file`. Raises CantStart."""
+    if not config.token_file:
+        return b""
+    path = Path(config.token_file)
+    try:
+        token = path.read_bytes().strip()
+    except OSError as error:
+        raise CantStart(f"token_file: {path} can't be read: {error.strerror}") from None
+    if not token:
+        raise CantStart(f"token_file: {path} is empty; write a token into it: openssl rand -hex 32")
+    return token
 
 
 async def engine_lifetime(app: web.Application) -> AsyncIterator[None]:
@@ -1313,13 +1733,26 @@ async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
     await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
     if app[JOURNAL].set_aside:
         log.error("the journal could not be read and was moved to %s; the queue starts empty", app[JOURNAL].set_aside)
-    await asyncio.to_thread(app[INPUTS].sweep, await app[JOURNAL].inputs())
     async with app[QUEUE].running(app[CONFIG].stop_grace_s):
+        sweeping = asyncio.create_task(sweep(app))
         yield
+        sweeping.cancel()
     await app[JOURNAL].close()
 
 
+async def sweep(app: web.Application) -> None:
+    """Remove the input pictures that no task needs any more, now and every hour."""
+    while True:
+        with suppress(JournalFault, OSError):
+            await asyncio.to_thread(app[INPUTS].sweep, await app[JOURNAL].inputs())
+        await asyncio.sleep(SWEEP_S)
+
+
 # ------------------------------------------------------------------------------------------------------------- main
+
+
+class CantStart(Exception):
+    """This machine does not let the daemon start: one sentence that names the key, the value and the remedy."""
 
 
 class Supervisor:
@@ -1336,6 +1769,7 @@ class Supervisor:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.setblocking(False)  # a supervisor that hangs must not hang the event loop
             channel.sendto("\n".join(lines).encode(), address)
 
     def status(self) -> str:
@@ -1352,25 +1786,50 @@ class Supervisor:
 
 
 async def serve(config: Config) -> None:
-    """Run until SIGTERM or SIGINT; a second one ends at once. Raises OSError if the port is taken."""
+    """Run until SIGTERM or SIGINT; a second one ends at once. Raises CantStart if the port is taken."""
     app = make_app(config)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
-    runner = web.AppRunner(app, access_log_class=AccessLog, access_log=logging.getLogger("wangpd.access"))
+    runner = web.AppRunner(
+        app,
+        access_log_class=AccessLog,
+        access_log=logging.getLogger("wangpd.access"),
+        keepalive_timeout=KEEPALIVE_S,
+        shutdown_timeout=DRAIN_S,
+    )
     await runner.setup()
     supervisor = Supervisor(app[QUEUE])
     watching = asyncio.create_task(supervisor.watch())
     try:
-        await web.TCPSite(runner, config.host, config.port).start()
+        await listen(runner, config)
         host, port, *_ = runner.addresses[0]
         log.info("wangpd %s listens on http://%s:%d%s/", version(), host, port, API)
         supervisor.tell("READY=1", supervisor.status())
         await stop.wait()
         supervisor.tell("STOPPING=1", "STATUS=stopping the running task")
+        app[QUEUE].interrupt()
     finally:
         watching.cancel()
         await runner.cleanup()
+
+
+async def listen(runner: web.AppRunner, config: Config) -> None:
+    """Open the door. Raises CantStart."""
+    try:
+        await web.TCPSite(runner, config.host, config.port).start()
+    except OSError as error:
+        sentence = LISTEN_FAULTS.get(error.errno or 0, f"can't listen on {{host}}, port {{port}}: {error.strerror}")
+        raise CantStart(sentence.format(host=config.host, port=config.port)) from None
+
+
+LISTEN_FAULTS: Mapping[int, str] = {
+    errno.EADDRINUSE: "port: {port} on {host} is taken; end the program that has it, or choose another with --port",
+    errno.EADDRNOTAVAIL: "host: '{host}' is no address of this machine; 127.0.0.1 and 0.0.0.0 always are",
+    errno.EACCES: "port: {port} is for root; choose one above 1023 with --port",
+    socket.EAI_NONAME: "host: '{host}' is neither an address nor a known name; 127.0.0.1 and 0.0.0.0 always work",
+    socket.EAI_AGAIN: "host: '{host}' can't be looked up now; an address needs no looking up",
+}
 
 
 def on_signal(stop: asyncio.Event, app: web.Application) -> None:
@@ -1382,9 +1841,16 @@ def on_signal(stop: asyncio.Event, app: web.Application) -> None:
     stop.set()
 
 
+class CommandLine(argparse.ArgumentParser):
+    """Complains in one sentence, as the configuration does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"wangpd: command line: {message}; wangpd --help tells what there is\n")
+
+
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
+    """The command line. Exits with code 2 if there is no such flag or value."""
+    parser = CommandLine("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
     parser.add_argument("--config", type=Path, help="configuration; else ./wangpd.toml, then /etc/wangpd/wangpd.toml")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", type=int, help="port to listen on")
@@ -1398,7 +1864,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the daemon; returns the exit code: 0, or 2 for a configuration that can't be."""
+    """Run the daemon; returns the exit code: 0, 1 if this machine won't have it, 2 for a wrong configuration."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     flags = {name: value for name, value in vars(options).items() if name in KEYS and value is not None}
     try:
@@ -1425,11 +1891,39 @@ def require_sense(config: Config) -> None:
 def started(config: Config) -> int:
     """Serve until the end; returns the exit code."""
     try:
-        asyncio.run(serve(config))
+        require_folders(config)
+        with only_one(config.state_path):
+            asyncio.run(serve(config))
+    except CantStart as error:
+        print(f"wangpd: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
-        print(f"wangpd: can't start: {error.strerror or error}", file=sys.stderr)
+        print(f"wangpd: can't go on: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def require_folders(config: Config) -> None:
+    """Make the folders that are written to. Raises CantStart for the first that can't be."""
+    for name in ("save_path", "state_path"):
+        folder: Path = getattr(config, name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CantStart(f"{name}: {folder} can't be made: {error.strerror}; choose another folder") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise CantStart(f"{name}: {folder} can't be written to; give the user that runs wangpd leave, or move it")
+
+
+@contextmanager
+def only_one(state_path: Path) -> Iterator[None]:
+    """Hold the queue's folder: a second daemon would take up the tasks of the first. Raises CantStart."""
+    with (state_path / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back however the process ends
+        except BlockingIOError:
+            raise CantStart(f"state_path: {state_path} is in use by another wangpd; one folder, one daemon") from None
+        yield
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from engine.job import Job
 HERE = Path(__file__).parent
 IMAGE_INPUTS = ("image_start", "image_end", "image_refs")
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
+MAX_FRAMES = 1000  # the contract's limit of video_length
 SEED_RANGE = 2**63  # torch takes more, JSON clients don't
 
 # What a field means when neither the client nor the model says anything: the contract's own defaults.
@@ -319,11 +320,14 @@ def _nearest_side(side: int, step: int, most: int) -> int:
 
 
 def _frames(model: Model, video_length: int | str, warnings: list[str]) -> int:
-    """The length in frames; a duration such as "5s" counts at the model's frame rate."""
-    seconds = isinstance(video_length, str)
-    wanted = round(float(str(video_length)[:-1]) * model.fps) if seconds else int(video_length)
+    """The length in frames; a duration such as "5s" counts at the model's frame rate, to the nearest length."""
+    duration = isinstance(video_length, str)
+    wanted = round(float(str(video_length)[:-1]) * model.fps) if duration else int(video_length)
+    if not 1 <= wanted <= MAX_FRAMES:
+        rule = f"makes {wanted} frames at {model.fps} a second, but must make 1 to {MAX_FRAMES}"
+        raise BadRequest(f"video_length: '{video_length}' {rule}")
     frames = model.frames.nearest(wanted)
-    if frames != wanted and not seconds:
+    if abs(frames - wanted) >= (model.frames.step if duration else 1):
         rule = f"{model.frames.step}k+{model.frames.offset}"
         warnings.append(
             f"video_length: {wanted} was changed to {frames}, the nearest that model '{model.id}' can make ({rule})"

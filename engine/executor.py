@@ -2,21 +2,26 @@
 
 import asyncio
 import logging
+import math
 import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from engine.catalog import Model
 from engine.gpu import worker
-from engine.job import Board, Cancelled, EngineError, Job, Phase, Result
+from engine.job import NO_TASK, Board, Cancelled, EngineError, Job, Phase, Result, fingerprint
 
 log = logging.getLogger("wangpd.engine")
+T = TypeVar("T")
+WATCH_S = 1.0  # how often the board is looked at for progress
 SPAWN = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
 
 
@@ -62,25 +67,49 @@ class Engine:
         self._board = Board()
         self._task: int | None = None
         self._killing: asyncio.TimerHandle | None = None
-        self.loaded: str | None = None  # id of the model that the process holds
+        self._hung_s: float | None = None  # how long the process that was ended had made no progress
 
-    async def run(self, task_id: int, job: Job, model: Model) -> Result:
+    async def run(self, task_id: int, job: Job, model: Model, patience_s: float = math.inf) -> Result:
         """Run `job` to its end.
 
-        Raises EngineError with a sentence, or Cancelled once the work has really stopped. A process that died costs
-        this task only: the next run gets a fresh one.
+        Raises EngineError with a sentence, or Cancelled once the work has really stopped. A process that died, or that
+        made no progress for `patience_s` seconds and was ended, costs this task only: the next run gets a fresh one.
         """
+        return await self._call(task_id, patience_s, worker.generate, task_id, job, model)
+
+    async def load(self, model: Model) -> None:
+        """Make `model` warm. Raises EngineError."""
+        await self._call(NO_TASK, math.inf, worker.warm, model)
+
+    async def _call(self, task_id: int, patience_s: float, function: Callable[..., T], *arguments: Any) -> T:
         executor = self._started()
-        self._task, self._board.cancel = task_id, 0
-        self.loaded = model.id
+        self._task, self._board.cancel, self._hung_s = task_id, 0, None
+        watching = asyncio.create_task(self._watch(patience_s))
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(executor, worker.generate, task_id, job, model)
+            return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
         except BrokenProcessPool:
             raise self._death(task_id) from None
         finally:
             self._task = None
+            watching.cancel()
             self._stop_timer()
+
+    async def _watch(self, patience_s: float) -> None:
+        """End the process if its board stays as it is for `patience_s` seconds."""
+        seen, since = bytes(self._board), time.monotonic()
+        while True:
+            await asyncio.sleep(min(WATCH_S, patience_s / 4))
+            board, now = bytes(self._board), time.monotonic()
+            if board != seen:
+                seen, since = board, now
+            elif now - since > patience_s:
+                self._hung_s = now - since
+                self._kill()
+                return
+
+    def loaded(self, model_id: str) -> bool:
+        """True if the process holds this model, so that a task of it loads nothing."""
+        return self._board.loaded == fingerprint(model_id)
 
     def _started(self) -> ProcessPoolExecutor:
         if self._executor is None:
@@ -100,6 +129,12 @@ class Engine:
         where = f"while {Phase(board.phase).name.lower()}" if board.task == task_id else "before it began"
         if board.phase == Phase.DENOISING:
             where += f", at step {board.step} of {board.total}"
+        if self._hung_s:
+            return EngineError(
+                f"The generation process made no progress for {self._hung_s:.0f} s {where} and was ended. If the work"
+                " is only slow, raise step_timeout_s in wangpd.toml.",
+                "hung",
+            )
         return EngineError(
             f"The generation process died {where}. Most often it ran out of memory: try a smaller resolution or"
             " video_length, and see the log.",
@@ -135,7 +170,7 @@ class Engine:
 
     def _discard(self) -> None:
         """End the process and whatever it started; the next run starts another."""
-        executor, self._executor, self.loaded = self._executor, None, None
+        executor, self._executor = self._executor, None
         pid, self._board = self._board.pid, Board()
         if pid:
             end_group(pid)
@@ -143,7 +178,7 @@ class Engine:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def unload(self) -> bool:
-        """End the idle process, and with it give back all memory. False if a job runs or nothing is loaded."""
+        """End the idle process, and with it give back all memory. False if there is none, or if it works."""
         if self._task is not None or self._executor is None:
             return False
         self._discard()

@@ -4,10 +4,13 @@ Standard library only: both sides import this module, and the daemon's side must
 """
 
 import ctypes
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
+
+NO_TASK = -1  # on the board while a model is loaded for no task; 0 would look cancelled
 
 
 class Phase(IntEnum):
@@ -36,6 +39,7 @@ class Board(ctypes.Structure):
         ("runs", ctypes.c_int64),  # passes of the whole job
         ("step", ctypes.c_int64),  # denoising steps done in this run
         ("total", ctypes.c_int64),  # denoising steps of this run
+        ("loaded", ctypes.c_int64),  # `fingerprint` of the model that the worker holds, or 0
         ("cancel", ctypes.c_int64),
     )
 
@@ -46,7 +50,13 @@ class Board(ctypes.Structure):
     runs: int
     step: int
     total: int
+    loaded: int
     cancel: int
+
+
+def fingerprint(model_id: str) -> int:
+    """A model's id as a number other than 0, for the board."""
+    return zlib.crc32(model_id.encode()) + 1
 
 
 class EngineError(Exception):

@@ -60,6 +60,10 @@ class Stored:
     reply: Reply | None = None
 
 
+class JournalFault(Exception):
+    """The journal can't be written or read now, most often because its disk is full: one sentence."""
+
+
 class Journal:
     """The rows, behind async calls that each run in the journal's own thread.
 
@@ -73,7 +77,12 @@ class Journal:
         self.set_aside: Path | None = None
 
     async def _call(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except sqlite3.Error as error:
+            raise JournalFault(
+                f"The queue's journal can't be used now ({error}); free its disk, then try again"
+            ) from error
 
     async def open(self, id_floor: int = 0) -> None:
         """Open or create the file; one that can't be read is moved aside, and an empty one takes its place.

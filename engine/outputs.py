@@ -6,6 +6,7 @@ The folder alone is the truth: the worker publishes by rename, and users may cop
 import hashlib
 import os
 import re
+import shutil
 import stat
 import threading
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from engine import media
+from engine.job import EngineError
 
 THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
 
@@ -47,6 +49,15 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Retention:
+    """How much room the folder may take and must leave; 0 means no limit."""
+
+    keep_s: float = 0
+    keep_bytes: int = 0
+    min_free_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class _Snapshot:
     """One reading of the folder. `by_type[None]` holds every entry."""
 
@@ -59,8 +70,9 @@ class _Snapshot:
 class Outputs:
     """The output folder. Every method may be called from any thread, and all of them block: use `asyncio.to_thread`."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path, cache: Path, retention: Retention | None = None) -> None:
         self._folder = folder
+        self._retention = retention or Retention()
         self._thumbnails = ThumbnailCache(cache)
         self._snapshot = _Snapshot()
         self._reading = threading.Lock()
@@ -122,6 +134,38 @@ class Outputs:
         for name in left:
             (self._folder / name).unlink(missing_ok=True)
         return len(left)
+
+    def prepare(self) -> None:
+        """Make room for a task: remove the oldest files beyond what is to be kept.
+
+        Raises EngineError if that is too little: better now than after an hour of denoising.
+        """
+        for entry in list(self._outdated()):
+            (self._folder / entry.filename).unlink(missing_ok=True)
+        if sentence := self.no_room():
+            raise EngineError(sentence, "disk_full")
+
+    def no_room(self) -> str | None:
+        """A sentence if the disk is too full for a task, else None. One statvfs: the event loop may ask."""
+        free_bytes, least_bytes = shutil.disk_usage(self._folder).free, self._retention.min_free_bytes
+        if free_bytes >= least_bytes:
+            return None
+        free_mb, least_mb = free_bytes // 2**20, least_bytes // 2**20
+        return f"The disk of save_path has {free_mb} MiB free and min_free_mb asks for {least_mb}: delete old outputs"
+
+    def _outdated(self) -> Iterator[Entry]:
+        """The files that retention gives up, oldest first."""
+        keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
+        if not (keep_s or keep_bytes):
+            return
+        entries = self.listing()
+        total_bytes, now = sum(entry.size_bytes for entry in entries), time.time()
+        for entry in reversed(entries):
+            too_old = keep_s and now - entry.modified_at > keep_s
+            if not too_old and not (keep_bytes and total_bytes > keep_bytes):
+                return
+            total_bytes -= entry.size_bytes
+            yield entry
 
     def highest_task_id(self) -> int:
         """Return the largest task id in a name that the worker gave, or 0: a lost journal can't tell it any more."""

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.catalog import Catalog, UnknownModel
+from engine.catalog import Catalog, Model, UnknownModel
 from engine.executor import Progress
 from engine.job import Cancelled, EngineError, Job, Phase, Result
-from engine.journal import Journal
+from engine.journal import Journal, JournalFault
 from engine.speeds import Speeds
 from engine.task import Status, Task
 
@@ -26,6 +26,12 @@ SHARES: Mapping[Phase, tuple[float, float]] = {
     Phase.DECODING: (0.92, 0.05),
     Phase.SAVING: (0.97, 0.03),
 }
+
+
+SAVE_AGAIN_S = 5.0
+ENGINE_FAULT_S = 60.0  # how long no work is taken after the engine could not even start
+ENGINE_FAULTS = frozenset({"no_device", "engine_unavailable"})
+SLOW_STEPS = 20  # usual denoising steps without progress that make a hang
 
 
 class NoSuchTask(Exception):
@@ -44,6 +50,14 @@ class Full(Exception):
     """As many tasks wait as may."""
 
 
+class EngineDown(Exception):
+    """The generation process can't work on this machine as it is."""
+
+
+class Busy(Exception):
+    """A task runs, and this would end it."""
+
+
 class KeyReused(Exception):
     """The idempotency key was used for another request."""
 
@@ -51,10 +65,17 @@ class KeyReused(Exception):
 class Runner(Protocol):
     """What the queue needs of an Engine."""
 
-    loaded: str | None
-
-    async def run(self, task_id: int, job: Job, model: Any) -> Result:
+    async def run(self, task_id: int, job: Job, model: Model, patience_s: float) -> Result:
         """Run one job. Raises EngineError or Cancelled."""
+
+    async def load(self, model: Model) -> None:
+        """Make a model warm. Raises EngineError."""
+
+    def loaded(self, model_id: str) -> bool:
+        """True if a model is warm."""
+
+    def unload(self) -> bool:
+        """Give all memory back. False if there was nothing to give, or if it works."""
 
     def cancel(self, task_id: int) -> None:
         """End the job that runs."""
@@ -72,6 +93,9 @@ class Files(Protocol):
     def remove_parts(self, task_id: int) -> int:
         """Delete what this task did not finish writing."""
 
+    def prepare(self) -> None:
+        """Make room for a task by the rules of retention. Raises EngineError if the disk is too full."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -82,6 +106,8 @@ class Limits:
     on_restart: str = "resume"  # resume, pause, fail
     history_count: int = 10_000
     history_s: float = 30 * 24 * 3600
+    step_timeout_s: float = 600.0
+    idle_unload_s: float = 0.0  # 0: never
 
 
 @dataclass(frozen=True)
@@ -111,7 +137,11 @@ class TaskQueue:
         self._changed = asyncio.Condition()
         self._closed = False
         self.paused = False
-        self.interrupted: set[int] = set()
+        self.faults: dict[str, str] = {}  # what keeps the queue from working now, a sentence each
+        self._fault_at = 0.0  # of the engine, by time.monotonic()
+        self._put_back = False  # the running task is to wait again: the daemon is shutting down
+        self._to_load: Model | None = None
+        self._loading = False
 
     # -- life
 
@@ -160,19 +190,28 @@ class TaskQueue:
         await self._journal.save(task)
 
     async def _stop(self, runner: asyncio.Task[None], stop_s: float) -> None:
-        self.close()
-        if self._current:
-            self.interrupted.add(self._current.id)
-            self._engine.cancel(self._current.id)
+        self.interrupt()
         await asyncio.wait([runner], timeout=stop_s)
         runner.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await runner
 
+    @property
+    def closed(self) -> bool:
+        """No new work is taken."""
+        return self._closed
+
     def close(self) -> None:
         """Take no new work and start none."""
         self._closed = True
         self._wake.set()
+
+    def interrupt(self) -> None:
+        """Take no new work, and begin to stop the running task, which will be put back."""
+        self.close()
+        if self._current and not self._put_back:
+            self._put_back = True
+            self._engine.cancel(self._current.id)
 
     # -- what clients ask for
 
@@ -181,12 +220,9 @@ class TaskQueue:
     ) -> Receipt:
         """Queue `job`. When this returns, it is on the disk.
 
-        Raises Closed, Full, or KeyReused if `key` was used for a request with another digest.
+        Raises Closed, Full, EngineDown, JournalFault, or KeyReused if `key` was used for a request with another digest.
         """
-        if self._closed:
-            raise Closed
-        if len(self._waiting) + self._submitting >= self._limits.max_queue:
-            raise Full
+        self._require_open()
         answer = {
             "position": len(self._waiting) + self._submitting + bool(self._current) + 1,
             "estimated_wait": self.estimated_wait_s(),
@@ -206,6 +242,14 @@ class TaskQueue:
         self._waiting[task.id] = task
         self._wake.set()
         return Receipt({**answer, "task_id": task.id})
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Closed("wangpd is shutting down and takes no new work")
+        if len(self._waiting) + self._submitting >= self._limits.max_queue:
+            raise Full(f"The queue is full: {self._limits.max_queue} tasks wait (max_queue)")
+        if "engine" in self.faults and time.monotonic() - self._fault_at < ENGINE_FAULT_S:
+            raise EngineDown(self.faults["engine"])
 
     async def get(self, task_id: int) -> Task:
         """The task with this id, ended or not. Raises NoSuchTask."""
@@ -234,10 +278,8 @@ class TaskQueue:
 
         Raises NoSuchTask, or WrongState if it has ended.
         """
-        if task := self._waiting.pop(task_id, None):
-            self._end(task, Status.CANCELLED)
-            await self._journal.save(task)
-            await self._announce()
+        if task := self._waiting.get(task_id):
+            await self._drop([task])
             return task.status
         task = await self.get(task_id)
         if task.status.ended:
@@ -251,12 +293,74 @@ class TaskQueue:
 
     async def clear(self) -> int:
         """Take out all waiting tasks and return how many there were; the running one goes on."""
-        removed, self._waiting = list(self._waiting.values()), {}
-        for task in removed:
-            self._end(task, Status.CANCELLED)
-        await self._journal.save(*removed)
-        await self._announce()
+        removed = list(self._waiting.values())
+        await self._drop(removed)
         return len(removed)
+
+    async def _drop(self, tasks: Sequence[Task]) -> None:
+        """Take waiting tasks out; if that can't be written down, they wait as before. Raises JournalFault."""
+        before = self._waiting
+        self._waiting = {task_id: task for task_id, task in before.items() if task not in tasks}
+        for task in tasks:
+            self._end(task, Status.CANCELLED)
+        try:
+            await self._journal.save(*tasks)
+        except JournalFault:
+            for task in tasks:
+                task.status, task.finished_at = Status.QUEUED, None
+            self._waiting = {**before, **self._waiting}
+            raise
+        await self._announce()
+
+    async def pause(self, paused: bool) -> None:
+        """Start no waiting task, or start them again; remembered over a restart. The running task goes on."""
+        self.paused = paused
+        self._wake.set()
+        await self._journal.set_fact("paused", paused)
+
+    async def move(self, task_id: int, position: int) -> int:
+        """Put a waiting task at `position` and return where it is: never before the running one, or past the end.
+
+        Raises NoSuchTask, or WrongState if it does not wait.
+        """
+        if task_id not in self._waiting:
+            task = await self.get(task_id)
+            raise WrongState(f"Task {task_id} is {task.status}; only a waiting task can be moved")
+        task = self._waiting.pop(task_id)
+        others = list(self._waiting.values())
+        place = min(max(position - 1 - bool(self._current), 0), len(others))
+        self._waiting = {other.id: other for other in (*others[:place], task, *others[place:])}
+        await self._journal.reorder(list(self._waiting))
+        return place + 1 + bool(self._current)
+
+    async def retry(self, task_id: int) -> Receipt:
+        """Queue the job of an ended task again, with its settings, seed and pictures.
+
+        Raises NoSuchTask, or WrongState if it has not ended; and what `submit` raises.
+        """
+        task = await self.get(task_id)
+        if not task.status.ended:
+            raise WrongState(f"Task {task_id} is {task.status}; only an ended task can be retried")
+        return await self.submit(task.job, task.warnings)
+
+    async def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
+        """A page of all tasks, newest first, and how many there are."""
+        tasks, total = await self._journal.history(status, limit, offset)
+        return [self.active(task.id) or task for task in tasks], total
+
+    def load(self, model: Model) -> bool:
+        """Make `model` warm as soon as the engine is free; True if it is already."""
+        if self._engine.loaded(model.id):
+            return True
+        self._to_load = model
+        self._wake.set()
+        return False
+
+    def unload(self) -> bool:
+        """Give back all memory of the card; False if there was nothing to give. Raises Busy if a task runs."""
+        if self._current or self._loading:
+            raise Busy("The engine works; wait for the task, or cancel it first")
+        return self._engine.unload()
 
     async def wait(self, task_id: int, timeout_s: float) -> Task:
         """The task once it has ended, or as it is after `timeout_s`. Raises NoSuchTask."""
@@ -306,10 +410,15 @@ class TaskQueue:
         if task.status.ended:
             return None
         percent = self.progress_percent(task)
-        estimate = self._speeds.estimate_s(task.job, self._engine.loaded if task is self._current else None)
+        estimate = self.estimate_s(task.job)
         if task is self._current and percent >= 5 and task.started_at:
             return round((time.time() - task.started_at) * (100 - percent) / percent, 1)
         return None if estimate is None else round(estimate * (1 - percent / 100), 1)
+
+    def estimate_s(self, job: Job) -> float | None:
+        """Seconds of its own work that `job` will take; None if nothing is known."""
+        estimate = self._speeds.estimate_s(job, self._engine.loaded(job.model))
+        return None if estimate is None else round(estimate, 1)
 
     def estimated_wait_s(self) -> float | None:
         """Seconds until a task that is submitted now would start; None while some task ahead has no history."""
@@ -334,27 +443,60 @@ class TaskQueue:
         while not self._closed:
             if self._waiting and not self.paused:
                 return self._waiting.pop(next(iter(self._waiting)))
-            self._wake.clear()
-            await self._wake.wait()
+            if self._to_load:
+                await self._load()
+            else:
+                await self._idle()
         return None
+
+    async def _load(self) -> None:
+        assert self._to_load
+        model, self._to_load, self._loading = self._to_load, None, True
+        try:
+            await self._engine.load(model)
+        except Exception as error:  # whatever it was, the queue goes on
+            log.error("model %s could not be loaded: %s", model.id, error)
+        finally:
+            self._loading = False
+
+    async def _idle(self) -> None:
+        """Wait for something to do; give the memory back when it takes too long."""
+        self._wake.clear()
+        try:
+            await asyncio.wait_for(self._wake.wait(), self._limits.idle_unload_s or None)
+        except TimeoutError:
+            if self._engine.unload():
+                log.info("idle for %.0f s: the generation process was ended", self._limits.idle_unload_s)
 
     async def _process(self, task: Task) -> None:
         task.status, task.started_at, task.attempts = Status.PROCESSING, time.time(), task.attempts + 1
-        await self._journal.save(task)
-        warm = self._engine.loaded == task.job.model
+        await self._persist(task)
+        warm = self._engine.loaded(task.job.model)
         try:
-            result = await self._engine.run(task.id, task.job, self._catalog.get(task.job.model))
+            await asyncio.to_thread(self._files.prepare)
+            model = self._catalog.get(task.job.model)
+            result = await self._engine.run(task.id, task.job, model, self._patience_s(task.job))
         except Cancelled:
             await self._stopped(task)
         except (EngineError, UnknownModel) as error:
-            await asyncio.to_thread(self._files.remove_parts, task.id)
-            await self._finish(task, Status.FAILED, getattr(error, "code", "unknown_model"), str(error))
+            await self._failed(task, getattr(error, "code", "unknown_model"), str(error))
         else:
             await self._completed(task, result, warm)
         await self._journal.prune(self._limits.history_count, self._limits.history_s)
 
+    async def _failed(self, task: Task, code: str, sentence: str) -> None:
+        if code in ENGINE_FAULTS:
+            self.faults["engine"], self._fault_at = sentence, time.monotonic()
+        await asyncio.to_thread(self._files.remove_parts, task.id)
+        await self._finish(task, Status.FAILED, code, sentence)
+
+    def _patience_s(self, job: Job) -> float:
+        """How long a job may show no progress: slow models earn more than the floor by what they have shown before."""
+        return max(self._limits.step_timeout_s, SLOW_STEPS * self._speeds.step_s(job))
+
     async def _completed(self, task: Task, result: Result, warm: bool) -> None:
         task.files, task.timings, task.peak_memory_bytes = result.files, result.timings, result.peak_memory_bytes
+        self.faults.pop("engine", None)
         self._speeds.learn(task.job, result, loaded=not warm)
         await self._journal.set_fact("speeds", self._speeds.facts())
         # A cancel that came after the last file was whole: "cancelling" was said, so "cancelled" must follow.
@@ -365,11 +507,11 @@ class TaskQueue:
 
         A client keeps the files of earlier runs, each of them whole; a task that goes back will make them all again.
         """
-        if task.id in self.interrupted and task.status is not Status.CANCELLING:
+        if self._put_back and task.status is not Status.CANCELLING:
             await asyncio.to_thread(self._files.remove_attempt, task.id)
             task.status, task.started_at, task.attempts = Status.QUEUED, None, task.attempts - 1
             self._waiting = {task.id: task, **self._waiting}
-            await self._journal.save(task)
+            await self._persist(task)
             await self._journal.reorder(list(self._waiting))
         else:
             await asyncio.to_thread(self._files.remove_parts, task.id)
@@ -378,7 +520,19 @@ class TaskQueue:
     async def _finish(self, task: Task, status: Status, code: str = "", sentence: str = "") -> None:
         self._end(task, status, code, sentence)
         log.info("task %d %s%s", task.id, status, f": {sentence}" if sentence else "")
-        await self._journal.save(task)
+        await self._persist(task)
+
+    async def _persist(self, task: Task) -> None:
+        """Save it, however long the disk needs: a state that only the memory knows is a promise that may be broken."""
+        while True:
+            try:
+                await self._journal.save(task)
+                self.faults.pop("journal", None)
+                return
+            except JournalFault as fault:
+                self.faults["journal"] = str(fault)
+                log.error("task %d: %s", task.id, fault)
+                await asyncio.sleep(SAVE_AGAIN_S)
 
     def _end(self, task: Task, status: Status, code: str = "", sentence: str = "") -> None:
         task.status, task.finished_at = status, time.time()

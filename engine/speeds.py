@@ -41,14 +41,19 @@ class Speeds:
         )
         self._paces[job.model] = _mean(old, new) if old else new
 
-    def estimate_s(self, job: Job, loaded: str | None) -> float | None:
-        """Seconds that `job` will take from its start, or None if its model has never run. `loaded`: the warm model."""
+    def step_s(self, job: Job) -> float:
+        """Seconds that a denoising step of `job` will take; 0 if its model has never run."""
+        pace = self._paces.get(job.model)
+        return pace.step_s * voxels(job) * job.batch_size if pace else 0.0
+
+    def estimate_s(self, job: Job, warm: bool) -> float | None:
+        """Seconds that `job` will take from its start, or None if its model has never run. `warm`: it is loaded."""
         pace = self._paces.get(job.model)
         if pace is None:
             return None
         files = job.batch_size * job.repeat_generation
         work = voxels(job) * files * (pace.step_s * job.steps + pace.rest_s)
-        return work + (0.0 if loaded == job.model else pace.load_s)
+        return work + (0.0 if warm else pace.load_s)
 
 
 def voxels(job: Job) -> int:

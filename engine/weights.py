@@ -1,6 +1,8 @@
 """Where a model's weights lie: in the package, in `models_dir`, or in the Hugging Face cache."""
 
+import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ class Weights:
 
 def locate(model: Model, models_dir: Path) -> Weights | None:
     """Where this model's weights are, or None if they are not all installed."""
-    folder = next((folder for folder in _folders(model, models_dir) if (folder / INDEX).is_file()), None)
+    folder = next(filter(is_whole, _folders(model, models_dir)), None)
     loras = [_lora(lora, models_dir / model.id / "loras") for lora in model.recipe_loras]
     found = tuple(path for path in loras if path)
     return Weights(folder, found) if folder and len(found) == len(loras) else None
@@ -31,11 +33,29 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def install_command(model: Model, models_dir: Path) -> str:
     """The command that puts this model's weights where `locate` finds them."""
-    owner = model.base or model.id
-    commands = [f"hf download {model.repo} --local-dir {models_dir / owner}"]
+    revision = ("--revision", model.revision) if model.revision else ()
+    downloads = [(model.repo, *revision, "--local-dir", models_dir / (model.base or model.id))]
     for lora in model.recipe_loras:
-        commands.append(f"hf download {lora['repo']} {lora['file']} --local-dir {models_dir / model.id / 'loras'}")
-    return " && ".join(commands)
+        downloads.append((lora["repo"], lora["file"], "--local-dir", models_dir / model.id / "loras"))
+    return " && ".join(shlex.join(map(str, ("hf", "download", *words))) for words in downloads)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every part that the folder's index names is there with all its weights; a broken download's are not."""
+    try:
+        parts = json.loads((folder / INDEX).read_text())
+        named = [name for name, about in parts.items() if isinstance(about, list) and about[0]]
+        return all(_part_is_whole(folder / name) for name in named)
+    except (OSError, ValueError):  # ValueError: a file that was cut off
+        return False
+
+
+def _part_is_whole(part: Path) -> bool:
+    indexes = [json.loads(path.read_text()) for path in part.glob("*.safetensors.index*.json")]
+    shards = {shard for index in indexes for shard in index["weight_map"].values()}
+    if not shards:  # one file, or none at all: a scheduler or a tokenizer
+        shards = {"*.safetensors" if (part / "config.json").is_file() else "*"}
+    return all(any(path.is_file() for path in part.glob(shard)) for shard in shards)
 
 
 def download(model: Model, models_dir: Path) -> Weights:
@@ -47,7 +67,7 @@ def download(model: Model, models_dir: Path) -> Weights:
     from huggingface_hub import hf_hub_download, snapshot_download  # only here: the daemon must not carry it
 
     folder = models_dir / (model.base or model.id)
-    if not any((known / INDEX).is_file() for known in _folders(model, models_dir)):
+    if not any(map(is_whole, _folders(model, models_dir))):
         part = models_dir / f".{folder.name}.part"
         snapshot_download(model.repo, revision=model.revision, local_dir=part, ignore_patterns=UNWANTED)
         part.rename(folder)

@@ -1,6 +1,7 @@
 """A real wangpd in a process of its own, and the few words that tests say to it."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -27,7 +28,8 @@ class Daemon:
         self.outputs, self.state, self.models = (folder / name for name in ("outputs", "state", "models"))
         self.log = folder / "log"
         self.url = ""
-        self.environment: dict[str, str] | None = None  # None: the tests' own
+        # One thread: the models are tiny, and threads that spin for each other on a busy machine cost more than they give.
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         lines = [f"{key} = {json.dumps(value)}" for key, value in {"port": 0, **config}.items()]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from engine.catalog import Model
+from engine.job import Job
 
 log = logging.getLogger("wangpd.worker")
 HEADROOM = 0.75  # share of the free GPU memory that weights may take; activations need the rest
@@ -71,3 +72,20 @@ def _by_layer(pipe: Any, device: torch.device) -> None:
 
 
 _PLACINGS = {1: _resident, 2: _by_block, 3: _by_component, 4: _by_block, 5: _by_layer}
+
+
+def more_frugal(profile: float) -> float:
+    """The next profile that needs less memory of the card."""
+    return {0: 4, 1: 3, 2: 4, 3: 4}.get(int(profile), 5)
+
+
+def advice(job: Job, model: Model, where: str, profile: float) -> str:
+    """What to tell a user whose job fits with no profile: the same job at half the pixels, or half the frames."""
+    step = model.spatial_multiple
+    width, height = (max(step, round(side * 0.7 / step) * step) for side in (job.width, job.height))
+    frames = model.frames.nearest(job.frames // 2)
+    return (
+        f"Out of memory while {where}, also with profile {profile:g}. {job.width}x{job.height} with {job.frames} frames"
+        f" is too much for this card: try {width}x{height}, or video_length {frames}"
+        + (", or batch_size 1." if job.batch_size > 1 else ".")
+    )

@@ -28,30 +28,56 @@ class Studio:
     def __init__(self, config: "EngineConfig") -> None:
         self._config = config
         self._device = choose_device(config.device)
-        self._model_id = ""
+        self._profile = config.profile
+        self.model_id = ""  # of the model that is loaded
         self._pipe: Any = None
 
     def make(self, task_id: int, job: Job, model: Model, meter: Meter) -> Result:
-        """Load what is not loaded, generate, and return the whole files. Raises EngineError or Cancelled."""
-        self._reset_peak()
+        """Load what is not loaded, generate, and return the whole files.
+
+        Out of memory, it gives everything back and tries once more with the next more frugal profile. Raises
+        EngineError or Cancelled.
+        """
         started = datetime.now(UTC)
+        try:
+            return self._attempt(task_id, job, model, meter, started)
+        except torch.OutOfMemoryError:
+            frugal = memory.more_frugal(self._profile)
+            log.warning("task %d: out of memory while %s; once more with profile %g", task_id, meter.where, frugal)
+        self._unload()
+        self._profile = frugal
+        try:
+            return self._attempt(task_id, job, model, meter, started)
+        except torch.OutOfMemoryError:
+            raise EngineError(memory.advice(job, model, meter.where, frugal), "out_of_memory") from None
+        finally:
+            if self._profile != self._config.profile:
+                self._unload()  # the next task may fit as configured
+                self._profile = self._config.profile
+
+    def _attempt(self, task_id: int, job: Job, model: Model, meter: Meter, started: datetime) -> Result:
+        self._reset_peak()
         meter.enter(Phase.LOADING)
-        pipe = pipeline.sibling(self._loaded(model, job.task), model.pipelines[job.task])
+        pipe = pipeline.sibling(self.load(model, job.task), model.pipelines[job.task])
         files = []
         for clip in pipeline.render(pipe, model, job, meter):
             meter.enter(Phase.SAVING)
             files.append(self._save(task_id, job, clip, started))
         return Result(tuple(files), meter.done(), self._peak_bytes())
 
-    def _loaded(self, model: Model, task: str) -> Any:
-        if self._model_id != model.id:
-            self._model_id, self._pipe = "", None  # free the old one first: two may not fit
-            self.give_back()
+    def load(self, model: Model, task: str) -> Any:
+        """The pipeline of `model`, ready to run; nothing happens if it is loaded."""
+        if self.model_id != model.id:
+            self._unload()  # first: two may not fit
             pipe = pipeline.load(model, model.pipelines[task], self._weights(model), self._device)
-            memory.place(pipe, model, self._device, self._config.profile, self._config.vae_config)
-            self._model_id, self._pipe = model.id, pipe
+            memory.place(pipe, model, self._device, self._profile, self._config.vae_config)
+            self.model_id, self._pipe = model.id, pipe
             log.info("loaded model %s on %s", model.id, self._device)
         return self._pipe
+
+    def _unload(self) -> None:
+        self.model_id, self._pipe = "", None
+        self.give_back()
 
     def _weights(self, model: Model) -> Weights:
         found = weights.locate(model, self._config.models_dir)

@@ -12,17 +12,18 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from engine.catalog import Model
 from engine.gpu.meter import Meter
-from engine.job import Board, Cancelled, EngineError, Job, Phase, Result
+from engine.job import NO_TASK, Board, Cancelled, EngineError, Job, Phase, Result, fingerprint
 
 if TYPE_CHECKING:
     from engine.executor import EngineConfig
     from engine.gpu.studio import Studio
 
 log = logging.getLogger("wangpd.worker")
+T = TypeVar("T")
 
 _board: Board
 _config: "EngineConfig"
@@ -51,20 +52,30 @@ def _end_with_parent() -> None:
 
 
 def generate(task_id: int, job: Job, model: Model) -> Result:
-    """Run one job and return its files, whole and in the output folder.
+    """Run one job and return its files, whole and in the output folder. Raises EngineError or Cancelled."""
+    return _guarded(task_id, lambda studio, meter: studio.make(task_id, job, model, meter))
 
-    Raises only EngineError or Cancelled: to unpickle an exception of torch the daemon would have to import torch.
+
+def warm(model: Model) -> None:
+    """Load `model`, so that the next task of it need not. Raises EngineError."""
+    _guarded(NO_TASK, lambda studio, _meter: studio.load(model, model.tasks[0]))
+
+
+def _guarded(task_id: int, work: "Callable[[Studio, Meter], T]") -> T:
+    """Do `work`; what it raises becomes one of the two exceptions that may cross the border.
+
+    To unpickle an exception of torch, the daemon would have to import torch.
     """
     meter = Meter(_board, task_id)
     try:
         meter.enter(Phase.LOADING)
-        return _opened().make(task_id, job, model, meter)
+        return work(_opened(), meter)
     except Cancelled:
         raise Cancelled("by request") from None
     except EngineError as error:
         raise EngineError(error.message, error.code) from None
     except Exception as error:
-        log.exception("task %d failed", task_id)
+        log.exception("task %d: fault while %s", task_id, meter.where)
         raise _translated(error, meter.where) from None
     finally:
         _give_back()
@@ -81,6 +92,7 @@ def _opened() -> "Studio":
 
 
 def _give_back() -> None:
+    _board.loaded = fingerprint(_studio.model_id) if _studio and _studio.model_id else 0
     if _studio is not None:
         _studio.give_back()
 
@@ -114,7 +126,14 @@ def _disk_fault(error: Exception, where: str) -> EngineError:
     return EngineError(f"{error.strerror or _first_line(error)} while {where}.", "os_error")
 
 
+def _missing_package(error: Exception, _: str) -> EngineError:
+    return EngineError(
+        f"The generation process can't work: {_first_line(error)}. Install wangpd again.", "engine_unavailable"
+    )
+
+
 _SENTENCES: tuple[tuple[Callable[[Exception], bool], Callable[[Exception, str], EngineError]], ...] = (
     (_is_out_of_memory, _out_of_memory),
+    (lambda error: isinstance(error, ImportError), _missing_package),
     (lambda error: isinstance(error, OSError) and error.errno is not None, _disk_fault),
 )

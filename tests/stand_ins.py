@@ -1,0 +1,174 @@
+"""What a test puts in the place of the worker's `generate`: real processes that misbehave in a known way.
+
+Each takes a task's place in a generation process. A job's prompt names the phase that it goes to, and what it does there.
+"""
+
+import asyncio
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.catalog import Catalog, Model
+from engine.executor import Engine, EngineConfig
+from engine.gpu import worker
+from engine.gpu.meter import Meter
+from engine.job import EngineError, Job, Phase, Result
+
+DEMO = Catalog.load().get("wan_demo")
+DONE = Result((), {}, 0)
+FOR_EVER_S = 600
+
+
+def job(prompt: str = "", **changes: Any) -> Job:
+    """A job that only a stand-in reads."""
+    plain: dict[str, Any] = {
+        "model": DEMO.id,
+        "task": "t2v",
+        "prompt": prompt,
+        "negative_prompt": "",
+        "width": 64,
+        "height": 64,
+        "frames": 9,
+        "fps": 8,
+        "steps": 20,
+        "guidance_scale": 1.0,
+        "embedded_guidance_scale": 0.0,
+        "flow_shift": None,
+        "seed": 1,
+    }
+    return Job(**plain | changes)
+
+
+def arrived(task_id: int, job: Job) -> Meter:
+    """Be in the phase that the prompt names, at step 7 of 20."""
+    meter = Meter(worker._board, task_id)
+    meter.begin_run(0, 1, job.steps)
+    meter.step_done(7)
+    meter.enter(Phase[job.prompt.upper()])
+    return meter
+
+
+def obey(task_id: int, job: Job, _model: Model) -> Result:
+    """Stay in the phase until it is cancelled."""
+    meter = arrived(task_id, job)
+    while True:
+        meter.check()
+        time.sleep(0.01)
+
+
+def ignore(task_id: int, job: Job, _model: Model) -> Result:
+    """Stay in the phase and look at nothing."""
+    arrived(task_id, job)
+    time.sleep(FOR_EVER_S)
+    return DONE
+
+
+def be_quick(_task_id: int, _job: Job, _model: Model) -> Result:
+    """Be done."""
+    return DONE
+
+
+def take_a_moment(task_id: int, job: Job, _model: Model) -> Result:
+    """Be done after a second, unless it is cancelled."""
+    meter = arrived(task_id, job)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        meter.check()
+        time.sleep(0.01)
+    return DONE
+
+
+def exit_at_once(task_id: int, job: Job, _model: Model) -> Result:
+    """End the process as a library's `exit` would."""
+    arrived(task_id, job)
+    os._exit(3)
+
+
+def crash(task_id: int, job: Job, _model: Model) -> Result:
+    """Die as of a fault in a kernel."""
+    arrived(task_id, job)
+    os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(FOR_EVER_S)
+    return DONE
+
+
+class Unpicklable(Exception):
+    """What can't cross a process border."""
+
+    def __init__(self) -> None:
+        super().__init__("can't be sent", lambda: None)
+
+
+def _with_tensor() -> BaseException:
+    import torch
+
+    return RuntimeError(torch.zeros(3), "a fault with a tensor in it")
+
+
+FAULTS = {
+    "tensor": _with_tensor,
+    "unpicklable": Unpicklable,
+    "exit": lambda: SystemExit(1),
+    "interrupt": KeyboardInterrupt,
+    "memory": MemoryError,
+    "disk": lambda: OSError(28, "No space left on device", "/secret/path"),
+    "import": lambda: ImportError("No module named 'ftfy'"),
+    "sentence": lambda: EngineError("Nothing works today.", "own_code"),
+    "no words": RuntimeError,
+    "many lines": lambda: ValueError("first line\nsecond line"),
+}
+
+
+class BrokenStudio:
+    """A studio in which every job ends in the fault that its prompt names."""
+
+    model_id = ""
+
+    def make(self, _task_id: int, job: Job, _model: Model, meter: Meter) -> Result:
+        """Raise it, while denoising."""
+        meter.enter(Phase.DENOISING)
+        raise FAULTS[job.prompt]()
+
+    def give_back(self) -> None:
+        """Nothing to give."""
+
+
+REAL_GENERATE = worker.generate
+
+
+def fail(task_id: int, job: Job, model: Model) -> Result:
+    """The worker's own `generate`, with a studio that fails."""
+    worker._studio = BrokenStudio()  # type: ignore[assignment]
+    return REAL_GENERATE(task_id, job, model)
+
+
+def config(folder: Path) -> EngineConfig:
+    """A configuration for an engine that makes no files."""
+    return EngineConfig(save_path=folder, models_dir=folder)
+
+
+async def _told(engine: Engine, task_id: int, fault: str) -> str:
+    try:
+        await engine.run(task_id, job(fault), DEMO, math.inf)
+    except EngineError as error:
+        return error.message
+    return "no fault"
+
+
+async def _fail_all(names: list[str]) -> None:
+    engine = Engine(config(Path.cwd()))
+    sentences = {name: await _told(engine, number, name) for number, name in enumerate(names, 1)}
+    engine.close()
+    heavy = [name for name in ("libtorch", "numpy", "diffusers") if name in Path("/proc/self/maps").read_text()]
+    print(json.dumps({"sentences": sentences, "heavy": heavy}))
+
+
+def fail_in_a_fresh_process() -> None:
+    """Run every fault that `sys.argv` names; print the sentences, and what heavy libraries that brought in."""
+    worker.generate = fail
+    asyncio.run(_fail_all(sys.argv[1:]))

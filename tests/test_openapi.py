@@ -1,0 +1,224 @@
+"""The OpenAPI document: valid, complete, true of the running daemon, and shown by two viewers without any internet."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import jsonschema
+import pytest
+import requests
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from PIL import Image
+
+from tests import contract
+from tests.daemon import ROOT, Daemon
+from tests.idle import idle_daemon
+from wangpd import Config, make_app
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon in which accepted tasks wait for ever, with one picture to look at."""
+    with idle_daemon(tmp_path_factory.mktemp("openapi"), max_queue=1_000_000) as running:
+        Image.new("RGB", (64, 48), "teal").save(running.outputs / "picture.png")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def document(idle: Daemon) -> dict[str, Any]:
+    """The document as the daemon serves it."""
+    served: dict[str, Any] = requests.get(f"{idle.url}/api/openapi.json", timeout=60).json()
+    return served
+
+
+# -- the document
+
+
+def test_the_document_is_valid_openapi_3_1(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.1")
+    assert [str(error) for error in OpenAPIV31SpecValidator(document).iter_errors()] == []
+
+
+def test_every_operation_has_an_id_of_its_own_a_tag_and_a_summary(document: dict[str, Any]) -> None:
+    operations = [operation for path in document["paths"].values() for operation in path.values()]
+    ids = [operation["operationId"] for operation in operations]
+    assert len(ids) == len(set(ids))
+    assert all(operation["tags"] and operation["summary"] for operation in operations)
+
+
+def test_the_document_names_every_route_of_the_app(document: dict[str, Any], tmp_path: Path) -> None:
+    app = make_app(Config(save_path=tmp_path / "outputs", state_path=tmp_path / "state", models_dir=tmp_path))
+    routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource}
+    api = {(method, path.rstrip("/")) for method, path in routes if path.startswith("/api/v1") and method != "HEAD"}
+    named = {(method.upper(), path.rstrip("/")) for path, item in document["paths"].items() for method in item}
+    assert named == api
+
+
+def test_the_document_names_every_path_of_the_contract(document: dict[str, Any]) -> None:
+    wanted = {(endpoint.method, f"/api/v1{endpoint.path}") for endpoint in contract.ENDPOINTS}
+    wanted |= {("GET", f"/api/v1{path}") for path in contract.FILES}
+    assert wanted <= {(method.upper(), path) for path, item in document["paths"].items() for method in item}
+
+
+def request_properties(document: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the body of POST /generate."""
+    properties: dict[str, Any] = document["components"]["schemas"]["GenerateRequest"]["properties"]
+    return properties
+
+
+def test_the_document_names_every_request_field(document: dict[str, Any]) -> None:
+    documented = {"prompt", "model_type", *contract.DEFAULTS, *contract.IMAGES}
+    assert documented <= request_properties(document).keys()
+    assert document["components"]["schemas"]["GenerateRequest"]["required"] == ["prompt"]
+
+
+def test_the_document_has_the_contracts_defaults(document: dict[str, Any]) -> None:
+    told = {name: field["default"] for name, field in request_properties(document).items() if "default" in field}
+    assert contract.DEFAULTS.items() <= told.items()
+
+
+@pytest.mark.parametrize("name", contract.LIMITS)
+def test_the_schema_draws_the_limits_where_the_daemon_does(document: dict[str, Any], name: str) -> None:
+    schema = request_properties(document)[name]
+    assert [value for value in contract.LIMITS[name] if not fits(value, schema)] == []
+    assert [value for value in contract.BEYOND[name] if fits(value, schema)] == []
+
+
+def fits(value: Any, schema: dict[str, Any]) -> bool:
+    return jsonschema.Draft202012Validator(schema).is_valid(value)
+
+
+def test_the_schema_limits_prompt_and_references(document: dict[str, Any]) -> None:
+    properties = request_properties(document)
+    assert (properties["prompt"]["minLength"], properties["prompt"]["maxLength"]) == contract.PROMPT_CHARACTERS
+    assert properties["image_refs"]["maxItems"] == contract.IMAGE_REFS_MOST
+    assert properties["image_start"]["contentEncoding"] == "base64"
+
+
+def test_the_document_has_the_query_parameters_with_defaults_and_limits(document: dict[str, Any]) -> None:
+    paths = document["paths"]
+    outputs = {item["name"]: item["schema"] for item in paths["/api/v1/outputs"]["get"]["parameters"]}
+    assert outputs["limit"] | {"minimum": 1, "maximum": 200, "default": 50} == outputs["limit"]
+    assert outputs["offset"] | {"minimum": 0, "default": 0} == outputs["offset"]
+    assert outputs["file_type"]["enum"] == list(contract.FILE_TYPES)
+    preview = {item["name"]: item["schema"] for item in paths["/api/v1/preview/{filename}"]["get"]["parameters"]}
+    assert preview["width"] | {"minimum": 32, "maximum": 1920, "default": 320} == preview["width"]
+
+
+ERRORS = {
+    ("post", "/api/v1/generate"): {"400", "404", "413", "500", "503"},
+    ("get", "/api/v1/models/{model_type}"): {"404", "500"},
+    ("get", "/api/v1/status/{task_id}"): {"400", "404", "500"},
+    ("delete", "/api/v1/queue/{task_id}"): {"400", "404", "500"},
+    ("get", "/api/v1/outputs"): {"400", "500"},
+    ("get", "/api/v1/download/{filename}"): {"206", "304", "404", "416", "500"},
+    ("get", "/api/v1/preview/{filename}"): {"206", "304", "400", "404", "416", "500"},
+}
+
+
+@pytest.mark.parametrize(("method", "path"), ERRORS)
+def test_the_document_names_every_answer(document: dict[str, Any], method: str, path: str) -> None:
+    responses = document["paths"][path][method]["responses"]
+    assert ERRORS[method, path] | {"200"} <= responses.keys()
+    failures = [responses[status] for status in responses if status >= "400"]
+    schemas = [failure["content"]["application/json"]["schema"] for failure in failures]
+    assert all(schema == {"$ref": "#/components/schemas/Failure"} for schema in schemas)
+
+
+# -- is it true?
+
+
+def answer_schema(document: dict[str, Any], method: str, path: str, status: int) -> dict[str, Any]:
+    """The schema of an answer, complete in itself."""
+    response = document["paths"][path][method.lower()]["responses"][str(status)]
+    return {**response["content"]["application/json"]["schema"], "components": document["components"]}
+
+
+@pytest.mark.parametrize("endpoint", contract.ENDPOINTS, ids=lambda endpoint: f"{endpoint.method} {endpoint.path}")
+def test_a_real_answer_is_what_the_document_says(
+    idle: Daemon, document: dict[str, Any], endpoint: contract.Endpoint
+) -> None:
+    task_id = idle.submit()["task_id"]
+    body = {"prompt": "a cat"} if endpoint.method == "POST" else None
+    answer = idle.request(endpoint.method, endpoint.path.format(task_id=task_id, model_type="wan_demo"), json=body)
+    jsonschema.validate(answer.json(), answer_schema(document, endpoint.method, f"/api/v1{endpoint.path}", 200))
+
+
+@pytest.mark.parametrize("model_type", ["wan_t2v_14B", "wan22_i2v_14B", "anyflow_t2v_1.3B"])
+def test_the_settings_of_every_kind_of_model_are_what_the_document_says(
+    idle: Daemon, document: dict[str, Any], model_type: str
+) -> None:
+    for path in ("/models/{model_type}", "/models/{model_type}/settings"):
+        answer = idle.get(path.format(model_type=model_type))
+        jsonschema.validate(answer.json(), answer_schema(document, "GET", f"/api/v1{path}", 200))
+
+
+def test_the_status_of_a_finished_task_is_what_the_document_says(daemon: Daemon, document: dict[str, Any]) -> None:
+    state = daemon.run(video_length=5, num_inference_steps=2)
+    assert state["files"]
+    answer = daemon.get(f"/status/{state['task_id']}").json()
+    jsonschema.validate(answer, answer_schema(document, "GET", "/api/v1/status/{task_id}", 200))
+
+
+def test_an_error_is_what_the_document_says(idle: Daemon, document: dict[str, Any]) -> None:
+    answer = idle.post("/generate", {})
+    jsonschema.validate(answer.json(), answer_schema(document, "POST", "/api/v1/generate", answer.status_code))
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing(idle: Daemon, tmp_path: Path) -> None:
+    """All its checks over every operation; what can't apply is in tests/schemathesis.toml, with the reason."""
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests" / "schemathesis.toml")]
+    done = subprocess.run(
+        [*command, "run", f"{idle.url}/api/openapi.json", "--checks", "all", "--no-color"],
+        cwd=tmp_path,  # it leaves its notes where it runs
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    idle.delete("/queue")
+
+
+# -- the viewers
+
+
+@pytest.mark.parametrize("name", ["docs", "redoc"])
+def test_a_viewer_and_all_that_it_loads_come_from_the_daemon(idle: Daemon, name: str) -> None:
+    address = f"{idle.url}/api/{name}"
+    page = requests.get(address, timeout=60)
+    links = re.findall(r"""(?:src|href)=["']([^"']+)""", page.text)
+    assert len(links) >= 3
+    assert [link for link in links if not link.startswith("data:") and re.match(r"/|[a-z]+:", link)] == []
+    assets = [requests.get(urljoin(address, link), timeout=60) for link in links if not link.startswith("data:")]
+    assert [asset.status_code for asset in assets] == [200] * len(assets)
+    assert all(asset.content for asset in assets)
+
+
+@pytest.mark.parametrize("name", ["docs", "redoc"])
+def test_a_viewer_may_load_nothing_from_elsewhere(idle: Daemon, name: str) -> None:
+    page = requests.get(f"{idle.url}/api/{name}", timeout=60)
+    policy = page.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'self';")
+    assert "http" not in policy
+    assert "unsafe-eval" not in policy
+
+
+@pytest.mark.parametrize("name", ["docs", "redoc"])
+def test_the_start_script_of_a_viewer_asks_for_the_document_beside_it(idle: Daemon, name: str) -> None:
+    page = requests.get(f"{idle.url}/api/{name}", timeout=60)
+    last = re.findall(r'<script src="([^"]+)"', page.text)[-1]
+    script = requests.get(urljoin(page.url, last), timeout=60).text
+    assert re.findall(r"'([^']*openapi\.json)'", script) == ["openapi.json"]
+
+
+def test_the_style_sheets_name_no_other_host(idle: Daemon) -> None:
+    for name in ("docs", "redoc"):
+        page = requests.get(f"{idle.url}/api/{name}", timeout=60)
+        for link in re.findall(r'<link rel="stylesheet" href="([^"]+)"', page.text):
+            sheet = requests.get(urljoin(page.url, link), timeout=60).text
+            assert re.findall(r"url\(\s*['\"]?((?:https?:)?//[^)]*)", sheet) == []
