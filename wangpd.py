@@ -907,6 +907,8 @@ REQUEST_ID = web.RequestKey("request_id", str)
 BODY, QUERY, PATH = (web.RequestKey(name, dict) for name in ("body", "query", "path"))
 
 routes = web.RouteTableDef()
+# Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
+QUEUED_TASK = f"{API}/queue/{{task_id:(?!pause$|resume$)[^/]+}}"
 
 
 def answered(message: str, data: Mapping[str, Any], **options: Any) -> web.Response:
@@ -1199,7 +1201,7 @@ async def resume_queue(request: web.Request) -> web.Response:
     return answered("Queue resumed", {"paused": False})
 
 
-@routes.patch(f"{API}/queue/{{task_id}}")
+@routes.patch(QUEUED_TASK)
 @operation("Queue", "Move a waiting task", envelope(Moved), 400, 404, 408, 413, 503, path=TaskPath, body=MoveRequest)
 async def move_task(request: web.Request) -> web.Response:
     task_id = request[PATH]["task_id"]
@@ -1232,7 +1234,7 @@ async def history(request: web.Request) -> web.Response:
     return answered(f"Found {total} tasks", data)
 
 
-@routes.delete(f"{API}/queue/{{task_id}}")
+@routes.delete(QUEUED_TASK)
 @operation("Queue", "Take out a waiting task, or cancel the running one", envelope(Removed), 400, 404, path=TaskPath)
 async def remove_task(request: web.Request) -> web.Response:
     task_id = request[PATH]["task_id"]
@@ -1351,6 +1353,8 @@ def require_range(request: web.Request, size: int) -> None:
         start = request.http_range.start
     except ValueError:
         start = size
+    if re.fullmatch(r"bytes=-0+", request.headers.get(hdrs.RANGE, "")):
+        start = size  # the last 0 bytes, which aiohttp takes for the whole file
     if start is not None and start >= size and hdrs.IF_RANGE not in request.headers:
         raise no_such_range(size)
 
@@ -1609,7 +1613,7 @@ async def guard_middleware(request: web.Request, handler: Handler) -> web.Stream
         raise web.HTTPForbidden(text=f"Host: '{shortened(host)}' is none of allowed_hosts")
     if request.method not in SAFE_METHODS and from_elsewhere(request, host):
         raise web.HTTPForbidden(text="Origin: a web page of another site asked; cors_origins names those that may")
-    if app[TOKEN] and request.path not in OPEN_PATHS and not hmac.compare_digest(bearer(request), app[TOKEN]):
+    if app[TOKEN] and needs_token(request.path) and not hmac.compare_digest(bearer(request), app[TOKEN]):
         raise web.HTTPUnauthorized(
             text="Authorization: 'Bearer TOKEN' is asked for here", headers={hdrs.WWW_AUTHENTICATE: "Bearer"}
         )
@@ -1618,6 +1622,11 @@ async def guard_middleware(request: web.Request, handler: Handler) -> web.Stream
 
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
 OPEN_PATHS = frozenset({f"{API}/health", f"{API}/health/ready"})
+
+
+def needs_token(path: str) -> bool:
+    """True for the API itself, less the health that monitors ask for; the documentation holds no secrets."""
+    return path.startswith(API) and path not in OPEN_PATHS
 
 
 def forwarded(request: web.Request, header: str, own: str) -> str:

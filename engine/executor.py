@@ -185,9 +185,14 @@ class Engine:
         return True
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does, and wait until it is gone: for the daemon's own end. Blocks briefly."""
         self._stop_timer()
+        executor = self._executor
         self._discard()
+        for child in multiprocessing.active_children():  # one that was still being spawned, and had not said its pid
+            child.kill()
+        if executor is not None:
+            executor.shutdown(wait=True)  # else its threads would find their pipes closed by the interpreter's end
 
 
 def end_group(pid: int) -> None:

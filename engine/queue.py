@@ -29,6 +29,7 @@ SHARES: Mapping[Phase, tuple[float, float]] = {
 
 
 SAVE_AGAIN_S = 5.0
+FOLLOW_S = 0.2
 ENGINE_FAULT_S = 60.0  # how long no work is taken after the engine could not even start
 ENGINE_FAULTS = frozenset({"no_device", "engine_unavailable"})
 SLOW_STEPS = 20  # usual denoising steps without progress that make a hang
@@ -300,7 +301,8 @@ class TaskQueue:
     async def _drop(self, tasks: Sequence[Task]) -> None:
         """Take waiting tasks out; if that can't be written down, they wait as before. Raises JournalFault."""
         before = self._waiting
-        self._waiting = {task_id: task for task_id, task in before.items() if task not in tasks}
+        gone = {task.id for task in tasks}
+        self._waiting = {task_id: task for task_id, task in before.items() if task_id not in gone}
         for task in tasks:
             self._end(task, Status.CANCELLED)
         try:
@@ -387,18 +389,19 @@ class TaskQueue:
         total = task.job.steps * (runs if progress else files)
         if task.status is Status.COMPLETED:
             return total, total
-        return (progress.run * progress.steps + progress.step if progress else 0), total
+        return (progress.run * progress.steps + progress.step if progress else task.steps_done), total
 
     def progress_percent(self, task: Task) -> float:
         """0 to 100; it only grows, and is 100 once the task is completed."""
         if task.status is Status.COMPLETED:
             return 100.0
         progress = self._engine.progress(task.id)
-        if not progress or not progress.runs:
-            return 0.0
-        start, share = SHARES[progress.phase]
-        part = progress.step / progress.steps if progress.phase is Phase.DENOISING and progress.steps else 0.0
-        return round(min(99.9, 100 * (progress.run + start + share * part) / progress.runs), 1)
+        if progress and progress.runs:
+            start, share = SHARES[progress.phase]
+            part = progress.step / progress.steps if progress.phase is Phase.DENOISING and progress.steps else 0.0
+            percent = round(min(99.9, 100 * (progress.run + start + share * part) / progress.runs), 1)
+            task.progress = max(task.progress, percent)  # a retry begins anew, and the last phase is over early
+        return task.progress
 
     def phase(self, task: Task) -> str | None:
         """`loading`, `encoding` … while the task runs."""
@@ -470,19 +473,37 @@ class TaskQueue:
 
     async def _process(self, task: Task) -> None:
         task.status, task.started_at, task.attempts = Status.PROCESSING, time.time(), task.attempts + 1
+        task.progress, task.steps_done = 0.0, 0
         await self._persist(task)
         warm = self._engine.loaded(task.job.model)
         try:
             await asyncio.to_thread(self._files.prepare)
             model = self._catalog.get(task.job.model)
-            result = await self._engine.run(task.id, task.job, model, self._patience_s(task.job))
+            if task.status is Status.CANCELLING or self._put_back:  # before the engine knew of it
+                raise Cancelled
+            result = await self._run_followed(task, model)
         except Cancelled:
             await self._stopped(task)
         except (EngineError, UnknownModel) as error:
             await self._failed(task, getattr(error, "code", "unknown_model"), str(error))
         else:
             await self._completed(task, result, warm)
-        await self._journal.prune(self._limits.history_count, self._limits.history_s)
+        with contextlib.suppress(JournalFault):
+            await self._journal.prune(self._limits.history_count, self._limits.history_s)
+
+    async def _run_followed(self, task: Task, model: Model) -> Result:
+        """Run it, and keep in the task how far it got: the engine forgets with the end."""
+        following = asyncio.create_task(self._follow(task))
+        try:
+            return await self._engine.run(task.id, task.job, model, self._patience_s(task.job))
+        finally:
+            following.cancel()
+
+    async def _follow(self, task: Task) -> None:
+        while True:
+            self.progress_percent(task)
+            task.steps_done = max(task.steps_done, self.steps_done(task)[0])
+            await asyncio.sleep(FOLLOW_S)
 
     async def _failed(self, task: Task, code: str, sentence: str) -> None:
         if code in ENGINE_FAULTS:
@@ -498,7 +519,8 @@ class TaskQueue:
         task.files, task.timings, task.peak_memory_bytes = result.files, result.timings, result.peak_memory_bytes
         self.faults.pop("engine", None)
         self._speeds.learn(task.job, result, loaded=not warm)
-        await self._journal.set_fact("speeds", self._speeds.facts())
+        with contextlib.suppress(JournalFault):  # an estimate, not a promise
+            await self._journal.set_fact("speeds", self._speeds.facts())
         # A cancel that came after the last file was whole: "cancelling" was said, so "cancelled" must follow.
         await self._finish(task, Status.CANCELLED if task.status is Status.CANCELLING else Status.COMPLETED)
 
@@ -512,7 +534,8 @@ class TaskQueue:
             task.status, task.started_at, task.attempts = Status.QUEUED, None, task.attempts - 1
             self._waiting = {task.id: task, **self._waiting}
             await self._persist(task)
-            await self._journal.reorder(list(self._waiting))
+            with contextlib.suppress(JournalFault):  # a task that ran comes first in any case
+                await self._journal.reorder(list(self._waiting))
         else:
             await asyncio.to_thread(self._files.remove_parts, task.id)
             await self._finish(task, Status.CANCELLED)

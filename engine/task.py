@@ -29,7 +29,7 @@ class Status(StrEnum):
 ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Task:
     """Times are seconds since the epoch. `attempts` counts the starts, those that a shutdown put back left out."""
 
@@ -45,6 +45,8 @@ class Task:
     files: tuple[OutputFile, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    progress: float = 0.0  # percent, the most that was ever reached; 100 is told of completed tasks alone
+    steps_done: int = 0  # denoising steps, over all runs
 
     def record(self) -> dict[str, Any]:
         """This task as JSON values, for the journal."""

@@ -1,6 +1,6 @@
 """What a test puts in the place of the worker's `generate`: real processes that misbehave in a known way.
 
-Each takes a task's place in a generation process. A job's prompt names the phase that it goes to, and what it does there.
+A job's prompt names the phase in which the stand-in does what it does, or the fault in which it ends.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from engine.job import EngineError, Job, Phase, Result
 DEMO = Catalog.load().get("wan_demo")
 DONE = Result((), {}, 0)
 FOR_EVER_S = 600
+HEAVY = ("libtorch", "numpy", "diffusers")  # what the daemon's process must never map
 
 
 def job(prompt: str = "", **changes: Any) -> Job:
@@ -160,15 +161,16 @@ async def _told(engine: Engine, task_id: int, fault: str) -> str:
     return "no fault"
 
 
-async def _fail_all(names: list[str]) -> None:
+async def _fail_all(names: list[str]) -> dict[str, str]:
     engine = Engine(config(Path.cwd()))
     sentences = {name: await _told(engine, number, name) for number, name in enumerate(names, 1)}
     engine.close()
-    heavy = [name for name in ("libtorch", "numpy", "diffusers") if name in Path("/proc/self/maps").read_text()]
-    print(json.dumps({"sentences": sentences, "heavy": heavy}))
+    return sentences
 
 
 def fail_in_a_fresh_process() -> None:
     """Run every fault that `sys.argv` names; print the sentences, and what heavy libraries that brought in."""
     worker.generate = fail
-    asyncio.run(_fail_all(sys.argv[1:]))
+    sentences = asyncio.run(_fail_all(sys.argv[1:]))
+    mapped = Path("/proc/self/maps").read_text()
+    print(json.dumps({"sentences": sentences, "heavy": [name for name in HEAVY if name in mapped]}))

@@ -61,9 +61,12 @@ def begun(engine: Engine, task_id: int, phase: str) -> "asyncio.Task[Any]":
 
 async def until(engine: Engine, task_id: int, phase: str) -> None:
     """Wait until the worker says that the task is in `phase`."""
-    async with asyncio.timeout(60):
-        while (progress := engine.progress(task_id)) is None or progress.phase != Phase[phase.upper()]:
-            await asyncio.sleep(0.01)
+
+    def there() -> bool:
+        progress = engine.progress(task_id)
+        return progress is not None and progress.phase == Phase[phase.upper()]
+
+    assert await asyncio.to_thread(eventually, there, 60)
 
 
 async def run(engine: Engine, task_id: int, phase: str = "denoising") -> Any:
@@ -185,7 +188,7 @@ async def test_a_worker_without_progress_is_ended_by_its_patience(
     engine: Engine, becomes: Callable[[Any], None]
 ) -> None:
     becomes(stand_ins.ignore)
-    with pytest.raises(EngineError, match="made no progress for .* while denoising, at step 7 of 20") as failed:
+    with pytest.raises(EngineError, match=r"made no progress for .* while denoising, at step 7 of 20") as failed:
         await engine.run(1, job("denoising"), DEMO, 2.0)
     assert failed.value.code == "hung"
 
@@ -348,7 +351,7 @@ def test_the_daemon_stays_free_of_torch_whatever_its_worker_met(house: Daemon) -
     assert state["status"] == "failed"
     assert " while loading: " in state["error"]["message"]
     assert house.run(**HELD["loading"])["status"] == "completed"
-    assert not [name for name in ("libtorch", "numpy", "diffusers") if name in maps(house.process.pid)]
+    assert not [name for name in stand_ins.HEAVY if name in maps(house.process.pid)]
 
 
 # ------------------------------------------------------------------------------------------------------ whole lives
@@ -368,7 +371,7 @@ class Life:
 
 
 def lived(daemon: Daemon, signal_number: int) -> Life:
-    """Ask for health from the first task's start on; end the daemon while it saves; start it again and let it finish."""
+    """Ask for health from the first task's start on; end the daemon while that saves, and let it finish after a restart."""
     life = Life()
     (daemon.folder / "slow").touch()
     with daemon:

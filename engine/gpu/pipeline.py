@@ -197,7 +197,7 @@ _PICTURE_FORMS: Mapping[str, Callable[[Job, Mapping[int, Image.Image]], dict[str
 
 @contextmanager
 def _reported(pipe: Any, meter: Meter) -> Iterator[None]:
-    """Within the block, `meter` hears of every denoiser call and every VAE decoder call, and can cancel there."""
+    """Within the block, `meter` hears of every denoiser block and every VAE decoder call, and can cancel there."""
     with ExitStack() as hooks:
         for module, phase in _milestones(pipe):
             handle = module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase))
@@ -209,6 +209,7 @@ def _milestones(pipe: Any) -> Iterator[tuple[torch.nn.Module, Phase]]:
     for name in DENOISERS:
         if (denoiser := getattr(pipe, name, None)) is not None:
             yield denoiser, Phase.DENOISING
+            yield from ((block, Phase.DENOISING) for block in getattr(denoiser, "blocks", ()))
     if (decoder := getattr(getattr(pipe, "vae", None), "decoder", None)) is not None:
         yield decoder, Phase.DECODING
 
