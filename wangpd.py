@@ -33,7 +33,6 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, cast
-from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
@@ -810,7 +809,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def operation(
-    tag: str, summary: str, answer: type[Schema] | None, *errors: int, **inputs: type[Schema]
+    tag: str,
+    summary: str,
+    answer: type[Schema] | None,
+    *errors: int,
+    headers: Sequence[Mapping[str, Any]] = (),
+    **inputs: type[Schema],
 ) -> Callable[[Handler], Handler]:
     """Describe a handler: its answer, the errors that it gives besides 500, and the schemas of its inputs.
 
@@ -826,7 +830,8 @@ def operation(
             docs(responses=FILE_ANSWERS)(handler)
         for place, schema in inputs.items():
             request_schema(schema, location=LOCATIONS[place])(handler)
-        described: Handler = docs(tags=[tag], summary=summary, operationId=handler.__name__)(handler)
+        about = {"tags": [tag], "summary": summary, "operationId": handler.__name__, "parameters": list(headers)}
+        described: Handler = docs(**about)(handler)
         return described
 
     return describe
@@ -861,7 +866,7 @@ class OpenApi(AiohttpApiSpec):  # type: ignore[misc]  # the package has no types
         return dict(self.spec.to_dict())
 
     def _update_paths(self, data: dict[str, Any], method: str, url_path: str) -> None:
-        described = {name: data[name] for name in ("tags", "summary", "operationId")}
+        described = {name: data[name] for name in ("tags", "summary", "operationId", "parameters") if data[name]}
         for schema in data["schemas"]:
             described |= self._inputs(described.get("parameters", []), schema)
         described["responses"] = {code: self._answer(answer) for code, answer in data["responses"].items()}
@@ -904,9 +909,17 @@ OUTPUTS = web.AppKey("outputs", Outputs)
 INPUTS = web.AppKey("inputs", Inputs)
 DOCUMENT = web.AppKey("document", dict)  # the OpenAPI document, once someone has asked for it
 REQUEST_ID = web.RequestKey("request_id", str)
+CLIENT = web.RequestKey("client", str)  # its address, as far as it is known
 BODY, QUERY, PATH = (web.RequestKey(name, dict) for name in ("body", "query", "path"))
 
 routes = web.RouteTableDef()
+KEY_CHARS = 255
+IDEMPOTENCY_KEY: Mapping[str, Any] = {
+    "in": "header",
+    "name": "Idempotency-Key",
+    "description": "The same key and body within 24 hours get the first answer again, and nothing is queued twice.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": KEY_CHARS},
+}
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
 QUEUED_TASK = f"{API}/queue/{{task_id:(?!pause$|resume$)[^/]+}}"
 
@@ -1060,23 +1073,37 @@ async def unload(request: web.Request) -> web.Response:
     503,
     body=GenerateRequest,
     query=GenerateQuery,
+    headers=[IDEMPOTENCY_KEY],
 )
 async def generate(request: web.Request) -> web.Response:
     app, body = request.app, request[BODY]
     dry = request[QUERY]["dry_run"] in ("1", "true")
+    if not dry:
+        require_room(app)  # first, so that what is refused leaves no picture behind
     resolved = await asyncio.to_thread(resolve, app, body, not dry)
     if dry:
         return dry_run(app, resolved)
-    if sentence := app[OUTPUTS].no_room():
-        raise web.HTTPServiceUnavailable(text=sentence)
     digest = hashlib.sha256(await request.read()).hexdigest()
     try:
-        receipt = await app[QUEUE].submit(
-            resolved.job, resolved.warnings, key=request.headers.get("Idempotency-Key"), request=digest
-        )
+        receipt = await app[QUEUE].submit(resolved.job, resolved.warnings, key=idempotency_key(request), request=digest)
     except KeyReused:
         raise BadRequest("Idempotency-Key: it was used for another request; take a new key") from None
     return accepted(app, receipt)
+
+
+def require_room(app: web.Application) -> None:
+    """Raises 503, Closed, Full or EngineDown if no task can be taken now."""
+    if sentence := app[OUTPUTS].no_room():
+        raise web.HTTPServiceUnavailable(text=sentence)
+    app[QUEUE].require_open()
+
+
+def idempotency_key(request: web.Request) -> str | None:
+    """The key that makes a retry safe, or None. Raises BadRequest."""
+    key = request.headers.get(IDEMPOTENCY_KEY["name"])
+    if key is not None and not 1 <= len(key) <= KEY_CHARS:
+        raise BadRequest(f"Idempotency-Key: it must have 1 to {KEY_CHARS} characters")
+    return key
 
 
 def accepted(app: web.Application, receipt: Receipt) -> web.Response:
@@ -1314,6 +1341,10 @@ def output_entry(entry: Entry) -> dict[str, Any]:
 class MediaFile(web.FileResponse):
     """A file with everything that HTTP knows of ranges; aiohttp's own compares `If-Range` by date only."""
 
+    def __init__(self, path: Path, about: os.stat_result, headers: Mapping[str, str]) -> None:
+        super().__init__(path, headers=headers)
+        self._quoted_etag = f'"{about.st_mtime_ns:x}-{about.st_size:x}"'  # as aiohttp makes it
+
     async def prepare(self, request: web.BaseRequest) -> Any:
         headers = request.headers.copy()
         headers.popall(hdrs.ACCEPT_ENCODING, None)  # a `name.mp4.gz` that lies there by chance is not this file
@@ -1322,29 +1353,33 @@ class MediaFile(web.FileResponse):
             headers.popall(hdrs.RANGE, None)  # another version of the file: the client needs the whole
         return await super().prepare(cast(web.Request, request).clone(headers=headers))
 
-    @property
-    def _quoted_etag(self) -> str:
-        about = self._path.stat()
-        return f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
-
 
 @routes.get(f"{API}/download/{{filename}}")
 @operation("Output files", "A file; ranges, conditions and HEAD as HTTP has them", None, 404, 416, path=FilePath)
 async def download(request: web.Request) -> web.StreamResponse:
-    path = await found(request)
-    require_range(request, path.stat().st_size)
+    path = found(request)
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        raise gone(path) from None
+    require_range(request, about.st_size)
     kind = media.MEDIA_TYPES[path.suffix.lower()][1]
     disposition = f'inline; filename="{re.sub(r"[^ -!#-~]", "_", path.name)}"'
-    return MediaFile(path, headers={hdrs.CONTENT_TYPE: kind, hdrs.CONTENT_DISPOSITION: disposition})
+    return MediaFile(path, about, {hdrs.CONTENT_TYPE: kind, hdrs.CONTENT_DISPOSITION: disposition})
 
 
-async def found(request: web.Request) -> Path:
+def found(request: web.Request) -> Path:
     """The output file that the path names. Raises 404."""
     name = request[PATH]["filename"]
     path = request.app[OUTPUTS].find(name)
     if path is None:
         raise web.HTTPNotFound(text=f"File '{shortened(name)}' not found; GET {API}/outputs lists those there are")
     return path
+
+
+def gone(path: Path) -> web.HTTPException:
+    """The error for a file that was there a moment ago."""
+    return web.HTTPNotFound(text=f"File '{path.name}' not found; it was removed just now")
 
 
 def require_range(request: web.Request, size: int) -> None:
@@ -1393,13 +1428,13 @@ def in_memory(request: web.Request, body: bytes, content_type: str) -> web.Respo
     query=PreviewQuery,
 )
 async def preview(request: web.Request) -> web.StreamResponse:
-    path = await found(request)
+    path = found(request)
     try:
         thumbnail = await asyncio.to_thread(request.app[OUTPUTS].thumbnail, path, request[QUERY]["width"])
     except media.NoPreview as error:
         raise BadRequest(str(error)) from None
     except FileNotFoundError:
-        raise web.HTTPNotFound(text=f"File '{path.name}' not found; it was removed just now") from None
+        raise gone(path) from None
     return in_memory(request, thumbnail, "image/jpeg")
 
 
@@ -1443,7 +1478,7 @@ PAGE_POLICY = "; ".join(
 async def openapi_document(request: web.Request) -> web.Response:
     app = request.app
     if not app[DOCUMENT]:  # made when first asked for: it costs more than a start may
-        app[DOCUMENT].update(OpenApi().document(app))
+        app[DOCUMENT].update(await asyncio.to_thread(OpenApi().document, app))
     return web.json_response(app[DOCUMENT])
 
 
@@ -1490,13 +1525,17 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
     try:
         return await handler(request)
     except web.HTTPException as error:
-        return failure(request, error) if error.status >= 400 else error
+        if error.status < 400:
+            raise
+        return failure(request, error)
+    except web.RequestPayloadError:
+        return failure(request, web.HTTPBadRequest(text="The body is cut off, or not coded as its headers say"))
     except tuple(STATUSES) as error:
         return failure(request, STATUSES[type(error)](text=str(error)))
     except asyncio.CancelledError:
         raise
     except Exception:
-        log.exception("request %s: %s %s", request[REQUEST_ID], request.method, request.path)
+        log.exception("request %s: %s %s", request[REQUEST_ID], request.method, request.rel_url.raw_path)
         return web.json_response({"detail": "Internal server error"}, status=500)
 
 
@@ -1545,6 +1584,9 @@ async def read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
     """The JSON object that was sent. Raises BadRequest or ValidationError; a body that is too large raises 413."""
     if request.content_type != JSON_TYPE:  # also keeps a web page from posting a form across sites
         raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE}")
+    largest_bytes = request.app[CONFIG].max_body_mb * 2**20
+    if (request.content_length or 0) > largest_bytes:
+        raise web.HTTPRequestEntityTooLarge(largest_bytes)
     try:
         async with asyncio.timeout(request.app[CONFIG].body_timeout_s):
             raw = await request.read()
@@ -1599,6 +1641,7 @@ async def request_id_middleware(request: web.Request, handler: Handler) -> web.S
     """Give every request an id, the client's own if it has one, so that its lines in the log can be found."""
     sent = request.headers.get("X-Request-ID", "")
     request[REQUEST_ID] = sent if re.fullmatch(r"[!-~]{1,128}", sent) else uuid.uuid4().hex
+    request[CLIENT] = forwarded(request, "X-Forwarded-For", request.remote or "-")
     return await handler(request)
 
 
@@ -1609,7 +1652,7 @@ async def guard_middleware(request: web.Request, handler: Handler) -> web.Stream
     if is_preflight(request):
         return web.Response(status=204)  # add_headers says the rest
     host = forwarded(request, "X-Forwarded-Host", request.host)
-    if app[CONFIG].allowed_hosts and host.rsplit(":", 1)[0].strip("[]") not in app[CONFIG].allowed_hosts:
+    if app[CONFIG].allowed_hosts and bare_name(host) not in map(bare_name, app[CONFIG].allowed_hosts):
         raise web.HTTPForbidden(text=f"Host: '{shortened(host)}' is none of allowed_hosts")
     if request.method not in SAFE_METHODS and from_elsewhere(request, host):
         raise web.HTTPForbidden(text="Origin: a web page of another site asked; cors_origins names those that may")
@@ -1641,12 +1684,18 @@ def from_elsewhere(request: web.Request, host: str) -> bool:
     origin = request.headers.get(hdrs.ORIGIN)
     if origin is None:
         return request.headers.get("Sec-Fetch-Site") == "cross-site"
-    return urlsplit(origin).netloc != host and not may_share(request)
+    return origin.partition("://")[2] != host and not may_share(request)
 
 
-def may_share(request: web.BaseRequest) -> bool:
+def bare_name(host: str) -> str:
+    """The name or address in a Host header, without its port, as resolvers compare it."""
+    name = re.sub(r":[0-9]*$", "", host) if "]" in host or host.count(":") == 1 else host
+    return name.strip("[]").rstrip(".").lower()
+
+
+def may_share(request: web.Request) -> bool:
     """True if the page that asks is one of `cors_origins`."""
-    allowed = request.app[CONFIG].cors_origins if isinstance(request, web.Request) else ()
+    allowed = request.app[CONFIG].cors_origins
     return request.headers.get(hdrs.ORIGIN) in allowed or (hdrs.ORIGIN in request.headers and "*" in allowed)
 
 
@@ -1659,19 +1708,20 @@ def is_preflight(request: web.Request) -> bool:
 def bearer(request: web.Request) -> bytes:
     """The token that the request brings; empty if there is none."""
     scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    return token.strip().encode() if scheme.lower() == "bearer" else b""
+    return token.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """What every answer carries, files too: `on_response_prepare` sees those whose sending a middleware does not."""
     response.headers["X-Request-ID"] = request.get(REQUEST_ID, "-")
     response.headers["X-Content-Type-Options"] = "nosniff"
+    if request.app[CONFIG].cors_origins:  # for those that get no leave too: a cache must not give them another's
+        response.headers.add(hdrs.VARY, hdrs.ORIGIN)
     if may_share(request):
         response.headers.update(CORS_HEADERS | {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: request.headers[hdrs.ORIGIN]})
 
 
 CORS_HEADERS = {
-    hdrs.VARY: hdrs.ORIGIN,
     hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST, PATCH, DELETE",
     hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Idempotency-Key, Range, X-Request-ID",
     hdrs.ACCESS_CONTROL_EXPOSE_HEADERS: "Content-Range, ETag, Idempotency-Replayed, Retry-After, X-Request-ID",
@@ -1685,8 +1735,9 @@ class AccessLog(AbstractAccessLogger):
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
         level = logging.INFO if response.status >= 500 else logging.DEBUG
         request_id = response.headers.get("X-Request-ID", "-")
-        line = (request.method, request.path, response.status, time * 1000, request_id)
-        self.logger.log(level, "%s %s %d %.1f ms %s", *line)
+        path = request.rel_url.raw_path  # still encoded: a line feed in it would forge a line of the log
+        line = (request.get(CLIENT, request.remote), request.method, path, response.status, time * 1000, request_id)
+        self.logger.log(level, "%s %s %s %d %.1f ms %s", *line)
 
     @property
     def enabled(self) -> bool:
@@ -1767,8 +1818,8 @@ class CantStart(Exception):
 class Supervisor:
     """systemd's side of the daemon: READY, the queue in STATUS, and the watchdog. Silent where there is no systemd."""
 
-    def __init__(self, queue: TaskQueue) -> None:
-        self._queue = queue
+    def __init__(self, queue: TaskQueue, remarks: Callable[[], Sequence[str]] = tuple) -> None:
+        self._queue, self._remarks = queue, remarks
         self._address = os.environ.get("NOTIFY_SOCKET", "")
         self._interval_s = float(os.environ.get("WATCHDOG_USEC", "10000000")) / 1e6 / 2
 
@@ -1784,8 +1835,8 @@ class Supervisor:
     def status(self) -> str:
         """What `systemctl status` shows."""
         running, tasks = self._queue.current, self._queue.listing()
-        waiting = f"{len(tasks) - bool(running)} waiting"
-        return f"STATUS=task {running.id} runs, {waiting}" if running else f"STATUS=idle, {waiting}"
+        work = f"task {running.id} runs" if running else "paused" if self._queue.paused else "idle"
+        return "STATUS=" + "; ".join([f"{work}, {len(tasks) - bool(running)} waiting", *self._remarks()])
 
     async def watch(self) -> None:
         """Say again and again that the event loop turns."""
@@ -1800,36 +1851,103 @@ async def serve(config: Config) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
-    runner = web.AppRunner(
-        app,
-        access_log_class=AccessLog,
-        access_log=logging.getLogger("wangpd.access"),
-        keepalive_timeout=KEEPALIVE_S,
-        shutdown_timeout=DRAIN_S,
-    )
+    runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
     await runner.setup()
-    supervisor = Supervisor(app[QUEUE])
+    supervisor = Supervisor(app[QUEUE], lambda: remarks(app))
     watching = asyncio.create_task(supervisor.watch())
     try:
-        await listen(runner, config)
-        host, port, *_ = runner.addresses[0]
+        listener = await listen(runner, config)
+        host, port, *_ = listener.sockets[0].getsockname()
         log.info("wangpd %s listens on http://%s:%d%s/", version(), host, port, API)
         supervisor.tell("READY=1", supervisor.status())
         await stop.wait()
         supervisor.tell("STOPPING=1", "STATUS=stopping the running task")
         app[QUEUE].interrupt()
+        listener.close()  # first: a connection that is opened now would be cut off
     finally:
         watching.cancel()
         await runner.cleanup()
 
 
-async def listen(runner: web.AppRunner, config: Config) -> None:
+async def listen(runner: web.AppRunner, config: Config) -> asyncio.Server:
     """Open the door. Raises CantStart."""
+    server = runner.server
+    assert server
+    options = {
+        "keepalive_timeout": KEEPALIVE_S,
+        "access_log_class": AccessLog,
+        "access_log": logging.getLogger("wangpd.access"),
+    }
+    loop = asyncio.get_running_loop()
     try:
-        await web.TCPSite(runner, config.host, config.port).start()
+        return await loop.create_server(
+            lambda: Connection(server, config.max_connections, loop=loop, **options), config.host, config.port
+        )
     except OSError as error:
         sentence = LISTEN_FAULTS.get(error.errno or 0, f"can't listen on {{host}}, port {{port}}: {error.strerror}")
         raise CantStart(sentence.format(host=config.host, port=config.port)) from None
+
+
+class Connection(web.RequestHandler):
+    """A client's connection: one too many is turned away, and what aiohttp itself refuses is refused as JSON."""
+
+    __slots__ = ("_limit", "_server")
+
+    def __init__(self, server: web.Server, limit: int, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._server, self._limit = server, limit
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if len(self._server.connections) < self._limit:
+            super().connection_made(transport)
+            return
+        refusal = Refusal(f"Too many connections: {self._limit} are open (max_connections)")
+        cast(asyncio.Transport, transport).set_protocol(refusal)
+        refusal.connection_made(transport)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """The answer to what no middleware sees, most of it no HTTP. Raises ConnectionError where another has begun."""
+        log.log(logging.DEBUG if status < 500 else logging.ERROR, "connection from %s", request.remote, exc_info=exc)
+        if request.writer.output_size:
+            raise ConnectionError("an answer has begun")
+        response = web.json_response({"detail": NO_HTTP if status < 500 else "Internal server error"}, status=status)
+        response.force_close()
+        return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer; one that was raised before any middleware, as of a wrong Expect, as JSON like the others."""
+        if isinstance(resp, web.HTTPException) and resp.status >= 400:
+            resp = failure(cast(web.Request, request), resp)
+        return await super().finish_response(request, resp, start_time)
+
+
+NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
+
+
+class Refusal(asyncio.Protocol):
+    """Says 503 to a connection that is one too many, without a look at what it asks."""
+
+    def __init__(self, sentence: str) -> None:
+        body = json.dumps({"detail": sentence})
+        self._answer = REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        stream = cast(asyncio.Transport, transport)
+        stream.write(self._answer)
+        # Half closed: to close on a request that nobody has read would tear the answer out of the client's hands.
+        stream.write_eof()
+        asyncio.get_running_loop().call_later(REFUSED_S, stream.abort)
+
+
+REFUSED_S = 2  # for a client that was turned away to read why
+REFUSAL = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
+    "Retry-After: {retry_after_s}\r\nConnection: close\r\n\r\n{body}"
+)
 
 
 LISTEN_FAULTS: Mapping[int, str] = {

@@ -82,17 +82,22 @@ class Engine:
         await self._call(NO_TASK, math.inf, worker.warm, model)
 
     async def _call(self, task_id: int, patience_s: float, function: Callable[..., T], *arguments: Any) -> T:
-        executor = self._started()
+        fresh, executor = self._executor is None, self._started()
         self._task, self._board.cancel, self._hung_s = task_id, 0, None
         watching = asyncio.create_task(self._watch(patience_s))
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
         except BrokenProcessPool:
-            raise self._death(task_id) from None
+            began = self._board.task == task_id or self._hung_s is not None
+            death = self._death(task_id)
+            if began or fresh or isinstance(death, Cancelled):
+                raise death from None
         finally:
             self._task = None
             watching.cancel()
             self._stop_timer()
+        log.warning("the generation process had died while it was idle; another one is started")
+        return await self._call(task_id, patience_s, function, *arguments)
 
     async def _watch(self, patience_s: float) -> None:
         """End the process if its board stays as it is for `patience_s` seconds."""

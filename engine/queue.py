@@ -223,7 +223,7 @@ class TaskQueue:
 
         Raises Closed, Full, EngineDown, JournalFault, or KeyReused if `key` was used for a request with another digest.
         """
-        self._require_open()
+        self.require_open()
         answer = {
             "position": len(self._waiting) + self._submitting + bool(self._current) + 1,
             "estimated_wait": self.estimated_wait_s(),
@@ -244,7 +244,8 @@ class TaskQueue:
         self._wake.set()
         return Receipt({**answer, "task_id": task.id})
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raises Closed, Full or EngineDown if no task can be taken now."""
         if self._closed:
             raise Closed("wangpd is shutting down and takes no new work")
         if len(self._waiting) + self._submitting >= self._limits.max_queue:

@@ -100,7 +100,7 @@ async def test_a_worker_that_ignores_a_cancel_is_killed_and_the_next_task_runs(
     impatient.cancel(1)
     with pytest.raises(Cancelled):
         await task
-    assert not alive(pid)
+    assert await asyncio.to_thread(eventually, lambda: not alive(pid))
     becomes(stand_ins.be_quick)
     assert await run(impatient, 2) == DONE
     assert impatient._board.pid != pid
@@ -339,6 +339,7 @@ def test_a_task_that_is_deleted_at_once_ends_as_cancelled(house: Daemon) -> None
         task_id = house.submit(**LONG)["task_id"]
         assert house.delete(f"/queue/{task_id}").status_code == 200
         assert house.finish(task_id)["status"] == "cancelled"
+        assert left_by(house, task_id) == []
 
 
 def test_the_daemon_stays_free_of_torch_whatever_its_worker_met(house: Daemon) -> None:
@@ -371,7 +372,7 @@ class Life:
 
 
 def lived(daemon: Daemon, signal_number: int) -> Life:
-    """Ask for health from the first task's start on; end the daemon while that saves, and let it finish after a restart."""
+    """Ask for health from the first task's start on; end the daemon while that saves; let it finish after a restart."""
     life = Life()
     (daemon.folder / "slow").touch()
     with daemon:

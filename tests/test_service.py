@@ -141,6 +141,7 @@ class NoTasks:
     """What a Supervisor asks of an empty queue."""
 
     current = None
+    paused = False
 
     def listing(self) -> list[Any]:
         return []

@@ -218,19 +218,18 @@ def test_the_same_seed_gives_the_same_frames(runs: Runs) -> None:
 @every_case
 def test_every_input_changes_the_frames(runs: Runs) -> None:
     same = [name for name in changes(runs.case) if difference(runs["plain"], runs[name]) < 1.0]
-    print("DIFF", str(runs.case), {n: round(difference(runs["plain"], runs[n]),2) for n in changes(runs.case)}, "BATCH", difference(runs.videos["batch"][0], runs["plain"]), difference(runs.videos["batch"][1], runs["seed"]), flush=True)
     assert same == []
+
+
+BATCH_TOLERANCE = 0.5  # levels of 255, on average; 0.1 has been seen, where a changed seed makes 40 and more
 
 
 @every_case
 def test_a_batch_is_the_single_runs(runs: Runs) -> None:
-    """Equal but for rounding: a batch adds up in another order, and the codec then chooses otherwise."""
+    """Equal but for rounding: a batch adds up in another order, and the codec may then choose otherwise."""
     first, second = runs.videos["batch"]
     assert difference(first, runs["plain"]) < BATCH_TOLERANCE
     assert difference(second, runs["seed"]) < BATCH_TOLERANCE
-
-
-BATCH_TOLERANCE = 0.5  # levels of 255, on average; measured: see below
 
 
 def difference(one: Frames, other: Frames) -> float:

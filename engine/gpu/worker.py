@@ -74,7 +74,7 @@ def _guarded(task_id: int, work: "Callable[[Studio, Meter], T]") -> T:
         raise Cancelled("by request") from None
     except EngineError as error:
         raise EngineError(error.message, error.code) from None
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: it would cross the border and end the daemon
         log.exception("task %d: fault while %s", task_id, meter.where)
         raise _translated(error, meter.where) from None
     finally:
@@ -97,7 +97,7 @@ def _give_back() -> None:
         _studio.give_back()
 
 
-def _translated(error: Exception, where: str) -> EngineError:
+def _translated(error: BaseException, where: str) -> EngineError:
     """The sentence for a fault that nothing foresaw; the traceback is in the log."""
     for matches, make in _SENTENCES:
         if matches(error):
@@ -105,15 +105,15 @@ def _translated(error: Exception, where: str) -> EngineError:
     return EngineError(f"{type(error).__name__} while {where}: {_first_line(error)}")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0][:300]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
 
 
-def _out_of_memory(_: Exception, where: str) -> EngineError:
+def _out_of_memory(_: BaseException, where: str) -> EngineError:
     return EngineError(
         f"Out of memory while {where}. Try a smaller resolution or video_length, batch_size 1, or a higher profile in"
         " wangpd.toml.",
@@ -121,18 +121,18 @@ def _out_of_memory(_: Exception, where: str) -> EngineError:
     )
 
 
-def _disk_fault(error: Exception, where: str) -> EngineError:
+def _disk_fault(error: BaseException, where: str) -> EngineError:
     assert isinstance(error, OSError)
     return EngineError(f"{error.strerror or _first_line(error)} while {where}.", "os_error")
 
 
-def _missing_package(error: Exception, _: str) -> EngineError:
+def _missing_package(error: BaseException, _: str) -> EngineError:
     return EngineError(
         f"The generation process can't work: {_first_line(error)}. Install wangpd again.", "engine_unavailable"
     )
 
 
-_SENTENCES: tuple[tuple[Callable[[Exception], bool], Callable[[Exception, str], EngineError]], ...] = (
+_SENTENCES: tuple[tuple[Callable[[BaseException], bool], Callable[[BaseException, str], EngineError]], ...] = (
     (_is_out_of_memory, _out_of_memory),
     (lambda error: isinstance(error, ImportError), _missing_package),
     (lambda error: isinstance(error, OSError) and error.errno is not None, _disk_fault),
