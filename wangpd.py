@@ -1343,15 +1343,23 @@ class MediaFile(web.FileResponse):
 
     def __init__(self, path: Path, about: os.stat_result, headers: Mapping[str, str]) -> None:
         super().__init__(path, headers=headers)
-        self._quoted_etag = f'"{about.st_mtime_ns:x}-{about.st_size:x}"'  # as aiohttp makes it
+        self._about = about
 
     async def prepare(self, request: web.BaseRequest) -> Any:
         headers = request.headers.copy()
         headers.popall(hdrs.ACCEPT_ENCODING, None)  # a `name.mp4.gz` that lies there by chance is not this file
-        condition = request.headers.get(hdrs.IF_RANGE, "")
-        if '"' in condition and condition != self._quoted_etag:
+        if not range_counts(request, self._about):
             headers.popall(hdrs.RANGE, None)  # another version of the file: the client needs the whole
         return await super().prepare(cast(web.Request, request).clone(headers=headers))
+
+
+def range_counts(request: web.BaseRequest, about: os.stat_result) -> bool:
+    """True without `If-Range`, or with one that names this version of the file by its ETag or its date."""
+    condition = request.headers.get(hdrs.IF_RANGE)
+    if condition is None or condition == f'"{about.st_mtime_ns:x}-{about.st_size:x}"':  # as aiohttp makes it
+        return True
+    date = None if '"' in condition else cast(web.Request, request).if_range
+    return date is not None and about.st_mtime <= date.timestamp()
 
 
 @routes.get(f"{API}/download/{{filename}}")
@@ -1362,7 +1370,8 @@ async def download(request: web.Request) -> web.StreamResponse:
         about = path.stat()
     except FileNotFoundError:
         raise gone(path) from None
-    require_range(request, about.st_size)
+    if range_counts(request, about):
+        require_range(request, about.st_size)
     kind = media.MEDIA_TYPES[path.suffix.lower()][1]
     disposition = f'inline; filename="{re.sub(r"[^ -!#-~]", "_", path.name)}"'
     return MediaFile(path, about, {hdrs.CONTENT_TYPE: kind, hdrs.CONTENT_DISPOSITION: disposition})
@@ -1383,14 +1392,14 @@ def gone(path: Path) -> web.HTTPException:
 
 
 def require_range(request: web.Request, size: int) -> None:
-    """Raises 416 with its reason if the range lies outside the file; a condition may still make it void."""
+    """Raises 416 with its reason if the range lies outside the file."""
     try:
         start = request.http_range.start
     except ValueError:
         start = size
     if re.fullmatch(r"bytes=-0+", request.headers.get(hdrs.RANGE, "")):
         start = size  # the last 0 bytes, which aiohttp takes for the whole file
-    if start is not None and start >= size and hdrs.IF_RANGE not in request.headers:
+    if start is not None and start >= size:
         raise no_such_range(size)
 
 
@@ -1407,10 +1416,13 @@ def in_memory(request: web.Request, body: bytes, content_type: str) -> web.Respo
     headers = {hdrs.ETAG: f'"{etag}"', hdrs.ACCEPT_RANGES: "bytes"}
     if any(known.value in (etag, "*") for known in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
+    whole = web.Response(body=body, content_type=content_type, headers=headers)
+    if request.headers.get(hdrs.IF_RANGE, f'"{etag}"') != f'"{etag}"':
+        return whole
     require_range(request, len(body))
     wanted = request.http_range
-    if wanted.start is None or request.headers.get(hdrs.IF_RANGE, f'"{etag}"') != f'"{etag}"':
-        return web.Response(body=body, content_type=content_type, headers=headers)
+    if wanted.start is None:
+        return whole
     start, stop, _ = wanted.indices(len(body))
     headers[hdrs.CONTENT_RANGE] = f"bytes {start}-{stop - 1}/{len(body)}"
     return web.Response(status=206, body=body[start:stop], content_type=content_type, headers=headers)

@@ -123,7 +123,8 @@ class Model:
     extra_call: Mapping[str, Any] = field(default_factory=dict)
     recipe_loras: Sequence[Mapping[str, Any]] = ()
     supported_features: Mapping[str, bool] = field(default_factory=dict)
-    transformer_bf16_bytes: int = 0
+    transformer_count: int = 1
+    transformer_bf16_bytes: int = 0  # of all denoisers together
     encoders_bf16_bytes: int = 0
     vae_bf16_bytes: int = 0
     total_bf16_bytes: int = 0

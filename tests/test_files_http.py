@@ -138,7 +138,7 @@ def test_if_range_with_the_right_date_gives_the_range(idle: Daemon) -> None:
     assert (answer.status_code, answer.content) == (206, CONTENT[:10])
 
 
-@pytest.mark.parametrize("stale", ['"another"', 'W/"weak"', formatdate(0, usegmt=True)])
+@pytest.mark.parametrize("stale", ['"another"', 'W/"weak"', formatdate(0, usegmt=True), "neither"])
 @pytest.mark.parametrize("sent", ["bytes=0-9", "bytes=999999-"])
 def test_a_stale_if_range_gives_the_whole_file(idle: Daemon, stale: str, sent: str) -> None:
     answer = download(idle, Range=sent, If_Range=stale)
@@ -273,6 +273,8 @@ def test_a_preview_knows_ranges_and_conditions(idle: Daemon) -> None:
     assert answer(If_None_Match=etag) == (304, b"", None)
     assert answer(If_None_Match='"old"') == (200, whole.content, None)
     assert answer(Range=f"bytes={size}-")[::2] == (416, f"bytes */{size}")
+    assert answer(Range=f"bytes={size}-", If_Range=etag)[::2] == (416, f"bytes */{size}")
+    assert answer(Range=f"bytes={size}-", If_Range='"old"') == (200, whole.content, None)
 
 
 def test_head_of_a_preview_tells_its_size(idle: Daemon) -> None:

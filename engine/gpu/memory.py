@@ -1,5 +1,6 @@
 """Where the weights live while a pipeline runs."""
 
+import inspect
 import logging
 from typing import Any
 
@@ -33,7 +34,7 @@ def choose_profile(model: Model, free_bytes: int) -> int:
     room = free_bytes * HEADROOM
     if model.total_bf16_bytes <= room:
         return 1
-    largest = max(model.transformer_bf16_bytes, model.encoders_bf16_bytes)
+    largest = max(model.transformer_bf16_bytes // model.transformer_count, model.encoders_bf16_bytes)
     return 3 if largest <= room else 4
 
 
@@ -43,9 +44,14 @@ def auto_tile(total_bytes: int) -> int:
 
 
 def _tile_vae(pipe: Any, side: int) -> None:
+    """Decode in tiles that overlap by a quarter. A stride of the class's own may be longer than a small tile."""
     vae: Any = getattr(pipe, "vae", None)
-    if side and hasattr(vae, "enable_tiling"):
-        vae.enable_tiling(tile_sample_min_height=side, tile_sample_min_width=side)
+    if not side or not hasattr(vae, "enable_tiling"):
+        return
+    sizes = {f"tile_sample_min_{edge}": side for edge in ("height", "width")}
+    sizes |= {f"tile_sample_stride_{edge}": side * 3 // 4 for edge in ("height", "width")}
+    known = inspect.signature(vae.enable_tiling).parameters
+    vae.enable_tiling(**{name: value for name, value in sizes.items() if name in known})
 
 
 def _resident(pipe: Any, device: torch.device) -> None:
