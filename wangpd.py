@@ -342,6 +342,7 @@ class Picture(fields.Field[bytes]):
 
     default_error_messages = {
         "type": "must be text: the picture's bytes in base64",
+        "null": "must be text: the picture's bytes in base64",
         "invalid": "is not valid base64; send the picture's bytes in base64",
     }
 
@@ -1663,7 +1664,8 @@ async def guard_middleware(request: web.Request, handler: Handler) -> web.Stream
     app = request.app
     if is_preflight(request):
         return web.Response(status=204)  # add_headers says the rest
-    host = forwarded(request, "X-Forwarded-Host", request.host)
+    # Not `request.host`, which asks the resolver where there is no such header, and waits for it.
+    host = forwarded(request, "X-Forwarded-Host", request.headers.get(hdrs.HOST, ""))
     if app[CONFIG].allowed_hosts and bare_name(host) not in map(bare_name, app[CONFIG].allowed_hosts):
         raise web.HTTPForbidden(text=f"Host: '{shortened(host)}' is none of allowed_hosts")
     if request.method not in SAFE_METHODS and from_elsewhere(request, host):
@@ -2036,7 +2038,7 @@ def started(config: Config) -> int:
     except CantStart as error:
         print(f"wangpd: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
+    except (OSError, JournalFault) as error:
         print(f"wangpd: can't go on: {error}", file=sys.stderr)
         return 1
     return 0

@@ -155,7 +155,7 @@ class Engine:
 
     def cancel(self, task_id: int) -> None:
         """End `task_id` if it runs: by the board within a step, or after the grace by ending its process."""
-        if self._task == task_id:
+        if self._task == task_id and self._board.cancel != task_id:  # asked twice, the grace does not begin anew
             self._board.cancel = task_id
             self._stop_timer()
             self._killing = asyncio.get_running_loop().call_later(self._grace_s, self._kill)

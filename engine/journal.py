@@ -38,6 +38,18 @@ MIGRATIONS = (
     """,
 )
 KEY_LIFETIME_S = 24 * 3600
+DISK_FAULTS = frozenset(  # faults of the place where the journal lies, not of what is in it
+    {
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
 T = TypeVar("T")
 
 _ENDED = tuple(sorted(status.value for status in ENDED))
@@ -88,7 +100,7 @@ class Journal:
         """Open or create the file; one that can't be read is moved aside, and an empty one takes its place.
 
         The next id is above `id_floor` in any case, so that a lost journal does not make ids start again.
-        Raises OSError if there is no place to write.
+        Raises OSError or JournalFault if there is no place to write.
         """
         await self._call(lambda: self._open(id_floor))
 
@@ -96,7 +108,9 @@ class Journal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = _connect(self._path)
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, TypeError, ValueError, LookupError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK_FAULTS:
+                raise  # a full disk says nothing against the journal, and its tasks must not be lost to it
             self.set_aside = _move_aside(self._path)
             self._db = _connect(self._path)
         if _highest_id(self._db) < id_floor:
@@ -165,7 +179,7 @@ class Journal:
 
     async def unfinished(self) -> list[Task]:
         """The tasks that have not ended, in the order in which they wait."""
-        return await self._call(lambda: self._tasks(f"WHERE status NOT IN ({_MARKS}) ORDER BY rank, id", _ENDED))
+        return await self._call(lambda: _unfinished(self._db))
 
     async def get(self, task_id: int) -> Task | None:
         """The task with this id, or None if there is no such row (any more)."""
@@ -184,8 +198,7 @@ class Journal:
         return self._tasks(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", (*values, limit, offset)), total
 
     def _tasks(self, rest: str, values: Sequence[Any] = ()) -> list[Task]:
-        rows = self._db.execute(f"SELECT record FROM tasks {rest}", values)
-        return [Task.restore(json.loads(record)) for (record,) in rows]
+        return _read(self._db, rest, values)
 
     async def prune(self, keep_count: int, keep_s: float) -> None:
         """Forget ended tasks beyond the newest `keep_count`, and those that ended over `keep_s` seconds ago."""
@@ -220,7 +233,10 @@ class Journal:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """An open, checked and up-to-date journal. Raises sqlite3.DatabaseError if the file is not one."""
+    """An open, checked and up-to-date journal. Raises sqlite3.DatabaseError if the file is not one.
+
+    A row that waits and can't be read raises what `Task.restore` raises: better now than when its turn comes.
+    """
     db = sqlite3.connect(path, check_same_thread=True)
     try:
         db.execute("PRAGMA journal_mode = WAL")
@@ -228,10 +244,20 @@ def _connect(path: Path) -> sqlite3.Connection:
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")
         _migrate(db)
+        _unfinished(db)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _unfinished(db: sqlite3.Connection) -> list[Task]:
+    return _read(db, f"WHERE status NOT IN ({_MARKS}) ORDER BY rank, id", _ENDED)
+
+
+def _read(db: sqlite3.Connection, rest: str, values: Sequence[Any]) -> list[Task]:
+    rows = db.execute(f"SELECT record FROM tasks {rest}", values)
+    return [Task.restore(json.loads(record)) for (record,) in rows]
 
 
 def _migrate(db: sqlite3.Connection) -> None:

@@ -147,7 +147,11 @@ class Outputs:
 
     def no_room(self) -> str | None:
         """A sentence if the disk is too full for a task, else None. One statvfs: the event loop may ask."""
-        free_bytes, least_bytes = shutil.disk_usage(self._folder).free, self._retention.min_free_bytes
+        least_bytes = self._retention.min_free_bytes
+        try:
+            free_bytes = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            return f"save_path can't be used now ({error.strerror}); bring the folder back"
         if free_bytes >= least_bytes:
             return None
         free_mb, least_mb = free_bytes // 2**20, least_bytes // 2**20
@@ -256,7 +260,7 @@ def _mtime_ns(folder: Path) -> int | None:
 
 def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
     """The regular files of a folder, no symbolic links; none at all where there is no folder."""
-    with suppress(FileNotFoundError), os.scandir(folder) as items:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
         yield from (item for item in items if item.is_file(follow_symlinks=False))
 
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -173,7 +173,7 @@ class TaskQueue:
 
     async def _take_up(self, task: Task) -> None:
         """Decide what becomes of a task that was under way when the daemon ended."""
-        await asyncio.to_thread(self._files.remove_attempt, task.id)
+        await self._tidy(task, self._files.remove_attempt)
         task.files = ()
         if task.status is Status.CANCELLING:
             self._end(task, Status.CANCELLED)
@@ -187,7 +187,7 @@ class TaskQueue:
         else:
             task.status, task.started_at = Status.QUEUED, None
             if self._limits.on_restart == "pause":
-                self.paused = True
+                await self.pause(True)
         await self._journal.save(task)
 
     async def _stop(self, runner: asyncio.Task[None], stop_s: float) -> None:
@@ -301,40 +301,49 @@ class TaskQueue:
 
     async def _drop(self, tasks: Sequence[Task]) -> None:
         """Take waiting tasks out; if that can't be written down, they wait as before. Raises JournalFault."""
-        before = self._waiting
-        gone = {task.id for task in tasks}
-        self._waiting = {task_id: task for task_id, task in before.items() if task_id not in gone}
+        order = list(self._waiting)
         for task in tasks:
+            del self._waiting[task.id]
             self._end(task, Status.CANCELLED)
         try:
             await self._journal.save(*tasks)
         except JournalFault:
             for task in tasks:
                 task.status, task.finished_at = Status.QUEUED, None
-            self._waiting = {**before, **self._waiting}
+                self._waiting[task.id] = task
+            self._arrange(order)
             raise
         await self._announce()
 
+    def _arrange(self, order: Sequence[int]) -> None:
+        """Let those of `order` that still wait do so in this order, before whatever else waits."""
+        first = {task_id: self._waiting[task_id] for task_id in order if task_id in self._waiting}
+        self._waiting = first | self._waiting
+
     async def pause(self, paused: bool) -> None:
         """Start no waiting task, or start them again; remembered over a restart. The running task goes on."""
+        await self._journal.set_fact("paused", paused)
         self.paused = paused
         self._wake.set()
-        await self._journal.set_fact("paused", paused)
 
     async def move(self, task_id: int, position: int) -> int:
         """Put a waiting task at `position` and return where it is: never before the running one, or past the end.
 
-        Raises NoSuchTask, or WrongState if it does not wait.
+        Raises NoSuchTask, WrongState if it does not wait, or JournalFault, and then it is where it was.
         """
         if task_id not in self._waiting:
             task = await self.get(task_id)
             raise WrongState(f"Task {task_id} is {task.status}; only a waiting task can be moved")
-        task = self._waiting.pop(task_id)
-        others = list(self._waiting.values())
-        place = min(max(position - 1 - bool(self._current), 0), len(others))
-        self._waiting = {other.id: other for other in (*others[:place], task, *others[place:])}
-        await self._journal.reorder(list(self._waiting))
-        return place + 1 + bool(self._current)
+        before, ahead = list(self._waiting), 1 + bool(self._current)
+        others = [other for other in before if other != task_id]
+        place = min(max(position - ahead, 0), len(others))
+        self._arrange([*others[:place], task_id, *others[place:]])
+        try:
+            await self._journal.reorder(list(self._waiting))
+        except JournalFault:
+            self._arrange(before)
+            raise
+        return place + ahead
 
     async def retry(self, task_id: int) -> Receipt:
         """Queue the job of an ended task again, with its settings, seed and pictures.
@@ -376,6 +385,8 @@ class TaskQueue:
 
     def position(self, task: Task) -> int | None:
         """1 for the task that runs or is next; None once it has ended."""
+        if task.status.ended:
+            return None
         if task is self._current:
             return 1
         places = {task_id: place for place, task_id in enumerate(self._waiting, start=1)}
@@ -383,14 +394,19 @@ class TaskQueue:
         return place and place + bool(self._current)
 
     def steps_done(self, task: Task) -> tuple[int, int]:
-        """Denoising steps done and to do, over all files of the task."""
-        progress = self._engine.progress(task.id)
-        files = task.job.batch_size * task.job.repeat_generation
-        runs = progress.runs if progress and progress.runs else files
-        total = task.job.steps * (runs if progress else files)
+        """Denoising steps done and to do, over all runs of the task; the first only grows."""
+        total = task.job.steps * self._runs(task.job)
         if task.status is Status.COMPLETED:
             return total, total
-        return (progress.run * progress.steps + progress.step if progress else task.steps_done), total
+        if progress := self._engine.progress(task.id):
+            task.steps_done = max(task.steps_done, progress.run * progress.steps + progress.step)
+        return task.steps_done, total
+
+    def _runs(self, job: Job) -> int:
+        """Passes through the pipeline; the files of a batch are made in one, where the class can."""
+        model = self._catalog.get(job.model) if job.model in self._catalog else None
+        together = model and job.task in model.pipelines and model.pipelines[job.task].batch
+        return job.repeat_generation * (1 if together else job.batch_size)
 
     def progress_percent(self, task: Task) -> float:
         """0 to 100; it only grows, and is 100 once the task is completed."""
@@ -487,6 +503,9 @@ class TaskQueue:
             await self._stopped(task)
         except (EngineError, UnknownModel) as error:
             await self._failed(task, getattr(error, "code", "unknown_model"), str(error))
+        except Exception as error:
+            log.exception("task %d: fault in the daemon", task.id)
+            await self._failed(task, "internal_error", f"{type(error).__name__} in the daemon; its log says more.")
         else:
             await self._completed(task, result, warm)
         with contextlib.suppress(JournalFault):
@@ -503,14 +522,21 @@ class TaskQueue:
     async def _follow(self, task: Task) -> None:
         while True:
             self.progress_percent(task)
-            task.steps_done = max(task.steps_done, self.steps_done(task)[0])
+            self.steps_done(task)
             await asyncio.sleep(FOLLOW_S)
 
     async def _failed(self, task: Task, code: str, sentence: str) -> None:
         if code in ENGINE_FAULTS:
             self.faults["engine"], self._fault_at = sentence, time.monotonic()
-        await asyncio.to_thread(self._files.remove_parts, task.id)
+        await self._tidy(task, self._files.remove_parts)
         await self._finish(task, Status.FAILED, code, sentence)
+
+    async def _tidy(self, task: Task, remove: Callable[[int], int]) -> None:
+        """Delete what an attempt left. A file that stays is a nuisance; a task without its end would be a fault."""
+        try:
+            await asyncio.to_thread(remove, task.id)
+        except OSError as error:
+            log.warning("task %d: what it left in the output folder can't be removed: %s", task.id, error)
 
     def _patience_s(self, job: Job) -> float:
         """How long a job may show no progress: slow models earn more than the floor by what they have shown before."""
@@ -530,16 +556,16 @@ class TaskQueue:
 
         A client keeps the files of earlier runs, each of them whole; a task that goes back will make them all again.
         """
-        if self._put_back and task.status is not Status.CANCELLING:
-            await asyncio.to_thread(self._files.remove_attempt, task.id)
-            task.status, task.started_at, task.attempts = Status.QUEUED, None, task.attempts - 1
-            self._waiting = {task.id: task, **self._waiting}
-            await self._persist(task)
-            with contextlib.suppress(JournalFault):  # a task that ran comes first in any case
-                await self._journal.reorder(list(self._waiting))
-        else:
-            await asyncio.to_thread(self._files.remove_parts, task.id)
+        back = self._put_back and task.status is not Status.CANCELLING
+        await self._tidy(task, self._files.remove_attempt if back else self._files.remove_parts)
+        if not back or task.status is Status.CANCELLING:  # a client may have cancelled it meanwhile
             await self._finish(task, Status.CANCELLED)
+            return
+        task.status, task.started_at, task.attempts = Status.QUEUED, None, task.attempts - 1
+        self._current, self._waiting = None, {task.id: task, **self._waiting}
+        await self._persist(task)
+        with contextlib.suppress(JournalFault):  # a task that ran comes first in any case
+            await self._journal.reorder(list(self._waiting))
 
     async def _finish(self, task: Task, status: Status, code: str = "", sentence: str = "") -> None:
         self._end(task, status, code, sentence)

@@ -28,7 +28,8 @@ class Daemon:
         self.outputs, self.state, self.models = (folder / name for name in ("outputs", "state", "models"))
         self.log = folder / "log"
         self.url = ""
-        # One thread: the models are tiny, and threads that spin for each other on a busy machine cost more than they give.
+        self.program = [str(ROOT / "wangpd.py")]
+        # One thread: the models are tiny, and threads that spin for each other on a busy machine cost more.
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,20 +51,25 @@ class Daemon:
 
     def start(self) -> None:
         """Start it and wait until it listens."""
+        offset = self.launch()
+        deadline = time.monotonic() + START_S
+        while not (found := re.search(rb"listens on (http://[^/]+)/", self.log.read_bytes()[offset:])):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        self.url = found[1].decode()
+
+    def launch(self) -> int:
+        """Start it and wait for nothing; returns where its part of the log begins."""
         with self.log.open("ab") as log:
             offset = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "wangpd.py"), "--config", str(self.folder / "wangpd.toml")],
+                [sys.executable, *self.program, "--config", str(self.folder / "wangpd.toml")],
                 cwd=self.folder,
                 env=self.environment,
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + START_S
-        while not (found := re.search(rb"listens on (http://[^/]+)/", self.log.read_bytes()[offset:])):
-            assert self._process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-        self.url = found[1].decode()
+        return offset
 
     def stop(self, signal_number: int = signal.SIGTERM, timeout: float = 60) -> int:
         """End it by a signal and return its exit code."""

@@ -123,7 +123,7 @@ SENTENCES = [
     ("image_end", {}, "image_end: must be text: the picture's bytes in base64"),
     ("image_refs", "AAAA", "image_refs: must be a list of pictures in base64"),
     ("image_refs", ["AAAA", 5], "image_refs[1]: must be text: the picture's bytes in base64"),
-    ("image_refs", [None], "image_refs[0]: Field may not be null."),
+    ("image_refs", [None], "image_refs[0]: must be text: the picture's bytes in base64"),
 ]
 
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,11 +18,13 @@ from PIL import Image, ImageDraw
 
 from engine import catalog, media
 from engine.catalog import HERE, Catalog
-from engine.executor import EngineConfig
+from engine.executor import EngineConfig, Progress
 from engine.gpu import pipeline
 from engine.gpu.meter import Meter
 from engine.gpu.studio import Studio
 from engine.job import Board, Job, Phase
+from engine.queue import TaskQueue
+from engine.task import Status, Task
 from engine.weights import Weights
 from tests.daemon import Daemon
 from tests.frames import read_video
@@ -128,7 +130,7 @@ CLASSES = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline}
 @pytest.fixture(scope="module")
 def by_hand() -> dict[str, Any]:
     """The pipelines as anybody would load them who has only diffusers."""
-    return {task: cls.from_pretrained(HERE / DEMO.builtin, torch_dtype=torch.float32) for task, cls in CLASSES.items()}
+    return {task: cls.from_pretrained(HERE / DEMO.builtin, dtype=torch.float32) for task, cls in CLASSES.items()}
 
 
 def rendered(loaded: Any, wanted: Job) -> Frames:
@@ -308,6 +310,28 @@ def test_a_job_passes_through_its_phases_in_order_once_a_run(witnessed: list[dic
 def test_the_board_names_its_task_only_once_its_numbers_are_fresh(witnessed: list[dict[str, int]]) -> None:
     first = next(look for look in witnessed if look["task"] == 5)
     assert (first["phase"], first["run"], first["step"], first["total"]) == (Phase.IDLE, 0, 0, 0)
+
+
+class Looked:
+    """An engine whose task is where one look of the board says."""
+
+    def __init__(self, look: dict[str, int]) -> None:
+        self._look = look
+
+    def progress(self, _task_id: int) -> Progress:
+        look = self._look
+        return Progress(Phase(look["phase"]), look["run"], look["runs"], look["step"], look["total"])
+
+
+def test_progress_never_tells_of_a_run_that_has_not_begun(witnessed: list[dict[str, int]]) -> None:
+    """The fields of the board change one by one, and the daemon may look at any moment."""
+    saved, before = 0, Phase.IDLE
+    for look in witnessed:
+        saved += before == Phase.SAVING != look["phase"]
+        before = Phase(look["phase"])
+        task = Task(5, job(repeat_generation=2, steps=2), Status.PROCESSING)
+        queue = TaskQueue(cast(Any, None), cast(Any, Looked(look)), cast(Any, None), cast(Any, None))
+        assert queue.progress_percent(task) <= 100 * (saved + 1) / 2
 
 
 # ------------------------------------------------------------------------------------------------------------- warm

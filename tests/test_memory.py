@@ -53,7 +53,7 @@ def test_a_vae_that_decodes_in_small_tiles_leaves_no_gap() -> None:
     latents = torch.randn(1, 4, 1, 40, 40)  # 320x320 pixels, more than two tiles a side
     with torch.no_grad():
         whole = vae.decode(latents).sample
-        memory._tile_vae(SimpleNamespace(vae=vae), 128)
+        memory.tile_vae(SimpleNamespace(vae=vae), 128)
         tiled = vae.decode(latents).sample
     assert vae.use_tiling
     assert tiled.shape == whole.shape

@@ -6,6 +6,7 @@ What is asked for reaches the pixels: each input is changed alone, and the frame
 import base64
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -247,6 +248,19 @@ def test_the_start_image_is_the_first_frame(runs: Runs) -> None:
 def test_a_recipes_loras_change_the_frames_of_its_base(runs: Runs, studio: Daemon) -> None:
     state = studio.run(**{**request_of(runs.case), "model_type": runs.case.model.base})
     assert difference(read_video(studio.made(state)), runs["plain"]) > 1.0
+
+
+def test_a_switch_to_another_model_and_back_gives_the_same_frames_and_loads_each_once(studio: Daemon) -> None:
+    tiny = request_of(CASES[0])
+    demo = {**PLAIN, "model_type": "wan_demo", "resolution": "64x64"}
+    before = studio.log.stat().st_size
+    states = [studio.run(**fields) for fields in (demo, tiny, tiny, demo)]
+    videos = [read_video(studio.made(state)) for state in states]
+    assert np.array_equal(videos[0], videos[3])
+    assert np.array_equal(videos[1], videos[2])
+    loaded = re.findall(r"loaded model (\S+)", studio.log.read_text()[before:])
+    assert loaded[-2:] == [CASES[0].model_id, "wan_demo"]
+    assert len(loaded) <= 3  # wan_demo may have been there from before
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

@@ -14,6 +14,7 @@ HEADROOM = 0.75  # share of the free GPU memory that weights may take; activatio
 
 # vae_config → side of a VAE tile in pixels; 0 is chosen by the card's memory, smallest first.
 TILES = {1: 512, 2: 256, 3: 128}
+SMALLEST_TILE = min(TILES.values())
 AUTO_TILES = ((8 * 2**30, 128), (16 * 2**30, 256), (24 * 2**30, 512))
 
 
@@ -26,7 +27,7 @@ def place(pipe: Any, model: Model, device: torch.device, profile: float, vae_con
     profile = profile or choose_profile(model, free_bytes)
     log.info("model %s: profile %g, %.1f GiB of GPU memory free", model.id, profile, free_bytes / 2**30)
     _PLACINGS[int(profile)](pipe, device)
-    _tile_vae(pipe, TILES.get(vae_config) or auto_tile(total_bytes))
+    tile_vae(pipe, TILES.get(vae_config) or auto_tile(total_bytes))
 
 
 def choose_profile(model: Model, free_bytes: int) -> int:
@@ -43,8 +44,11 @@ def auto_tile(total_bytes: int) -> int:
     return next((side for limit, side in AUTO_TILES if total_bytes < limit), 0)
 
 
-def _tile_vae(pipe: Any, side: int) -> None:
-    """Decode in tiles that overlap by a quarter. A stride of the class's own may be longer than a small tile."""
+def tile_vae(pipe: Any, side: int) -> None:
+    """Let the VAE work on tiles of `side` pixels that overlap by a quarter, where it can; 0 means whole frames.
+
+    The stride is set too: a class's own may be longer than a small tile.
+    """
     vae: Any = getattr(pipe, "vae", None)
     if not side or not hasattr(vae, "enable_tiling"):
         return

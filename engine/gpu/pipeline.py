@@ -100,8 +100,8 @@ def render(pipe: Any, model: Model, job: Job, meter: Meter) -> Iterator[Clip]:
     passes = seeds_of_passes(job, pipeline.batch)
     with _reported(pipe, meter):
         for number, seeds in enumerate(passes):
+            meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
             meter.begin_run(number, len(passes), job.steps)
-            meter.enter(Phase.ENCODING)
             videos = _run(pipe, model, job, seeds, meter)
             yield from (Clip(seed, _pixels(video)) for seed, video in zip(seeds, videos, strict=True))
 

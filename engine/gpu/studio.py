@@ -29,14 +29,15 @@ class Studio:
         self._config = config
         self._device = choose_device(config.device)
         self._profile = config.profile
+        self._tiled = False  # whatever vae_config says: memory has just run out
         self.model_id = ""  # of the model that is loaded
         self._pipe: Any = None
 
     def make(self, task_id: int, job: Job, model: Model, meter: Meter) -> Result:
         """Load what is not loaded, generate, and return the whole files.
 
-        Out of memory, it gives everything back and tries once more with the next more frugal profile. Raises
-        EngineError or Cancelled.
+        Out of memory, it gives everything back and tries once more with the next more frugal profile and the VAE in
+        its smallest tiles. Raises EngineError or Cancelled.
         """
         started = datetime.now(UTC)
         try:
@@ -45,15 +46,14 @@ class Studio:
             frugal = memory.more_frugal(self._profile)
             log.warning("task %d: out of memory while %s; once more with profile %g", task_id, meter.where, frugal)
         self._unload()
-        self._profile = frugal
+        self._profile, self._tiled = frugal, True
         try:
             return self._attempt(task_id, job, model, meter, started)
         except torch.OutOfMemoryError:
             raise EngineError(memory.advice(job, model, meter.where, frugal), "out_of_memory") from None
         finally:
-            if self._profile != self._config.profile:
-                self._unload()  # the next task may fit as configured
-                self._profile = self._config.profile
+            self._unload()  # the next task may fit as configured
+            self._profile, self._tiled = self._config.profile, False
 
     def _attempt(self, task_id: int, job: Job, model: Model, meter: Meter, started: datetime) -> Result:
         self._reset_peak()
@@ -71,6 +71,8 @@ class Studio:
             self._unload()  # first: two may not fit
             pipe = pipeline.load(model, model.pipelines[task], self._weights(model), self._device)
             memory.place(pipe, model, self._device, self._profile, self._config.vae_config)
+            if self._tiled:
+                memory.tile_vae(pipe, memory.SMALLEST_TILE)
             self.model_id, self._pipe = model.id, pipe
             log.info("loaded model %s on %s", model.id, self._device)
         return self._pipe

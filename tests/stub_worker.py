@@ -1,0 +1,60 @@
+"""A worker without torch: it goes through every phase on the real board, and its files are whole videos.
+
+A second of it costs nothing, so that a test can kill the daemon a hundred times.
+"""
+
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from engine.catalog import Model
+from engine.gpu import worker
+from engine.gpu.meter import Meter
+from engine.job import Job, OutputFile, Phase, Result
+
+CLIP = "STUB_CLIP"  # environment: a video to copy
+STEP_S = 0.005
+PIECES = 4  # in which a file is written
+
+
+def make_clips(task_id: int, job: Job, _model: Model) -> Result:
+    """As many files as the job asks for, each a copy of the clip. Raises Cancelled, and leaves its part lying then."""
+    meter, started = Meter(worker._board, task_id), datetime.now(UTC)
+    meter.enter(Phase.LOADING)
+    files = [make_clip(meter, run, job, f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_stub") for run in range(runs(job))]
+    return Result(tuple(files), meter.done(), 0)
+
+
+def runs(job: Job) -> int:
+    """Passes through the pipeline."""
+    return job.batch_size * job.repeat_generation
+
+
+def make_clip(meter: Meter, run: int, job: Job, prefix: str) -> OutputFile:
+    """One pass and its file. Raises Cancelled."""
+    meter.enter(Phase.ENCODING)
+    meter.begin_run(run, runs(job), job.steps)
+    meter.enter(Phase.DENOISING)
+    for step in range(job.steps):
+        time.sleep(STEP_S)
+        meter.step_done(step + 1)
+    meter.enter(Phase.DECODING)
+    meter.enter(Phase.SAVING)
+    path = worker._config.save_path / f"{prefix}_s{job.seed + run}.mp4"
+    publish(meter, path)
+    return OutputFile(path.name, "video", path.stat().st_size, 32, 32, 5, 8, job.seed + run)
+
+
+def publish(meter: Meter, path: Path) -> None:
+    """Copy the clip to `path`, visible only when whole. Raises Cancelled."""
+    data = Path(os.environ[CLIP]).read_bytes()
+    part = path.with_name(f".{path.name}.part")
+    size = -(-len(data) // PIECES)
+    with part.open("wb") as file:
+        for start in range(0, len(data), size):
+            file.write(data[start : start + size])
+            file.flush()
+            time.sleep(STEP_S)
+            meter.check()
+    part.rename(path)
