@@ -1866,27 +1866,26 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
     runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
-    await runner.setup()
+    listener = await bind(runner, config)  # first: where the port is taken, no task may start
     supervisor = Supervisor(app[QUEUE], lambda: remarks(app))
     watching = asyncio.create_task(supervisor.watch())
     try:
-        listener = await listen(runner, config)
+        await runner.setup()
+        await listener.start_serving()
         host, port, *_ = listener.sockets[0].getsockname()
         log.info("wangpd %s listens on http://%s:%d%s/", version(), host, port, API)
         supervisor.tell("READY=1", supervisor.status())
         await stop.wait()
         supervisor.tell("STOPPING=1", "STATUS=stopping the running task")
         app[QUEUE].interrupt()
-        listener.close()  # first: a connection that is opened now would be cut off
     finally:
+        listener.close()  # before the rest ends: a connection that is opened now would be cut off
         watching.cancel()
         await runner.cleanup()
 
 
-async def listen(runner: web.AppRunner, config: Config) -> asyncio.Server:
-    """Open the door. Raises CantStart."""
-    server = runner.server
-    assert server
+async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
+    """Take the port, without listening yet. Raises CantStart."""
     options = {
         "keepalive_timeout": KEEPALIVE_S,
         "access_log_class": AccessLog,
@@ -1895,7 +1894,10 @@ async def listen(runner: web.AppRunner, config: Config) -> asyncio.Server:
     loop = asyncio.get_running_loop()
     try:
         return await loop.create_server(
-            lambda: Connection(server, config.max_connections, loop=loop, **options), config.host, config.port
+            lambda: Connection(cast(web.Server, runner.server), config.max_connections, loop=loop, **options),
+            config.host,
+            config.port,
+            start_serving=False,
         )
     except OSError as error:
         sentence = LISTEN_FAULTS.get(error.errno or 0, f"can't listen on {{host}}, port {{port}}: {error.strerror}")
