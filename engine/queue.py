@@ -268,12 +268,12 @@ class TaskQueue:
 
     def listing(self) -> list[Task]:
         """The tasks that have not ended: the running one, then those that wait, in their order."""
-        return [*([self._current] if self._current else []), *self._waiting.values()]
+        return [*([self.current] if self.current else []), *self._waiting.values()]
 
     @property
     def current(self) -> Task | None:
         """The task that runs."""
-        return self._current
+        return None if self._current and self._current.status.ended else self._current
 
     async def remove(self, task_id: int) -> Status:
         """Take a waiting task out, or begin to cancel the running one; returns its new status.

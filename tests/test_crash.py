@@ -1,4 +1,4 @@
-"""The daemon is killed again and again under load, and keeps every promise; and thousands of tasks do not fill its memory.
+"""The daemon is killed again and again under load, and keeps its promises; thousands of tasks do not fill its memory.
 
 `make crash` runs the same at full size: CRASH_KILLS, CRASH_TASKS and CRASH_SEED are read from the environment.
 """

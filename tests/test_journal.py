@@ -246,7 +246,7 @@ def spoiled(path: Path, case: str) -> bytes:
         "a row without its keys": "UPDATE tasks SET record = '{}'",
         "a row of another shape": "UPDATE tasks SET record = '[1]'",
         "a row of a later version": "UPDATE tasks SET record = json_set(record, '$.colour', 'red')",
-        "a missing table": "DROP TABLE facts",
+        "a missing table": "DROP TABLE tasks",
         "a later schema": f"PRAGMA user_version = {len(MIGRATIONS) + 1}",
     }
     if case in rows:
@@ -338,11 +338,9 @@ async def test_a_full_disk_at_the_start_is_a_fault_and_the_journal_stays(
     await journal.close()
 
 
-async def test_a_place_that_can_not_be_opened_is_a_fault_and_stays(path: Path) -> None:
-    path.mkdir(parents=True)
+async def test_a_place_that_can_not_be_opened_is_a_fault_and_stays(tmp_path: Path) -> None:
     with pytest.raises(JournalFault, match="unable to open"):
-        await reopened(path)
-    assert path.is_dir()
+        await reopened(tmp_path)  # a folder
 
 
 async def fill(journal: Journal) -> None:
@@ -356,7 +354,7 @@ async def free(journal: Journal) -> None:
 
 async def test_a_full_disk_is_a_sentence_with_the_remedy(journal: Journal) -> None:
     await fill(journal)
-    with pytest.raises(JournalFault, match="can't be used now .*full.*free its disk, then try again"):
+    with pytest.raises(JournalFault, match=r"can't be used now .*full.*free its disk, then try again"):
         await journal.add(Task(0, job("x" * 10_000)), None, "", {})
 
 

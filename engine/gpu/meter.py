@@ -16,9 +16,14 @@ class Meter:
         board.phase, board.run, board.runs, board.step, board.total = Phase.IDLE, 0, 0, 0, 0
         board.task = task_id  # last, so that the numbers above are never another task's
 
+    @property
+    def cancelled(self) -> bool:
+        """The daemon asked for the end of this task."""
+        return self._board.cancel == self._task_id
+
     def check(self) -> None:
         """Raises Cancelled if the daemon asked for it."""
-        if self._board.cancel == self._task_id:
+        if self.cancelled:
             raise Cancelled
 
     def enter(self, phase: Phase) -> None:

@@ -12,7 +12,7 @@ from engine import catalog, weights
 from engine.catalog import Model
 from engine.gpu import encode, memory, pipeline
 from engine.gpu.meter import Meter
-from engine.job import EngineError, Job, OutputFile, Phase, Result
+from engine.job import Cancelled, EngineError, Job, OutputFile, Phase, Result
 from engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ class Studio:
         for clip in pipeline.render(pipe, model, job, meter):
             meter.enter(Phase.SAVING)
             files.append(self._save(task_id, job, clip, started))
+            if meter.cancelled:  # while it was being written: who cancelled it wants no file
+                (self._config.save_path / files[-1].filename).unlink(missing_ok=True)
+                raise Cancelled
         return Result(tuple(files), meter.done(), self._peak_bytes())
 
     def load(self, model: Model, task: str) -> Any:

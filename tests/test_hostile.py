@@ -1,0 +1,145 @@
+"""The hostile corpus against a real daemon: every request is refused with a sentence, and nothing is changed by it."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests import hostile
+from tests.daemon import Daemon
+from tests.hostile import Attack
+from tests.idle import idle_daemon
+from tests.wire import Answer, exchange
+
+MOST_TOLD = 2100  # characters of an error
+CHANGING = (
+    "log",
+    "journal.sqlite",
+    "journal.sqlite-wal",
+    "journal.sqlite-shm",
+)  # what the daemon may write at any time
+
+
+@pytest.fixture(scope="module")
+def fort(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon with things in its folder, around it and linked into it that are nobody's business."""
+    outside = tmp_path_factory.mktemp("outside")
+    folder = outside / "fort"
+    with idle_daemon(folder, max_body_mb=4) as running:
+        for place in (outside, folder):
+            (place / hostile.VICTIM).write_text("secret")
+        Image.new("RGB", (64, 64)).save(running.outputs / "there.png")
+        (running.outputs / "there.png").rename(running.outputs / "there.png")
+        (running.outputs / ".hidden.mp4").write_text("secret")
+        (running.outputs / ".clip.mp4.part").write_text("secret")
+        (running.outputs / "folder.mp4").mkdir()
+        (running.outputs / "link.mp4").symlink_to(folder / hostile.VICTIM)
+        yield running
+
+
+def everything(daemon: Daemon) -> dict[Path, tuple[int, int]]:
+    """Size and time of each file and folder, up to the folder around the daemon's own."""
+    found = [path for path in daemon.folder.parent.rglob("*") if path.name not in CHANGING]
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in found if path != daemon.state}
+
+
+def fault(attack: Attack, answer: Answer | None) -> str:
+    """What is wrong with the answer to an attack; empty if nothing is."""
+    if answer is None:
+        return f"{attack.label}: closed without an answer"
+    told = f"{attack.label}: {answer.status} {answer.body[:300]!r}"
+    if not 400 <= answer.status < 500:
+        return told
+    if attack.request.startswith(b"HEAD "):
+        return told if answer.body else ""
+    try:
+        body = json.loads(answer.body)
+    except ValueError:
+        return told
+    right = set(body) == {"detail"} and isinstance(body["detail"], str) and 0 < len(body["detail"]) < MOST_TOLD
+    return "" if right and b"secret" not in answer.body.replace(hostile.VICTIM.encode(), b"") else told
+
+
+@pytest.mark.parametrize("name", [name for name in hostile.CLASSES if name != "connections"])
+def test_every_hostile_request_is_refused_with_a_sentence_and_changes_nothing(fort: Daemon, name: str) -> None:
+    before = everything(fort)
+    attacks = list(hostile.CLASSES[name]())
+    faults = [fault(attack, exchange(fort.url, attack.request)) for attack in attacks]
+    assert list(filter(None, faults)) == []
+    assert everything(fort) == before
+    assert fort.get("/queue").json()["data"]["total_tasks"] == 0
+
+
+def test_what_is_no_http_is_refused_or_hung_up_on_and_changes_nothing(fort: Daemon) -> None:
+    before = everything(fort)
+    for attack in hostile.connections():
+        answer = ended(fort, attack)
+        assert answer is None or not fault(attack, answer), fault(attack, answer)
+    assert everything(fort) == before
+    assert fort.get("/health").status_code == 200
+
+
+def ended(daemon: Daemon, attack: Attack) -> Answer | None:
+    """The answer to what may be only the beginning of something: the client says that there is no more."""
+    from tests.wire import answered, connected
+
+    with connected(daemon.url) as channel:
+        try:
+            channel.sendall(attack.request)
+            channel.shutdown(socket.SHUT_WR)
+        except ConnectionError:
+            pass
+        return answered(channel)
+
+
+def test_the_corpus_is_large_and_no_attack_is_in_it_twice() -> None:
+    requests = [attack.request for attacks in hostile.CLASSES.values() for attack in attacks()]
+    assert len(requests) == len(set(requests)) >= 200
+    labels = [(name, attack.label) for name, attacks in hostile.CLASSES.items() for attack in attacks()]
+    assert len(labels) == len(set(labels))
+
+
+def test_the_corpus_is_the_same_at_every_call() -> None:
+    assert [[*attacks()] for attacks in hostile.CLASSES.values()] == [
+        [*attacks()] for attacks in hostile.CLASSES.values()
+    ]
+
+
+drawn = settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+NO_FILE = st.binary(min_size=1, max_size=60).filter(lambda name: name not in (b"there.png",))
+
+
+@seed(4)
+@drawn
+@given(name=NO_FILE)
+def test_no_name_at_all_is_a_file(fort: Daemon, name: bytes) -> None:
+    request = hostile.request(b"GET", b"/api/v1/download/" + b"".join(b"%%%02X" % byte for byte in name))
+    assert fault(Attack(repr(name), request), exchange(fort.url, request)) == ""
+
+
+NO_PROMPT = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text().filter(lambda key: key != "prompt"), inner),
+    max_leaves=20,
+)
+
+
+@seed(4)
+@drawn
+@given(value=NO_PROMPT)
+def test_no_json_without_a_prompt_is_a_request(fort: Daemon, value: object) -> None:
+    request = hostile.posted(json.dumps(value).encode())
+    assert fault(Attack(repr(value), request), exchange(fort.url, request)) == ""
+
+
+@seed(4)
+@drawn
+@given(body=st.binary(max_size=200))
+def test_no_bytes_are_a_request_by_chance(fort: Daemon, body: bytes) -> None:
+    request = hostile.posted(body)
+    assert fault(Attack(repr(body), request), exchange(fort.url, request)) == ""
