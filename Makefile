@@ -16,12 +16,13 @@ PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
 	awk '/ Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|^Installing/ {print "  " substr($$0, 1, 110); fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check fix clean install
+.PHONY: help demo run test crash check fix clean install
 
 help:
 	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
 	@echo 'make run      run the daemon in the foreground: http://127.0.0.1:7860/api/docs (ARGS="--port 7861" …)'
 	@echo 'make test     run every test (ARGS="-k queue" …)'
+	@echo 'make crash    kill the daemon 120 times under load, and give it 10,000 tasks (CRASH_SEED=7 repeats a storm)'
 	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
 	@echo 'make fix      format, and repair what the linter can'
 	@echo 'make install  as root: $(PREFIX), $(SYSCONFDIR)/wangpd.toml and the systemd unit'
@@ -43,6 +44,9 @@ run: $(STAMP)
 
 test: $(STAMP)
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+crash: $(STAMP)
+	@CRASH_KILLS=$${CRASH_KILLS:-120} CRASH_TASKS=$${CRASH_TASKS:-10000} $(VENV)/bin/python -m pytest tests/test_crash.py -rP $(ARGS)
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff format --check .

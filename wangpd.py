@@ -60,6 +60,7 @@ API = "/api/v1"
 API_VERSION = "1.0.0"  # of the contract
 RETRY_AFTER_S = 10
 SWEEP_S = 3600
+HEAVY_AT_ONCE = 2
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
 DRAIN_S = 5  # for answers under way at a shutdown
 SHOWN_PROMPT = 100  # characters of a prompt in the queue listing
@@ -908,6 +909,7 @@ JOURNAL = web.AppKey("journal", Journal)
 QUEUE = web.AppKey("queue", TaskQueue)
 OUTPUTS = web.AppKey("outputs", Outputs)
 INPUTS = web.AppKey("inputs", Inputs)
+HEAVY = web.AppKey("heavy", asyncio.Semaphore)  # held while a body or a picture is decoded, which may take much memory
 DOCUMENT = web.AppKey("document", dict)  # the OpenAPI document, once someone has asked for it
 REQUEST_ID = web.RequestKey("request_id", str)
 CLIENT = web.RequestKey("client", str)  # its address, as far as it is known
@@ -1081,7 +1083,8 @@ async def generate(request: web.Request) -> web.Response:
     dry = request[QUERY]["dry_run"] in ("1", "true")
     if not dry:
         require_room(app)  # first, so that what is refused leaves no picture behind
-    resolved = await asyncio.to_thread(resolve, app, body, not dry)
+    async with app[HEAVY]:
+        resolved = await asyncio.to_thread(resolve, app, body, not dry)
     if dry:
         return dry_run(app, resolved)
     digest = hashlib.sha256(await request.read()).hexdigest()
@@ -1102,8 +1105,8 @@ def require_room(app: web.Application) -> None:
 def idempotency_key(request: web.Request) -> str | None:
     """The key that makes a retry safe, or None. Raises BadRequest."""
     key = request.headers.get(IDEMPOTENCY_KEY["name"])
-    if key is not None and not 1 <= len(key) <= KEY_CHARS:
-        raise BadRequest(f"Idempotency-Key: it must have 1 to {KEY_CHARS} characters")
+    if key is not None and not (1 <= len(key) <= KEY_CHARS and key.isprintable()):  # bytes that are no UTF-8 are not
+        raise BadRequest(f"Idempotency-Key: it must have 1 to {KEY_CHARS} printable characters")
     return key
 
 
@@ -1605,7 +1608,8 @@ async def read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
             raw = await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
-    return await asyncio.to_thread(lambda: loaded(schema, parsed(raw)))
+    async with request.app[HEAVY]:
+        return await asyncio.to_thread(lambda: loaded(schema, parsed(raw)))
 
 
 def parsed(raw: bytes) -> dict[str, Any]:
@@ -1768,7 +1772,7 @@ def make_app(config: Config) -> web.Application:
         client_max_size=config.max_body_mb * 2**20,
     )
     app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
-    app[CATALOG] = Catalog.load()
+    app[CATALOG], app[HEAVY] = Catalog.load(), asyncio.Semaphore(HEAVY_AT_ONCE)
     app[OUTPUTS] = Outputs(config.save_path, config.state_path / "thumbnails", config.retention())
     app[INPUTS] = Inputs(config.state_path / "inputs")
     app[ENGINE] = Engine(config.engine(), config.cancel_grace_s)
@@ -1877,7 +1881,7 @@ async def serve(config: Config) -> None:
         supervisor.tell("READY=1", supervisor.status())
         await stop.wait()
         supervisor.tell("STOPPING=1", "STATUS=stopping the running task")
-        app[QUEUE].interrupt()
+        await app[QUEUE].stop(config.stop_grace_s)  # with the door open: who comes now is told to come again
     finally:
         listener.close()  # before the rest ends: a connection that is opened now would be cut off
         watching.cancel()

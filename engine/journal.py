@@ -24,10 +24,11 @@ MIGRATIONS = (
         id INTEGER PRIMARY KEY AUTOINCREMENT,  -- AUTOINCREMENT: an id is never used twice, also after a deletion
         status TEXT NOT NULL,
         rank REAL NOT NULL,  -- the order in which tasks wait
-        finished_at REAL,
+        finished_at REAL,  -- NULL until the task has ended
         record TEXT NOT NULL
     );
     CREATE INDEX tasks_by_status ON tasks (status, rank);
+    CREATE INDEX tasks_by_end ON tasks (finished_at);  -- with it, forgetting costs no more as the history grows
     CREATE TABLE replies (  -- idempotency keys
         key TEXT PRIMARY KEY,
         request TEXT NOT NULL,  -- digest of the request that the key was used for
@@ -205,13 +206,13 @@ class Journal:
         await self._call(lambda: self._prune(keep_count, time.time() - keep_s))
 
     def _prune(self, keep_count: int, before: float) -> None:
-        ended = f"status IN ({_MARKS})"
-        newest = f"SELECT id FROM tasks WHERE {ended} ORDER BY id DESC LIMIT ?"
+        newest_too_many = (
+            "SELECT finished_at, id FROM tasks WHERE finished_at IS NOT NULL"
+            " ORDER BY finished_at DESC, id DESC LIMIT 1 OFFSET ?"
+        )
         with self._db:
-            self._db.execute(
-                f"DELETE FROM tasks WHERE {ended} AND (finished_at < ? OR id NOT IN ({newest}))",
-                (*_ENDED, before, *_ENDED, keep_count),
-            )
+            self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (before,))
+            self._db.execute(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
 
     async def inputs(self) -> set[str]:
         """The names of all stored input files that some row still needs."""

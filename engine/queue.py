@@ -140,6 +140,7 @@ class TaskQueue:
         self.paused = False
         self.faults: dict[str, str] = {}  # what keeps the queue from working now, a sentence each
         self._fault_at = 0.0  # of the engine, by time.monotonic()
+        self._runner: asyncio.Task[None]
         self._put_back = False  # the running task is to wait again: the daemon is shutting down
         self._to_load: Model | None = None
         self._loading = False
@@ -153,11 +154,11 @@ class TaskQueue:
         Then the running task is stopped within `stop_s` seconds and put back, as if it had never started.
         """
         await self._restore()
-        runner = asyncio.create_task(self._run(), name="queue runner")
+        self._runner = asyncio.create_task(self._run(), name="queue runner")
         try:
             yield
         finally:
-            await self._stop(runner, stop_s)
+            await self.stop(stop_s)
 
     async def _restore(self) -> None:
         self._speeds = Speeds(await self._journal.fact("speeds", {}))
@@ -190,12 +191,13 @@ class TaskQueue:
                 await self.pause(True)
         await self._journal.save(task)
 
-    async def _stop(self, runner: asyncio.Task[None], stop_s: float) -> None:
+    async def stop(self, stop_s: float) -> None:
+        """Take no new work, and stop the running task within `stop_s` seconds; it is put back then."""
         self.interrupt()
-        await asyncio.wait([runner], timeout=stop_s)
-        runner.cancel()
+        await asyncio.wait([self._runner], timeout=stop_s)
+        self._runner.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await runner
+            await self._runner
 
     @property
     def closed(self) -> bool:

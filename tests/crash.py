@@ -45,8 +45,8 @@ PROMISES = (
     "a key makes a retry safe",
     "no answer is a 5xx",
 )
-CROWD = 25  # waiting tasks from which on nobody submits
-LONGEST_LIFE_S = 0.8
+CROWD = 12  # waiting tasks from which on nobody submits
+LONGEST_LIFE_S = 2.0
 PAGE = 200
 TASK_OF = re.compile(r"\.?\d{8}-\d{6}_t(\d+)_")
 
@@ -126,12 +126,12 @@ class Storm:
             timer.join()
 
     def die_after_an_answer(self) -> None:
-        for _ in range(self.random.randint(1, 20)):
+        for _ in range(self.random.randint(1, 60)):
             self.act()
         self.submit()
 
     def die_within_a_submission(self) -> None:
-        for _ in range(self.random.randint(0, 15)):
+        for _ in range(self.random.randint(0, 50)):
             self.act()
         prompt, body = self.request_body()
         prepared = requests.Request("POST", f"{self.daemon.url}/api/v1/generate", json=body).prepare()
@@ -178,12 +178,12 @@ class Storm:
     def act(self) -> None:
         """One request of a client, whichever."""
         acts: dict[Callable[[], None], int] = {
-            self.submit: 6,
-            self.move: 4,
-            self.cancel: 3,
-            self.retry: 1,
-            self.pause: 1,
-            self.clear: 1 if len(self.known.order) > CROWD else 0,
+            self.submit: 12,
+            self.move: 6,
+            self.cancel: 2,
+            self.retry: 2,
+            self.pause: 12 if self.known.paused else 2,
+            self.clear: len(self.known.order) > CROWD,
         }
         self.random.choices(list(acts), list(acts.values()))[0]()
         self.look()

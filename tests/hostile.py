@@ -37,10 +37,8 @@ def request(
     fields: dict[str, str | bytes] = {"Host": "127.0.0.1", **(headers or {})}
     if body is not None:
         fields.setdefault("Content-Length", str(len(body)))
-    lines = [
-        name.encode() + b": " + (value if isinstance(value, bytes) else value.encode())
-        for name, value in fields.items()
-    ]
+    values = {name: value if isinstance(value, bytes) else value.encode() for name, value in fields.items()}
+    lines = [name.encode() + b": " + value for name, value in values.items()]
     return b"\r\n".join([method + b" " + target + b" HTTP/1.1", *lines, b"", body or b""])
 
 
@@ -54,16 +52,7 @@ def posted(body: bytes, path: bytes = b"/generate", **headers: str) -> bytes:
 NAMES = [
     *(b"../" + VICTIM.encode(), b"../../" + VICTIM.encode(), b"..\\" + VICTIM.encode(), b"x/../../" + VICTIM.encode()),
     *(b"/etc/passwd", b"//etc/passwd", b"\\\\host\\share.mp4", b"C:\\x.mp4", b"file:///etc/passwd", b"~/x.mp4"),
-    *(
-        b"..",
-        b".",
-        b"...",
-        b"....//" + VICTIM.encode(),
-        b".hidden.mp4",
-        b".clip.mp4.part",
-        b"clip.mp4\0",
-        b"clip\0.mp4",
-    ),
+    *(b"..", b".", b"...", b"....//" + VICTIM.encode(), b".hidden.mp4", b".a.mp4.part", b"clip.mp4\0", b"clip\0.mp4"),
     *(b"clip.mp4\n", b"\rclip.mp4", b"\x1b[2J.mp4", b"\x7f.mp4", b"\xff\xfe.mp4", b"\xc0\xae\xc0\xae\xc0\xaf.mp4"),
     *(b"\xed\xa0\x80.mp4", b"\xe2\x80\xae4pm.exe", b"CON.mp4", b"NUL", b"aux.mp4:stream", b"link.mp4", b"folder.mp4"),
     *(b"a" * 300 + b".mp4", b"\xf0\x9f\x90\x88" * 70 + b".mp4", b"%s%n.mp4", b"$(id).mp4", b"`id`.mp4", b"'; --.mp4"),
@@ -73,9 +62,7 @@ ENCODINGS: Mapping[str, Callable[[bytes], bytes]] = {
     "quoted": lambda name: quote_from_bytes(name, safe="").encode(),
     "all": lambda name: b"".join(b"%%%02x" % byte for byte in name),
     "twice": lambda name: quote_from_bytes(quote_from_bytes(name, safe="").encode(), safe="").encode(),
-    "dots and slashes": lambda name: (
-        quote_from_bytes(name, safe="/\\").replace(".", "%2E").replace("/", "%2F").encode()
-    ),
+    "dots too": lambda name: quote_from_bytes(name, safe="\\").replace(".", "%2E").encode(),
 }
 PLACES = [(b"GET", b"/download/"), (b"GET", b"/preview/"), (b"HEAD", b"/download/")]
 
@@ -83,41 +70,17 @@ PLACES = [(b"GET", b"/download/"), (b"GET", b"/preview/"), (b"HEAD", b"/download
 def names() -> Iterator[Attack]:
     """Names of files that lead elsewhere, or that are none, in every encoding and in each path that takes one."""
     for number, name in enumerate(NAMES):
-        for encoding, encode in ENCODINGS.items():
-            method, path = PLACES[number % len(PLACES)]
-            yield Attack(f"{method.decode()} {encoding} {name!r}", request(method, API + path + encode(name)))
+        method, path = PLACES[number % len(PLACES)]
+        spellings = {encode(name): encoding for encoding, encode in ENCODINGS.items()}  # each but once
+        for spelling, encoding in spellings.items():
+            yield Attack(f"{method.decode()} {encoding} {name!r}", request(method, API + path + spelling))
 
 
 # ----------------------------------------------------------------------------------------------------- paths, methods
 
 IDS = [
-    *(
-        b"0",
-        b"-1",
-        b"99999",
-        b"1e3",
-        b"1.0",
-        b"0x1",
-        b"%31%30%30%30%30",
-        b"1%00",
-        b"%201",
-        b"1;drop",
-        b"../1",
-        b"%2e%2e",
-    ),
-    *(
-        b"9" * 20,
-        b"9" * 400,
-        b"9" * 5000,
-        b"-" + b"9" * 30,
-        b"NaN",
-        b"null",
-        b"%D9%A1",
-        b"%EF%BC%91",
-        b"",
-        b"1/",
-        b"'1'",
-    ),
+    *(b"0", b"-1", b"99999", b"1e3", b"1.0", b"0x1", b"%31%30%30%30%30", b"1%00", b"%201", b"1;drop", b"../1"),
+    *(b"9" * 20, b"9" * 400, b"9" * 5000, b"-" + b"9" * 30, b"NaN", b"null", b"%D9%A1", b"%EF%BC%91", b"1/", b"'1'"),
 ]
 METHODS = [b"PUT", b"POST", b"PATCH", b"TRACE", b"OPTIONS", b"CONNECT", b"PROPFIND", b"get", b"G" * 100]
 
@@ -127,8 +90,7 @@ def paths() -> Iterator[Attack]:
     for number in IDS:
         for method, path in ((b"GET", b"/status/"), (b"DELETE", b"/queue/"), (b"POST", b"/queue/%s/retry")):
             target = path % number if b"%s" in path else path + number
-            if target not in (b"/queue/", b"/status/"):
-                yield Attack(f"{method.decode()} {target[:40]!r}", request(method, API + target))
+            yield Attack(f"{method.decode()} {target[:40]!r} {len(target)}", request(method, API + target))
     for name in NAMES:
         target = API + b"/models/" + ENCODINGS["quoted"](name)
         yield Attack(f"model {name!r}", request(b"GET", target))
@@ -143,34 +105,10 @@ def paths() -> Iterator[Attack]:
 # ------------------------------------------------------------------------------------------------------------- queries
 
 QUERIES = [
-    *(
-        b"limit=0",
-        b"limit=-1",
-        b"limit=201",
-        b"limit=abc",
-        b"limit=1.5",
-        b"limit=",
-        b"limit=%00",
-        b"limit=1%20",
-        b"limit=+1",
-    ),
-    *(
-        b"limit=" + b"9" * 400,
-        b"limit=" + b"9" * 5000,
-        b"limit=%D9%A1",
-        b"limit=1_0",
-        b"limit=0x10",
-        b"limit[]=1&limit=x",
-    ),
+    *(b"limit=0", b"limit=-1", b"limit=201", b"limit=abc", b"limit=1.5", b"limit=", b"limit=%00", b"limit=1%20"),
+    *(b"limit=+1", b"limit=1_0", b"limit=0x10", b"limit[]=1&limit=x", b"limit=%D9%A1", b"limit=" + b"9" * 5000),
     *(b"offset=-1", b"offset=x", b"offset=1e9", b"offset=NaN", b"offset=" + b"9" * 4100, b"limit=5&offset=%FF"),
-    *(
-        b"file_type=",
-        b"file_type=exe",
-        b"file_type=video%00",
-        b"file_type=VIDEO",
-        b"file_type=../video",
-        b"file_type=%ff",
-    ),
+    *(b"file_type=", b"file_type=exe", b"file_type=video%00", b"file_type=VIDEO", b"file_type=../video"),
 ]
 
 
@@ -182,7 +120,7 @@ def queries() -> Iterator[Attack]:
         yield Attack(f"width {width[:20]!r}", request(b"GET", API + b"/preview/there.png?width=" + width))
     for wait in (b"0", b"61", b"-1", b"x", b"9" * 50):
         yield Attack(f"wait {wait!r}", request(b"GET", API + b"/status/1?wait=" + wait))
-    for dry_run in (b"2", b"yes", b"%00", b"1&dry_run=0"[::-1]):
+    for dry_run in (b"2", b"yes", b"%00", b"2&dry_run=0"):
         yield Attack(f"dry run {dry_run!r}", posted(b'{"prompt": "a"}', b"/generate?dry_run=" + dry_run))
     for status in (b"none", b"queued%27--", b"%ff"):
         yield Attack(f"status {status!r}", request(b"GET", API + b"/tasks?status=" + status))
@@ -230,9 +168,9 @@ BODIES: Mapping[str, bytes] = {
     "a model of a long name": json.dumps({"prompt": "a", "model_type": "m" * 100_000}).encode(),
     "a length of a long text": json.dumps({"prompt": "a", "video_length": "1" * 100_000 + "s"}).encode(),
 }
-WRONG = [None, True, -1, 1e308, 2**70, "", "x", [], {}, [[]], {"a": 1}, "\0", "1" * 5000]
+WRONG = [True, -1, 1e308, 2**70, "", "x", [], {}, [[]], {"a": 1}, "\0", "1" * 5000]
 FIELDS = ["prompt", "resolution", "video_length", "num_inference_steps", "guidance_scale", "seed", "batch_size"]
-RIGHT = {("prompt", "x"), ("prompt", "\0"), ("prompt", "1" * 5000), ("seed", -1)}  # not hostile at all
+RIGHT = [("prompt", "x"), ("prompt", "\0"), ("prompt", "1" * 5000), ("seed", -1)]  # not hostile at all
 
 
 def bodies() -> Iterator[Attack]:
@@ -241,15 +179,11 @@ def bodies() -> Iterator[Attack]:
         yield Attack(label, posted(body))
     for field in FIELDS:
         for value in WRONG:
-            if value is not None and (field, str(value) if isinstance(value, str) else value) not in _right():
+            if (field, value) not in RIGHT:
                 wrong = json.dumps({"prompt": "a", field: value}).encode()
                 yield Attack(f"{field} {str(value)[:20]!r}", posted(wrong))
     for body in (b"{}", b'{"position": 0}', b'{"position": "1"}', b"[]", b'{"position": 1e400}'):
         yield Attack(f"move {body!r}", request(b"PATCH", API + b"/queue/1", JSON, body))
-
-
-def _right() -> set[tuple[str, object]]:
-    return set(RIGHT)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -269,7 +203,7 @@ def png(width: int, height: int, data: bytes = b"", depth: int = 8, kind: int = 
 def drawn(kind: str) -> bytes:
     """A small picture with something in it."""
     buffer = io.BytesIO()
-    Image.effect_noise((64, 64), 60).convert("RGB").save(buffer, kind)
+    Image.frombytes("RGB", (64, 64), random.Random(SEED).randbytes(64 * 64 * 3)).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -277,7 +211,7 @@ PICTURES: Mapping[str, bytes] = {
     "100 megapixels": png(10_000, 10_000),
     "all the pixels there are": png(2**31 - 1, 2**31 - 1),
     "no pixel": png(0, 0),
-    "a row too few": png(64, 64, b"\0" * 193 * 63),
+    "rows that are not there": png(64, 64, b""),
     "an unknown depth": png(8, 8, b"\0" * 200, depth=7),
     "an unknown kind": png(8, 8, b"\0" * 200, kind=9),
     "a signature": b"\x89PNG\r\n\x1a\n",
@@ -345,16 +279,7 @@ HEADERS: Mapping[str, Mapping[str, str | bytes]] = {
     "a zero": {"X-Zero": b"a\0b"},
     "a line feed": {"X-Feed": b"a\nX-Other: b\n\n"},
 }
-RANGES = [
-    "bytes=999-",
-    "bytes=-0",
-    "bytes=5-2",
-    "bytes=0-0,5-6,9-",
-    "bytes=a-b",
-    "lines=0-1",
-    "bytes=" + "9" * 4000 + "-",
-    "",
-]
+RANGES = ["bytes=999-", "bytes=-0", "bytes=5-2", "bytes=0-0,5-6,9-", "bytes=a-b", "lines=0-1", "bytes=" + "9" * 4000]
 
 
 def headers() -> Iterator[Attack]:
@@ -364,10 +289,8 @@ def headers() -> Iterator[Attack]:
     for sent in RANGES:
         yield Attack(f"range {sent[:20]!r}", request(b"GET", API + b"/download/there.png", {"Range": sent}))
     for size in (b"z", b"-1", b"fffffffffffffffff", b"", b"5;" + b"a" * 9000):
-        chunked = {**JSON, "Transfer-Encoding": "chunked"}
-        yield Attack(
-            f"chunk {size[:9]!r}", request(b"POST", API + b"/generate", chunked) + size + b"\r\nabcde\r\n0\r\n\r\n"
-        )
+        head = request(b"POST", API + b"/generate", {**JSON, "Transfer-Encoding": "chunked"})
+        yield Attack(f"chunk {size[:9]!r}", head + size + b"\r\nabcde\r\n0\r\n\r\n")
 
 
 # --------------------------------------------------------------------------------------------------------- connections

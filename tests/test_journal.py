@@ -1,9 +1,11 @@
 """The journal: what is written outlives the process, and a file that can't be read is never thrown away."""
 
+import dataclasses
 import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +35,12 @@ async def added(journal: Journal, prompt: str = "a cat") -> Task:
     return task
 
 
+async def found(journal: Journal, task_id: int) -> dict[str, Any]:
+    task = await journal.get(task_id)
+    assert task is not None
+    return dataclasses.asdict(task)
+
+
 async def reopened(path: Path, id_floor: int = 0) -> Journal:
     journal = Journal(path)
     await journal.open(id_floor)
@@ -57,7 +65,7 @@ async def test_a_task_comes_back_as_it_was(journal: Journal, tmp_path: Path) -> 
     task.files = (OutputFile("a.mp4", "video", 5, 64, 32, 9, 8, 2**63 - 1),)
     task.timings, task.peak_memory_bytes = {"loading": 0.25}, 2**40
     await journal.save(task)
-    assert await journal.get(task.id) == task
+    assert await found(journal, task.id) == dataclasses.asdict(task)
 
 
 async def test_rows_outlive_the_connection(path: Path) -> None:
@@ -65,7 +73,7 @@ async def test_rows_outlive_the_connection(path: Path) -> None:
     task = await added(journal)
     await journal.close()
     journal = await reopened(path)
-    assert await journal.get(task.id) == task
+    assert await found(journal, task.id) == dataclasses.asdict(task)
     await journal.close()
 
 
@@ -210,7 +218,7 @@ async def test_an_active_task_is_never_forgotten(journal: Journal, status: Statu
     task.status = status
     await journal.save(task)
     await journal.prune(0, 0)
-    assert await journal.get(task.id) == task
+    assert await found(journal, task.id) == dataclasses.asdict(task)
 
 
 async def test_the_pictures_of_every_kept_task_are_needed(journal: Journal, tmp_path: Path) -> None:

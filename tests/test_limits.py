@@ -28,6 +28,8 @@ from engine.outputs import Outputs, Retention
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
 from tests.processes import alive, eventually, workers
+from tests.stub_worker import make_clips
+from tests.stubbed import StubDaemon
 from tests.wire import PATIENCE_S, answered, connected, exchange, head
 
 API = "/api/v1"
@@ -258,6 +260,16 @@ def test_a_burst_of_connections_does_not_pass_the_limit(small_house: Daemon) -> 
     assert (statuses.count(200), statuses.count(503)) == (MOST_CONNECTIONS, 60 - MOST_CONNECTIONS)
 
 
+def test_who_was_turned_away_is_not_kept(small_house: Daemon) -> None:
+    handles = Path(f"/proc/{small_house.process.pid}/fd")
+    with ExitStack() as stack:
+        opened(small_house, stack, MOST_CONNECTIONS)
+        before = len(list(handles.iterdir()))
+        for _ in range(30):
+            assert answered(stack.enter_context(connected(small_house.url))) is not None
+        assert eventually(lambda: len(list(handles.iterdir())) <= before)
+
+
 def test_readers_that_do_not_read_cost_no_memory_and_slow_nobody(roomy: Daemon) -> None:
     with (roomy.outputs / "large.mp4").open("wb") as file:
         file.truncate(500 * MIB)
@@ -350,13 +362,13 @@ def test_a_small_picture_with_much_behind_it_takes_no_memory_for_that(roomy: Dae
 @pytest.fixture(scope="module")
 def tidy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that gives everything back after a second, and keeps files for a day."""
-    with Daemon(tmp_path_factory.mktemp("tidy"), idle_unload_s=1, keep_outputs_days=1) as running:
+    with StubDaemon(tmp_path_factory.mktemp("tidy"), make_clips, idle_unload_s=1, keep_outputs_days=1) as running:
         yield running
 
 
 def test_idleness_ends_the_generation_process_and_the_next_task_starts_one(tidy: Daemon) -> None:
     assert tidy.run(**QUICK)["status"] == "completed"
-    assert "idle for 1 s" in tidy.log.read_text() or len(workers(tidy)) == 1
+    assert eventually(lambda: "idle for 1 s: the generation process was ended" in tidy.log.read_text())
     assert eventually(lambda: not workers(tidy))
     assert tidy.run(**QUICK)["status"] == "completed"
 
@@ -369,31 +381,38 @@ def test_a_task_removes_what_is_older_than_it_is_to_be_kept(tidy: Daemon) -> Non
     assert not (tidy.outputs / "old.mp4").exists()
 
 
-def test_unload_ends_the_generation_process_and_the_next_task_starts_one(daemon: Daemon) -> None:
-    daemon.run(**QUICK)
-    (pid,) = workers(daemon)
-    assert daemon.post("/unload").json() == {
+@pytest.fixture(scope="module")
+def at_work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon whose worker takes half a second for a hundred steps."""
+    with StubDaemon(tmp_path_factory.mktemp("work"), make_clips) as running:
+        yield running
+
+
+def test_unload_ends_the_generation_process_and_the_next_task_starts_one(at_work: Daemon) -> None:
+    at_work.run(**QUICK)
+    (pid,) = workers(at_work)
+    assert at_work.post("/unload").json() == {
         "success": True,
         "message": "Memory given back",
         "data": {"unloaded": True},
     }
     assert eventually(lambda: not alive(pid))
-    assert daemon.post("/unload").json()["data"] == {"unloaded": False}
-    assert daemon.run(**QUICK)["status"] == "completed"
-    assert workers(daemon).isdisjoint({pid})
+    assert at_work.post("/unload").json()["data"] == {"unloaded": False}
+    assert at_work.run(**QUICK)["status"] == "completed"
+    assert workers(at_work).isdisjoint({pid})
 
 
-def test_unload_leaves_a_task_alone_that_runs(daemon: Daemon) -> None:
-    task_id = daemon.submit(num_inference_steps=100, video_length=81)["task_id"]
-    daemon.until(task_id, lambda state: state["phase"] == "denoising")
-    answer = daemon.post("/unload")
+def test_unload_leaves_a_task_alone_that_runs(at_work: Daemon) -> None:
+    task_id = at_work.submit(num_inference_steps=100, repeat_generation=10)["task_id"]
+    at_work.until(task_id, lambda state: state["phase"] == "denoising")
+    answer = at_work.post("/unload")
     assert (answer.status_code, answer.json()) == (
         400,
         {"detail": "The engine works; wait for the task, or cancel it first"},
     )
-    assert daemon.status(task_id)["status"] == "processing"
-    daemon.delete(f"/queue/{task_id}")
-    daemon.finish(task_id)
+    assert at_work.status(task_id)["status"] == "processing"
+    at_work.delete(f"/queue/{task_id}")
+    at_work.finish(task_id)
 
 
 # ----------------------------------------------------------------------------------------------------------- the disk

@@ -59,7 +59,12 @@ def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:
     for lora, path in recipe:
         second = {"load_into_transformer_2": True} if lora["target"] == "transformer_2" else {}
         pipe.load_lora_weights(
-            path.parent, weight_name=path.name, adapter_name=lora["adapter"], local_files_only=True, **second
+            path.parent,
+            weight_name=path.name,
+            adapter_name=lora["adapter"],
+            use_safetensors=True,
+            local_files_only=True,
+            **second,
         )
     pipe.set_adapters([lora["adapter"] for lora, _ in recipe], [lora["weight"] for lora, _ in recipe])
     pipe.fuse_lora(components=sorted({lora["target"] for lora, _ in recipe}))

@@ -70,16 +70,21 @@ def _guarded(task_id: int, work: "Callable[[Studio, Meter], T]") -> T:
     try:
         meter.enter(Phase.LOADING)
         return work(_opened(), meter)
-    except Cancelled:
-        raise Cancelled("by request") from None
-    except EngineError as error:
-        raise EngineError(error.message, error.code) from None
     except BaseException as error:  # SystemExit too: it would cross the border and end the daemon
-        log.exception("task %d: fault while %s", task_id, meter.where)
-        raise _translated(error, meter.where) from None
+        fault = _for_the_daemon(error, task_id, meter.where)
     finally:
         _give_back()
         meter.done()
+    raise fault  # only here, where `error` is gone: its frames hold the tensors of the job, and `fault` would keep it
+
+
+def _for_the_daemon(error: BaseException, task_id: int, where: str) -> Exception:
+    if isinstance(error, Cancelled):
+        return Cancelled("by request")
+    if isinstance(error, EngineError):
+        return EngineError(error.message, error.code)
+    log.exception("task %d: fault while %s", task_id, where)
+    return _translated(error, where)
 
 
 def _opened() -> "Studio":

@@ -1,0 +1,515 @@
+"""Faults that servers of this kind have been seen with: what must never happen, and the tests that prove it does not.
+
+Most proofs lie where their subject is tested; those that belong nowhere else are below the table.
+"""
+
+import ast
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient
+from PIL import Image
+
+import wangpd
+from engine import media
+from engine.catalog import Model
+from engine.executor import Engine
+from engine.gpu import worker
+from engine.gpu.meter import Meter
+from engine.job import Cancelled, EngineError, Job, Phase, Result
+from tests import stand_ins
+from tests.daemon import ROOT, Daemon
+from tests.stand_ins import DEMO, job
+from tests.stub_worker import make_clips
+from tests.stubbed import StubDaemon
+from tests.wire import connected, head
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`never` must not be seen, `instead` must; `proofs` are the tests of both, as file::function without `test_`."""
+
+    never: str
+    instead: str
+    proofs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.never[:60]
+
+
+FAULTS = (
+    Fault(
+        "a cancel is confirmed while the GPU works on, and the task is completed after all",
+        "the work stops within a step or by force, in every phase; cancelled it stays, and no file appears",
+        (
+            "engine::a_cancel_ends_the_task_in_any_phase_and_the_process_stays",
+            "engine::a_worker_that_ignores_a_cancel_is_killed_and_the_next_task_runs",
+            "engine::a_task_that_is_deleted_while_it_runs_ends_as_cancelled_and_leaves_nothing",
+            "engine::a_task_that_is_deleted_at_once_ends_as_cancelled",
+            "queue::a_cancel_that_comes_after_the_last_file_still_ends_as_cancelled",
+        ),
+    ),
+    Fault(
+        "a cancel that comes late hits the task after",
+        "a cancel names its task",
+        (
+            "engine::a_cancel_of_an_ended_task_does_not_touch_the_next",
+            "engine::the_grace_of_a_cancelled_task_does_not_end_the_next",
+            "engine::a_cancel_that_is_left_on_the_board_names_another_task",
+        ),
+    ),
+    Fault(
+        "a crash, a restart or a SIGTERM loses the queue, or ids begin at 1 again",
+        "every accepted task is there, once and in order, whenever the daemon was killed; ids go on",
+        (
+            "crash::whatever_moment_the_daemon_is_killed_at",
+            "engine::the_queue_goes_on_in_its_order_and_its_ids_go_on",
+            "journal::ids_go_on_after_a_restart_with_no_rows_left",
+        ),
+    ),
+    Fault(
+        "a failed task stops or empties the queue; running out of memory needs a restart",
+        "it fails alone with a sentence that helps, and the next one runs",
+        (
+            "engine::a_worker_that_is_killed_fails_its_task_alone",
+            "engine::any_fault_of_the_worker_becomes_one_sentence",
+            "queue::a_failed_task_fails_alone_with_its_sentence",
+            "queue::a_fault_of_the_daemon_itself_ends_the_task_and_not_the_queue",
+            "faults::a_decode_that_fails_again_ends_in_a_sentence_and_the_next_task_runs",
+        ),
+    ),
+    Fault(
+        "the record is written after the start, so that an id which was told is 404",
+        "it is on the disk before the answer",
+        ("crash::an_accepted_task_is_on_the_disk_before_its_answer", "queue::a_task_is_in_the_file_before_its_answer"),
+    ),
+    Fault(
+        "half a file is listed or served; a whole one can't be had because its task is said to have failed",
+        "a file is seen only when it is whole, and then whatever becomes of its task",
+        (
+            "encode::a_file_is_hidden_until_it_is_whole",
+            "encode::publishing_saves_the_bytes_then_the_name",
+            "outputs::only_regular_media_files_are_listed",
+            "faults::a_finished_file_stays_whatever_becomes_of_its_task",
+        ),
+    ),
+    Fault(
+        "ranges are promised and ignored, players can't seek, and a file is read into memory to be sent",
+        "206 with the right bytes, 416, If-Range and HEAD; memory does not grow with the file",
+        (
+            "files_http::a_range_is_206_with_those_bytes",
+            "files_http::a_range_outside_the_file_is_416_with_its_size",
+            "files_http::a_stale_if_range_gives_the_whole_file",
+            "files_http::head_tells_the_same_as_get_without_the_bytes",
+            "files_http::memory_does_not_grow_with_the_file",
+            "encode::the_index_comes_before_the_pixels",
+        ),
+    ),
+    Fault(
+        "the defaults of the schema hide those of the model",
+        "only what the client sent wins over them",
+        (
+            "contract::what_was_not_sent_is_the_models_default",
+            "contract::what_was_sent_always_wins",
+            "openapi::the_document_has_the_contracts_defaults",
+        ),
+    ),
+    Fault(
+        "progress is never set, jumps from 0 to 100, or the queue's list only grows",
+        "steps and phases are told as they happen, and an ended task has left the list",
+        (
+            "generation::progress_and_steps_only_grow_and_reach_their_end",
+            "generation::the_phase_is_told_while_it_lasts",
+            "queue::tasks_run_one_at_a_time_in_their_order",
+        ),
+    ),
+    Fault(
+        "a waiting task is said to run; a task runs for ever",
+        "states are true, and a worker that died or hangs is noticed",
+        (
+            "queue::a_task_goes_from_queued_by_processing_to_completed",
+            "engine::a_death_fails_its_task_naming_phase_and_step_and_the_next_runs_in_another_process",
+            "engine::a_worker_without_progress_is_ended_by_its_patience",
+        ),
+    ),
+    Fault(
+        "progress tells of what runs now, whichever task was asked for",
+        "each task has its own",
+        ("faults::progress_is_that_of_the_task_that_was_asked_for",),
+    ),
+    Fault(
+        "the time that a task waits is counted as its work",
+        "its ETA is the work of its own that lies ahead",
+        (
+            "queue::the_eta_of_a_waiting_task_counts_no_time_in_the_queue",
+            "faults::the_eta_of_a_task_that_waited_is_no_longer_than_its_own_work",
+        ),
+    ),
+    Fault(
+        "health is silent while a model loads",
+        "it answers, whatever the engine does",
+        (
+            "engine::health_answers_while_a_model_loads",
+            "engine::health_answers_every_time_whatever_the_engine_does",
+            "engine::health_answers_while_a_task_is_denoised",
+        ),
+    ),
+    Fault(
+        "thumbnails are decoded on the event loop, and anew each time",
+        "off the loop; kept by name, time, size and width",
+        (
+            "faults::a_thumbnail_in_the_making_holds_nobody_up",
+            "outputs::a_thumbnail_is_decoded_once",
+            "outputs::each_width_has_its_own_thumbnail",
+            "outputs::a_changed_file_has_a_new_thumbnail",
+        ),
+    ),
+    Fault(
+        "memory of the GPU stays taken after an error or a cancel",
+        "it is given back; all of it on request, and after idleness",
+        (
+            "faults::what_an_ended_task_held_is_free_when_memory_is_given_back",
+            "limits::unload_ends_the_generation_process_and_the_next_task_starts_one",
+            "limits::idleness_ends_the_generation_process_and_the_next_task_starts_one",
+        ),
+    ),
+    Fault(
+        "a retry loses model or pictures; an answer that was lost makes the work twice",
+        "a retry keeps everything, and a key brings the same answer again",
+        (
+            "queue_http::a_retry_makes_the_same_again_as_a_new_task",
+            "queue::a_retry_is_a_new_task_with_everything_that_the_old_one_had",
+            "queue_http::the_same_key_and_body_get_the_first_answer_again_and_no_second_task",
+            "queue_http::a_key_outlives_its_task_and_the_daemon",
+        ),
+    ),
+    Fault(
+        "a name leads out of the output folder, by dots, an absolute path, a link, a NUL or a device",
+        "404, however it is written",
+        (
+            "files_http::a_hostile_name_is_404_however_it_is_written",
+            "outputs::no_name_raises_or_leads_out_of_the_folder",
+            "outputs::a_symbolic_link_finds_nothing",
+            "hostile::no_name_at_all_is_a_file",
+        ),
+    ),
+    Fault(
+        "a page that someone opens posts a job by a simple request, or by DNS rebinding",
+        "JSON must be said, pages of other sites are refused, and so are names that the daemon does not have",
+        (
+            "security::a_page_of_another_site_changes_nothing",
+            "security::what_a_form_can_send_is_no_request_from_anywhere",
+            "security::a_form_that_a_page_of_another_site_sends_queues_nothing",
+            "security::the_daemon_answers_to_no_other_name",
+        ),
+    ),
+    Fault(
+        "a picture or a body that is a bomb, broken or huge takes the server down",
+        "400 or 413, and memory stays bounded",
+        (
+            "limits::a_picture_that_unpacks_to_too_much_is_400_with_bounded_memory",
+            "limits::a_large_body_is_not_kept_in_memory",
+            "limits::a_body_that_unpacks_to_too_much_is_413_and_is_not_unpacked",
+            "media::a_picture_cut_off_anywhere_is_refused",
+            "hostile::every_hostile_request_is_refused_with_a_sentence_and_changes_nothing",
+        ),
+    ),
+    Fault(
+        "a model of the wrong kind takes a job, and fails after minutes of loading",
+        "it is refused at submission, and told what would take it",
+        (
+            "contract::a_picture_that_the_model_does_not_take_is_400_with_those_that_do",
+            "wan_models::a_picture_that_a_model_needs_is_asked_for",
+            "weights::a_task_for_a_model_that_is_not_installed_is_refused_with_the_command",
+        ),
+    ),
+    Fault(
+        "all steps are done, then the decoding runs out of memory",
+        "tiles by the size of the card, and another try in the smallest tiles",
+        (
+            "memory::tiles_follow_the_size_of_the_card",
+            "faults::a_decode_that_runs_out_of_memory_is_tried_again_in_tiles",
+        ),
+    ),
+    Fault(
+        "the seed that was drawn is nowhere told",
+        "it is in the answer, in the status and in the file",
+        (
+            "contract::a_drawn_seed_is_told_in_the_answer_the_status_and_the_settings",
+            "generation::each_file_carries_its_settings_and_its_own_seed",
+        ),
+    ),
+    Fault(
+        "a video lacks its settings, or they spoil it",
+        "JSON in its comment, which other programs read and players pass over",
+        (
+            "encode::settings_survive_in_a_video",
+            "encode::the_comment_is_read_by_ffmpeg_too",
+            "files_http::the_settings_and_the_seed_are_inside_a_generated_file",
+        ),
+    ),
+    Fault(
+        "the disk fills up, and the job dies at its end",
+        "room is checked before the start, the error is clear, and old files go if that is wished",
+        (
+            "limits::a_full_disk_is_503_at_submission_and_stores_nothing",
+            "limits::a_disk_that_is_full_at_the_start_fails_the_task_before_any_work",
+            "limits::only_the_oldest_files_beyond_the_bytes_to_be_kept_are_removed",
+            "limits::only_files_older_than_they_are_to_be_kept_are_removed",
+            "encode::a_full_disk_ends_a_video_with_one_sentence",
+        ),
+    ),
+    Fault(
+        "a client that goes away cancels its work",
+        "the work goes on",
+        (
+            "faults::a_client_that_goes_away_cancels_nothing",
+            "queue_http::a_client_that_goes_away_while_it_waits_cancels_nothing",
+            "limits::readers_that_do_not_read_cost_no_memory_and_slow_nobody",
+        ),
+    ),
+)
+
+
+@cache
+def functions(file: str) -> set[str]:
+    """The names of all test functions of a file of the tests."""
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_every_fault_has_its_proofs(fault: Fault) -> None:
+    assert fault.proofs
+    for proof in fault.proofs:
+        file, _, name = proof.partition("::")
+        assert f"test_{name}" in functions(f"test_{file}.py")
+
+
+# ------------------------------------------------------------------------------------- the daemon, with a quick worker
+
+LONG = {"num_inference_steps": 100, "repeat_generation": 4}
+SHORT = {"num_inference_steps": 10}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon whose worker takes 5 ms a step, and has run once."""
+    with StubDaemon(tmp_path_factory.mktemp("house"), make_clips) as running:
+        running.run(**SHORT)
+        yield running
+
+
+def test_progress_is_that_of_the_task_that_was_asked_for(house: Daemon) -> None:
+    first, second = (house.submit(**fields)["task_id"] for fields in (LONG, SHORT))
+    house.until(first, lambda state: state["progress"] > 20)
+    waiting = house.status(second)
+    assert (waiting["status"], waiting["progress"], waiting["current_step"], waiting["phase"]) == ("queued", 0, 0, None)
+    assert waiting["total_steps"] == 10
+    house.finish(second)
+    assert house.status(first)["progress"] == 100
+    assert house.status(first)["current_step"] == 400
+
+
+def test_the_eta_of_a_task_that_waited_is_no_longer_than_its_own_work(house: Daemon) -> None:
+    first, second = (house.submit(**fields)["task_id"] for fields in (LONG, SHORT))
+    house.until(first, lambda state: state["status"] == "processing")
+    own_s = house.post("/generate?dry_run=1", {"prompt": "a", **SHORT}).json()["data"]["estimated_seconds"]
+    assert house.status(second)["eta_seconds"] <= own_s
+    assert house.status(first)["status"] == "processing"
+    house.finish(second)
+
+
+def test_a_finished_file_stays_whatever_becomes_of_its_task(house: Daemon) -> None:
+    task_id = house.submit(**LONG)["task_id"]
+    mark = f"_t{task_id:06d}_"
+
+    def listed() -> list[str]:
+        files = house.get("/outputs").json()["data"]["files"]
+        return [file["filename"] for file in files if mark in file["filename"]]
+
+    house.until(task_id, lambda _: listed())
+    house.delete(f"/queue/{task_id}")
+    assert house.finish(task_id)["status"] == "cancelled"
+    clip = (house.folder / "clip.mp4").read_bytes()
+    assert listed()
+    assert {house.get(f"/download/{name}").content for name in listed()} == {clip}
+    assert {path.name for path in house.outputs.iterdir() if mark in path.name} == set(listed())
+
+
+def test_a_client_that_goes_away_cancels_nothing(house: Daemon) -> None:
+    before = house.get("/tasks").json()["data"]["total"]
+    body = b'{"prompt": "left alone", "num_inference_steps": 40}'
+    with connected(house.url) as channel:
+        fields = {"Content_Type": "application/json", "Content_Length": len(body)}
+        channel.sendall(head("/api/v1/generate", "POST", **fields) + body)
+    task_id = newest(house, before + 1)
+    with connected(house.url) as channel:
+        channel.sendall(head(f"/api/v1/status/{task_id}?wait=60"))
+    assert house.finish(task_id)["status"] == "completed"
+
+
+def newest(daemon: Daemon, total: int) -> int:
+    """The id of the newest task, once there are so many."""
+    while (page := daemon.get("/tasks?limit=1").json()["data"])["total"] < total:
+        pass
+    task_id: int = page["tasks"][0]["task_id"]
+    return task_id
+
+
+# ---------------------------------------------------------------------------------------------------------- thumbnails
+
+
+@pytest.fixture
+async def client(tmp_path: Path, aiohttp_client: Any) -> TestClient[Any, Any]:
+    """A client of a daemon in this process."""
+    config = wangpd.Config(save_path=tmp_path / "outputs", state_path=tmp_path / "state")
+    made: TestClient[Any, Any] = await aiohttp_client(wangpd.make_app(config))
+    Image.new("RGB", (64, 64)).save(tmp_path / "outputs" / "picture.png")
+    return made
+
+
+async def test_a_thumbnail_in_the_making_holds_nobody_up(
+    client: TestClient[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, make = threading.Event(), threading.Event(), media.thumbnail
+
+    def held(path: Path, width: int) -> bytes:
+        begun.set()
+        assert go_on.wait(60)
+        return make(path, width)
+
+    monkeypatch.setattr(media, "thumbnail", held)
+    asked = asyncio.create_task(client.get("/api/v1/preview/picture.png"))
+    assert await asyncio.to_thread(begun.wait, 60)
+    assert (await client.get("/api/v1/health")).status == 200
+    assert not asked.done()
+    go_on.set()
+    assert (await asked).content_type == "image/jpeg"
+
+
+# ---------------------------------------------------------------------------------------------- what a task leaves held
+
+
+class Held:
+    """Stands for a tensor."""
+
+
+class HoldingStudio(stand_ins.BrokenStudio):
+    """A studio whose jobs hold something and end in a fault; when memory is given back, it looks if that is gone."""
+
+    freed: bool | None = None
+    _last: "weakref.ref[Held]"
+
+    def make(self, _task_id: int, job: Job, _model: Model, meter: Meter) -> Result:
+        """Hold something, then raise what the prompt names."""
+        held = Held()
+        self._last = weakref.ref(held)
+        meter.enter(Phase.DENOISING)
+        raise HOLDING_FAULTS[job.prompt]()
+
+    def give_back(self) -> None:
+        """What `torch.cuda.empty_cache` could give to the card now."""
+        gc.collect()
+        type(self).freed = self._last() is None
+
+
+HOLDING_FAULTS: dict[str, Callable[[], BaseException]] = {
+    "cancelled": Cancelled,
+    "memory": MemoryError,
+    "fault": lambda: RuntimeError("a fault"),
+    "sentence": lambda: EngineError("Nothing works today."),
+}
+
+
+def hold(task_id: int, job: Job, model: Model) -> Result:
+    """The worker's own `generate` with such a studio; for the prompt "look", what was seen."""
+    if job.prompt == "look":
+        return Result((), {"freed": float(bool(HoldingStudio.freed))}, 0)
+    worker._studio = HoldingStudio()  # type: ignore[assignment]
+    return stand_ins.REAL_GENERATE(task_id, job, model)
+
+
+@pytest.fixture
+async def holding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
+    monkeypatch.setattr(worker, "generate", hold)
+    engine = Engine(stand_ins.config(tmp_path))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("fault", HOLDING_FAULTS)
+async def test_what_an_ended_task_held_is_free_when_memory_is_given_back(holding: Engine, fault: str) -> None:
+    with pytest.raises((EngineError, Cancelled)):
+        await holding.run(1, job(fault), DEMO)
+    assert (await holding.run(2, job("look"), DEMO)).timings == {"freed": 1.0}
+
+
+# ----------------------------------------------------------------------------------------------------- out of memory
+
+
+@dataclass
+class Decoder:
+    """Watches every decoding of a video; the first `failures` run out of memory."""
+
+    failures: int
+    tiled: list[bool]  # whether the VAE worked on tiles, of each decoding
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    torch.set_num_threads(1)
+    watching, decode = Decoder(1, []), AutoencoderKLWan.decode
+
+    def watched(vae: Any, *arguments: Any, **options: Any) -> Any:
+        watching.tiled.append(vae.use_tiling)
+        if len(watching.tiled) <= watching.failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(vae, *arguments, **options)
+
+    monkeypatch.setattr(AutoencoderKLWan, "decode", watched)
+    return watching
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[[int], Result]:
+    """Runs a small job in the engine's own studio on the CPU, in this process."""
+    from engine.gpu.studio import Studio
+    from engine.job import Board
+
+    studio = Studio(stand_ins.config(tmp_path))
+    return lambda task_id: studio.make(task_id, job("a red circle", steps=1, frames=5), DEMO, Meter(Board(), task_id))
+
+
+def test_a_decode_that_runs_out_of_memory_is_tried_again_in_tiles(
+    decoder: Decoder, make: Callable[[int], Result], tmp_path: Path
+) -> None:
+    (file,) = make(1).files
+    assert [path.name for path in tmp_path.iterdir()] == [file.filename]
+    make(2)
+    assert decoder.tiled == [False, True, False]
+
+
+def test_a_decode_that_fails_again_ends_in_a_sentence_and_the_next_task_runs(
+    decoder: Decoder, make: Callable[[int], Result], tmp_path: Path
+) -> None:
+    decoder.failures = 2
+    with pytest.raises(EngineError, match=r"^Out of memory while .*: try \d+x\d+, or video_length \d+\.$") as failed:
+        make(1)
+    assert failed.value.code == "out_of_memory"
+    assert list(tmp_path.iterdir()) == []
+    assert len(make(2).files) == 1
+    assert decoder.tiled == [False, True, False]
