@@ -133,7 +133,7 @@ class Config:
     )
     on_restart: str = key(
         "resume",
-        "What becomes of a task that a restart interrupted: resume, pause or fail.",
+        "What becomes of a task that ran when the daemon died: resume, pause or fail; a stop puts it back.",
         one_of("resume", "pause", "fail"),
     )
     history_days: int = key(30, "Days that the record of an ended task is kept; its files stay.", between(1, 36500))
@@ -1081,18 +1081,16 @@ async def unload(request: web.Request) -> web.Response:
 async def generate(request: web.Request) -> web.Response:
     app, body = request.app, request[BODY]
     dry = request[QUERY]["dry_run"] in ("1", "true")
+    key, digest = idempotency_key(request), hashlib.sha256(await request.read()).hexdigest()
+    if key and (replay := await app[QUEUE].replay(key, digest)):
+        return accepted(app, replay)
     if not dry:
         require_room(app)  # first, so that what is refused leaves no picture behind
     async with app[HEAVY]:
         resolved = await asyncio.to_thread(resolve, app, body, not dry)
     if dry:
         return dry_run(app, resolved)
-    digest = hashlib.sha256(await request.read()).hexdigest()
-    try:
-        receipt = await app[QUEUE].submit(resolved.job, resolved.warnings, key=idempotency_key(request), request=digest)
-    except KeyReused:
-        raise BadRequest("Idempotency-Key: it was used for another request; take a new key") from None
-    return accepted(app, receipt)
+    return accepted(app, await app[QUEUE].submit(resolved.job, resolved.warnings, key=key, request=digest))
 
 
 def require_room(app: web.Application) -> None:
@@ -1528,6 +1526,7 @@ STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
     UnknownModel: web.HTTPNotFound,
     NoSuchTask: web.HTTPNotFound,
     Busy: web.HTTPBadRequest,
+    KeyReused: web.HTTPBadRequest,
     JournalFault: web.HTTPServiceUnavailable,
     EngineDown: web.HTTPServiceUnavailable,
     Closed: web.HTTPServiceUnavailable,
@@ -1808,6 +1807,7 @@ async def engine_lifetime(app: web.Application) -> AsyncIterator[None]:
 
 async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
     """The journal is open, and its tasks run."""
+    await asyncio.to_thread(app[OUTPUTS].remove_all_parts)
     await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
     if app[JOURNAL].set_aside:
         log.error("the journal could not be read and was moved to %s; the queue starts empty", app[JOURNAL].set_aside)

@@ -145,13 +145,20 @@ class Journal:
             self._write(task)
             if key is not None:
                 stored = json.dumps({**answer, "task_id": task.id})
-                self._db.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", (key, request, stored, time.time()))
+                self._db.execute(
+                    "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, request, stored, time.time())
+                )
         return Stored(task.id)
 
     def _reply(self, key: str) -> Reply | None:
-        self._db.execute("DELETE FROM replies WHERE created_at < ?", (time.time() - KEY_LIFETIME_S,))
-        row = self._db.execute("SELECT request, answer FROM replies WHERE key = ?", (key,)).fetchone()
+        row = self._db.execute(
+            "SELECT request, answer FROM replies WHERE key = ? AND created_at >= ?", (key, time.time() - KEY_LIFETIME_S)
+        ).fetchone()
         return Reply(row[0], json.loads(row[1])) if row else None
+
+    async def reply(self, key: str) -> Reply | None:
+        """The answer that was given under this idempotency key in the last 24 hours."""
+        return await self._call(lambda: self._reply(key))
 
     async def save(self, *tasks: Task) -> None:
         """Commit the tasks as they are now, together."""
@@ -213,6 +220,7 @@ class Journal:
         with self._db:
             self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (before,))
             self._db.execute(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
+            self._db.execute("DELETE FROM replies WHERE created_at < ?", (time.time() - KEY_LIFETIME_S,))
 
     async def inputs(self) -> set[str]:
         """The names of all stored input files that some row still needs."""

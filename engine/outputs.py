@@ -129,6 +129,10 @@ class Outputs:
         """Delete what a task did not finish writing, and return how many files went. Raises OSError."""
         return self._remove(rf"\.\d{{8}}-\d{{6}}_t{task_id:06d}_.+\.part")
 
+    def remove_all_parts(self) -> int:
+        """Delete what no task finished writing, also of tasks that nobody knows any more. For when no worker runs."""
+        return self._remove(r"\.\d{8}-\d{6}_t\d{6,}_.+\.part")
+
     def _remove(self, pattern: str) -> int:
         left = [item.name for item in _scan(self._folder) if re.fullmatch(pattern, item.name)]
         for name in left:

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from engine.catalog import Catalog, Model, UnknownModel
 from engine.executor import Progress
-from engine.job import Cancelled, EngineError, Job, Phase, Result
-from engine.journal import Journal, JournalFault
+from engine.job import NO_TASK, Cancelled, EngineError, Job, Phase, Result
+from engine.journal import Journal, JournalFault, Reply
 from engine.speeds import Speeds
 from engine.task import Status, Task
 
@@ -215,6 +215,8 @@ class TaskQueue:
         if self._current and not self._put_back:
             self._put_back = True
             self._engine.cancel(self._current.id)
+        if self._loading:
+            self._engine.cancel(NO_TASK)
 
     # -- what clients ask for
 
@@ -239,12 +241,23 @@ class TaskQueue:
         finally:
             self._submitting -= 1
         if stored.reply:
-            if stored.reply.request != request:
-                raise KeyReused
-            return Receipt(stored.reply.answer, replayed=True)
+            return self._replayed(stored.reply, request)
         self._waiting[task.id] = task
         self._wake.set()
         return Receipt({**answer, "task_id": task.id})
+
+    async def replay(self, key: str, request: str) -> Receipt | None:
+        """The answer that this key has had already, whatever state the queue is in now; None for a new key.
+
+        Raises KeyReused.
+        """
+        reply = await self._journal.reply(key)
+        return self._replayed(reply, request) if reply else None
+
+    def _replayed(self, reply: Reply, request: str) -> Receipt:
+        if reply.request != request:
+            raise KeyReused("Idempotency-Key: it was used for another request; take a new key")
+        return Receipt(reply.answer, replayed=True)
 
     def require_open(self) -> None:
         """Raises Closed, Full or EngineDown if no task can be taken now."""

@@ -57,6 +57,7 @@ class Known:
 
     accepted: dict[int, str] = field(default_factory=dict)  # id → prompt, which is another for each submission
     unanswered: dict[str, str] = field(default_factory=dict)  # prompt → idempotency key or ""
+    keyed: dict[str, str] = field(default_factory=dict)  # the last that was answered of those with a key
     copies: Counter[str] = field(default_factory=Counter)  # prompt → retries that there may be
     ended: dict[int, dict[str, Any]] = field(default_factory=dict)  # id → its last status
     cancelled: set[int] = field(default_factory=set)  # the answer was "cancelled" or "cancelling"
@@ -213,6 +214,7 @@ class Storm:
         data = self.call("POST", "/generate", session, json=body, headers=headers)
         del self.known.unanswered[prompt]
         if data:
+            self.known.keyed = {prompt: key} if key else self.known.keyed
             self.accept(data["task_id"], prompt, highest)
 
     def accept(self, task_id: int, prompt: str, highest: int) -> None:
@@ -364,7 +366,7 @@ class Storm:
     def ask_again(self, tasks: list[dict[str, Any]]) -> None:
         """Do what a client does whose answer was lost: with a key it sends the same once more."""
         there = {task["prompt"]: task["task_id"] for task in tasks}
-        lost, self.known.unanswered = self.known.unanswered, {}
+        lost, self.known.unanswered = self.known.unanswered | self.known.keyed, {}
         for prompt in [prompt for prompt, key in lost.items() if key]:
             task_id = there.get(prompt)
             if task_id is not None and (again := self.replayed(prompt, lost[prompt], tasks)) != task_id:

@@ -251,6 +251,15 @@ def test_a_refused_request_uses_no_key_up(paused: Daemon) -> None:
     assert keyed(paused, "refused", {"prompt": "now right"}).status_code == 200
 
 
+def test_a_full_queue_still_answers_a_key_again(tmp_path: Path) -> None:
+    with StubDaemon(tmp_path / "own", make_clips, max_queue=1) as daemon:
+        daemon.post("/queue/pause")
+        first = keyed(daemon, "full", {"prompt": "a cat"}).json()
+        assert keyed(daemon, "another", {"prompt": "a cat"}).status_code == 503
+        again = keyed(daemon, "full", {"prompt": "a cat"})
+        assert (again.json(), again.headers["Idempotency-Replayed"]) == (first, "true")
+
+
 def test_a_key_outlives_its_task_and_the_daemon(tmp_path: Path) -> None:
     with StubDaemon(tmp_path / "own", make_clips) as daemon:
         first = keyed(daemon, "long", {"prompt": "a cat", **SHORT}).json()

@@ -112,7 +112,8 @@ def told_calls() -> set[tuple[str, str]]:
 
 
 def test_the_table_of_calls_has_every_call_and_no_other() -> None:
-    there = {(route.method, route.path) for route in wangpd.routes if route.path != wangpd.API}
+    paths = {(route.method, re.sub(r"\{(\w+):.+\}", r"{\1}", route.path)) for route in wangpd.routes}
+    there = {(method, path) for method, path in paths if path != wangpd.API}
     viewers = {("GET", f"/api/{name}") for name in wangpd.VIEWERS}
     assert told_calls() == there | viewers
 

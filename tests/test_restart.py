@@ -76,15 +76,12 @@ def row(daemon: Daemon, task_id: int) -> tuple[Any, ...]:
 def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose worker stays in a phase, and ends for a cancel or only for SIGKILL."""
     function = getattr(stand_ins, request.param)
-    daemon = StubDaemon(tmp_path_factory.mktemp("stopped"), function, cancel_grace_s=0.5)
-    yield daemon
-    daemon.stop(signal.SIGKILL)
+    with StubDaemon(tmp_path_factory.mktemp("stopped"), function, cancel_grace_s=0.5) as daemon:
+        yield daemon
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_sigterm_in_any_phase_puts_the_task_back_as_if_it_had_never_started(stopped: Daemon, phase: str) -> None:
-    stopped.start()
-    stopped.delete("/queue")
     task_id = begun(stopped, phase)
     waiting = stopped.submit()["task_id"]
     (worker,) = workers(stopped)
@@ -97,7 +94,6 @@ def test_sigterm_in_any_phase_puts_the_task_back_as_if_it_had_never_started(stop
     stopped.delete("/queue")
     stopped.delete(f"/queue/{task_id}")
     assert stopped.finish(task_id)["status"] == "cancelled"
-    stopped.stop()
 
 
 def test_sigterm_while_the_worker_is_being_spawned_puts_the_task_back(folder: Path) -> None:
