@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -192,16 +193,20 @@ def _motion_only(traits: Traits) -> str:
     return "the object standing still" if traits.motion == "still" else f"the object moving {traits.motion}"
 
 
+def _open_colors(bench: Bench, title: str, negative: str) -> list[str]:
+    """The colours that a prompt without a colour turns out in."""
+    prompt, traits = "a circle moving right on a black background", Traits("", "circle", "right", "black")
+    cases = [Case(traits, Request(prompt, SEED + 7000 + i, negative)) for i in range(bench.clips // 4)]
+    return [reading.color for reading, _ in bench.read(title, cases)]
+
+
 def negative_prompt(bench: Bench) -> Iterator[Figure]:
-    """How often an open prompt turns out red, and how often when red is unwanted."""
-    for name, negative in (("without", ""), ("with", "red")):
-        prompt = "a circle moving right on a black background"
-        cases = [
-            Case(Traits("red", "circle", "right", "black"), Request(prompt, SEED + 7000 + i, negative))
-            for i in range(bench.clips // 4)
-        ]
-        hits = [reading.color == "red" for reading, _ in bench.read(f"negative-{name}", cases)]
-        yield Figure(f"open prompt is red, {name} negative prompt 'red'", _share(hits))
+    """How often an open prompt takes its favourite colour, and how often when that one is unwanted."""
+    colors = _open_colors(bench, "negative-without", "")
+    favourite = Counter(colors).most_common(1)[0][0]
+    avoiding = _open_colors(bench, "negative-with", favourite)
+    yield Figure("an open prompt takes its favourite colour", _share([c == favourite for c in colors]))
+    yield Figure("the same with that colour as negative prompt", _share([c == favourite for c in avoiding]))
 
 
 def guidance(bench: Bench) -> Iterator[Figure]:

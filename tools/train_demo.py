@@ -16,13 +16,13 @@ import torch
 from tools.demo import flow, latents, ranks, vae
 from tools.demo.export import export
 
-QUICK_VAE_STEPS = 2
+QUICK_PHASES = (vae.Phase(steps=2, lr=1e-3, crops=((5, 32, 32),)),)
 
 
 def train_vae_half(half: str, options: argparse.Namespace, scale: latents.Scale) -> None:
     """One half of the VAE, in this process."""
-    steps = QUICK_VAE_STEPS if options.quick else None
-    vae.train_half(half, options.run, scale, seed=options.seed, steps=steps, device=options.device)
+    phases = QUICK_PHASES if options.quick else vae.HALVES[half][2]
+    vae.train_half(half, options.run, scale, seed=options.seed, phases=phases, device=options.device)
 
 
 def train_flow(options: argparse.Namespace, scale: latents.Scale) -> None:

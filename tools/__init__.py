@@ -1,0 +1,1 @@
+"""Tools that make and measure what wangpd ships. Nothing here is imported by the daemon."""
