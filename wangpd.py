@@ -149,7 +149,7 @@ class Config:
     )
     step_timeout_s: float = key(
         600.0,
-        "Seconds without progress that end a task; twenty usual steps of its model if that is more.",
+        "Seconds without progress that end a task, six times that while it loads; twenty usual steps if that is more.",
         between(1, 86400),
     )
     idle_unload_s: float = key(

@@ -21,6 +21,7 @@ from engine.job import NO_TASK, Board, Cancelled, EngineError, Job, Phase, Resul
 
 log = logging.getLogger("wangpd.engine")
 T = TypeVar("T")
+LOADING_PATIENCE = 6  # times the patience of other phases
 WATCH_S = 1.0  # how often the board is looked at for progress
 SPAWN = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
 
@@ -107,10 +108,16 @@ class Engine:
             board, now = bytes(self._board), time.monotonic()
             if board != seen:
                 seen, since = board, now
-            elif now - since > patience_s:
+            elif now - since > self._patience_s(patience_s):
                 self._hung_s = now - since
                 self._kill()
                 return
+
+    def _patience_s(self, patience_s: float) -> float:
+        """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them."""
+        if self._board.phase != Phase.LOADING:
+            return patience_s
+        return math.inf if self._config.allow_download else LOADING_PATIENCE * patience_s
 
     def loaded(self, model_id: str) -> bool:
         """True if the process holds this model, so that a task of it loads nothing."""

@@ -193,6 +193,13 @@ async def test_a_worker_without_progress_is_ended_by_its_patience(
     assert failed.value.code == "hung"
 
 
+async def test_loading_may_take_longer_than_any_other_phase(engine: Engine, becomes: Callable[[Any], None]) -> None:
+    becomes(stand_ins.ignore)
+    with pytest.raises(EngineError, match=r"made no progress for [3-9] s while loading") as failed:
+        await engine.run(1, job("loading"), DEMO, 0.5)
+    assert failed.value.code == "hung"
+
+
 async def test_closing_the_engine_ends_the_process(engine: Engine, becomes: Callable[[Any], None]) -> None:
     becomes(stand_ins.ignore)
     task = begun(engine, 1, "denoising")
