@@ -180,14 +180,14 @@ class Engine:
         elif self._executor is not None:  # it is still being spawned and has not said its pid
             self._killing = asyncio.get_running_loop().call_later(0.1, self._kill)
 
-    def _discard(self) -> None:
-        """End the process and whatever it started; the next run starts another."""
+    def _discard(self, wait: bool = False) -> None:
+        """End the process and whatever it started; the next run starts another. With `wait`, it is gone afterwards."""
         executor, self._executor = self._executor, None
         pid, self._board = self._board.pid, Board()
         if pid:
             end_group(pid)
         if executor is not None:
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=wait, cancel_futures=True)
 
     def unload(self) -> bool:
         """End the idle process, and with it give back all memory. False if there is none, or if it works."""
@@ -199,12 +199,9 @@ class Engine:
     def close(self) -> None:
         """End the process, whatever it does, and wait until it is gone: for the daemon's own end. Blocks briefly."""
         self._stop_timer()
-        executor = self._executor
-        self._discard()
-        for child in multiprocessing.active_children():  # one that was still being spawned, and had not said its pid
+        for child in multiprocessing.active_children():  # also one that is being spawned, and has not said its pid
             child.kill()
-        if executor is not None:
-            executor.shutdown(wait=True)  # else its threads would find their pipes closed by the interpreter's end
+        self._discard(wait=True)  # else the pool's thread would find its pipes closed by the interpreter's end
 
 
 def end_group(pid: int) -> None:
