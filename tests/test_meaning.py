@@ -35,7 +35,7 @@ def readings(daemon: Daemon) -> dict[str, Reading]:
     return {prompt: reading(daemon, prompt=prompt, seed=1000 + i) for i, prompt in enumerate(PROMPTS)}
 
 
-@pytest.mark.parametrize(("trait", "place", "misses"), [("color", 0, 0), ("direction", 2, 3), ("background", 3, 0)])
+@pytest.mark.parametrize(("trait", "place", "misses"), [("color", 0, 0), ("direction", 2, 1), ("background", 3, 0)])
 def test_clips_show_what_their_prompts_ask_for(
     readings: dict[str, Reading], trait: str, place: int, misses: int
 ) -> None:
@@ -48,7 +48,7 @@ def test_clips_show_what_their_prompts_ask_for(
 
 
 def test_an_object_moves_smoothly(readings: dict[str, Reading]) -> None:
-    assert sorted(seen.jitter for seen in readings.values())[len(readings) // 2] < 3.0  # pixels off constant speed
+    assert sorted(seen.jitter for seen in readings.values())[len(readings) // 2] < 2.0  # pixels off constant speed
 
 
 def test_another_seed_is_another_clip_of_the_same_thing(daemon: Daemon) -> None:

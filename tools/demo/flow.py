@@ -57,6 +57,8 @@ STAGES = (
     Stage("direction, faster", 300, flow_shift=8, rates=(1.5, 1.3)),
     Stage("shape", 800, flow_shift=4, rates=(1.3, 0.02), clips=MIXED),
     Stage("second round", 500, flow_shift=5, rates=(1.3, 0.02), clips=MIXED),
+    Stage("direction again", 250, flow_shift=8, rates=(1.2, 1.2)),
+    Stage("shape again", 1000, flow_shift=3, rates=(1.2, 0.02), clips=MIXED),
 )
 QUICK_STAGES = (Stage("quick", 4, flow_shift=5, batch=4, clips=MIXED),)
 
