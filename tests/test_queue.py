@@ -332,9 +332,8 @@ async def test_a_cancel_that_comes_after_the_last_file_still_ends_as_cancelled(
         assert (await house.end(task_id)).status is Status.CANCELLED
 
 
-async def test_a_cancel_before_the_engine_knows_of_the_task_runs_nothing(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def held_in_preparation(house: House, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Hold a task before the engine knows of it: the first event says that it is there, the second lets it go on."""
     preparing, go_on = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -343,6 +342,13 @@ async def test_a_cancel_before_the_engine_knows_of_the_task_runs_nothing(
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(PATIENCE_S)
 
     monkeypatch.setattr(house.shelf, "prepare", prepare)
+    return preparing, go_on
+
+
+async def test_a_cancel_before_the_engine_knows_of_the_task_runs_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparing, go_on = held_in_preparation(house, monkeypatch)
     async with house.open() as queue:
         (task_id,) = await house.submit()
         await preparing.wait()
@@ -771,14 +777,7 @@ async def test_a_shutdown_puts_the_task_back_and_costs_no_attempt(house: House) 
 async def test_a_shutdown_before_the_engine_knows_of_the_task_puts_it_back(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preparing, go_on = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def prepare() -> None:
-        loop.call_soon_threadsafe(preparing.set)
-        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(PATIENCE_S)
-
-    monkeypatch.setattr(house.shelf, "prepare", prepare)
+    preparing, go_on = held_in_preparation(house, monkeypatch)
     async with house.open() as queue:
         (task_id,) = await house.submit()
         await preparing.wait()
