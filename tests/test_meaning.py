@@ -1,7 +1,7 @@
 """The embedded model does what the prompt says: seen in the pixels, through HTTP.
 
 The seeds are fixed, so each clip is the same every time. What is asked here is what the shipped weights can do by their
-model card (engine/demo/README.md): `tools/measure_demo.py` measures it on hundreds of clips, shape among them.
+model card (engine/demo/README.md): `tools/measure_demo.py` measures it on hundreds of clips.
 """
 
 import base64
@@ -35,7 +35,9 @@ def readings(daemon: Daemon) -> dict[str, Reading]:
     return {prompt: reading(daemon, prompt=prompt, seed=1000 + i) for i, prompt in enumerate(PROMPTS)}
 
 
-@pytest.mark.parametrize(("trait", "place", "misses"), [("color", 0, 0), ("direction", 2, 1), ("background", 3, 0)])
+@pytest.mark.parametrize(
+    ("trait", "place", "misses"), [("color", 0, 0), ("shape", 1, 2), ("direction", 2, 0), ("background", 3, 0)]
+)
 def test_clips_show_what_their_prompts_ask_for(
     readings: dict[str, Reading], trait: str, place: int, misses: int
 ) -> None:

@@ -35,6 +35,7 @@ MIXED: dict[Clip, float] = {
     (33, 64, 96): 0.08,
     (9, 64, 64): 0.03,
 }
+MOSTLY_SQUARE: dict[Clip, float] = {**MIXED, SQUARE: 1.4}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ STAGES = (
     Stage("second round", 500, flow_shift=5, rates=(1.3, 0.02), clips=MIXED),
     Stage("direction again", 250, flow_shift=8, rates=(1.2, 1.2)),
     Stage("shape again", 1000, flow_shift=3, rates=(1.2, 0.02), clips=MIXED),
+    Stage("larger shapes", 1350, flow_shift=3, plain=0.5, rates=(1.4, 0.26), clips=MOSTLY_SQUARE),
+    Stage("three sizes", 1500, flow_shift=2.5, plain=0.6, rates=(0.9, 0.01), clips=MOSTLY_SQUARE),
 )
 QUICK_STAGES = (Stage("quick", 4, flow_shift=5, batch=4, clips=MIXED),)
 

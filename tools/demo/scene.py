@@ -24,8 +24,10 @@ SHAPES = ("circle", "square", "triangle")
 MOTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 BACKGROUNDS: dict[str, RGB] = {"black": (10, 10, 10), "white": (245, 245, 245), "gray": (128, 128, 128)}
 BACKGROUND_SHARES = (0.44, 0.28, 0.28)
-SIZES: dict[str, tuple[float, float]] = {"small": (16, 19), "large": (25, 29)}  # pixels across in a 64 pixel frame
-ANY_SIZE = (17, 29)
+# Pixels across in a 64 pixel frame. A token of the transformer is 16 of them: in a shape no larger than that, a circle
+# can't be told from a square.
+SIZES: dict[str, tuple[float, float]] = {"small": (21, 24), "large": (32, 36)}
+ANY_SIZE = (26, 30)
 
 HELD_OUT_ONE_IN = 7
 

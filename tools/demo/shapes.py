@@ -15,7 +15,8 @@ REFERENCE_SIDE = 64
 MARGIN = 1.1  # of a radius: half the width of the widest shape
 SQUARE_HALF = 0.9
 TRIANGLE_SLOPE = 0.55  # half base over height
-LONGEST_TRAVEL = 0.9  # of the shorter side, so that wide frames don't race
+LONGEST_TRAVEL = 0.9  # of the shorter side
+TOP_SPEED = 2.0  # pixels a frame, in a 64 pixel frame: a latent is 4 frames, and what crosses it in one is a blur
 
 
 def radius(scene: Scene, height: int, width: int) -> float:
@@ -28,7 +29,8 @@ def centres(scene: Scene, frames: int, height: int, width: int) -> Tensor:
     margin = MARGIN * radius(scene, height, width) + 0.5
     room = torch.tensor([width - 2 * margin, height - 2 * margin])
     heading = torch.tensor(MOTIONS[scene.traits.motion], dtype=torch.float32)
-    travel = (scene.reach * room).clamp(max=LONGEST_TRAVEL * min(height, width)) * heading
+    longest = min(LONGEST_TRAVEL, TOP_SPEED * (frames - 1) / REFERENCE_SIDE) * min(height, width)
+    travel = (scene.reach * room).clamp(max=longest) * heading
     slack = room - travel.abs()
     along = torch.where(heading == 0, scene.across, scene.along)
     start = margin + slack * along - travel.clamp(max=0)
