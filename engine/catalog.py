@@ -1,66 +1,58 @@
-"""The catalogue: which models there are, what each can take, and how a request becomes a Job.
+"""The catalogue: which models there are and what each can take.
 
-A model is data (`models/*.toml`), not code. `resolve` decides everything that a client left open, so that a Job needs
-no default and no chance later; whatever the model can't do is refused here, before anything is queued.
+A model is data (`models/*.toml`, and a user's own files in the same form), not code: what differs from one diffusers
+class to the next stands in the tables of the files.
 """
 
-import re
-import secrets
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.job import Job
+import rtoml
+
+from engine.tasks import INPUTS, TASKS
 
 HERE = Path(__file__).parent
-IMAGE_INPUTS = ("image_start", "image_end", "image_refs")
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
-MAX_FRAMES = 1000  # the contract's limit of video_length
-SEED_RANGE = 2**63  # torch takes more, JSON clients don't
+MAX_DURATION_S = 600  # of a sound; likewise
+SINGLE_FILES = (".safetensors", ".gguf")
+SHOWN_MODELS = 10  # ids that an error sentence names before it points to the list
 
-# What a field means when neither the client nor the model says anything: the contract's own defaults.
-CONTRACT_DEFAULTS: Mapping[str, Any] = {
-    "negative_prompt": "",
-    "resolution": "832x480",
-    "video_length": 81,
-    "num_inference_steps": 30,
-    "guidance_scale": 5.0,
-    "embedded_guidance_scale": 0.0,
-    "flow_shift": 5.0,
-    "seed": -1,
-    "batch_size": 1,
-    "repeat_generation": 1,
-}
-
-# Which task a set of given pictures asks for, best first.
-TASKS_FOR: Mapping[frozenset[str], tuple[str, ...]] = {
-    frozenset(): ("t2v", "vace"),
-    frozenset({"image_start"}): ("i2v", "vace"),
-    frozenset({"image_end"}): ("vace",),
-    frozenset({"image_start", "image_end"}): ("flf2v", "i2v", "vace"),
-    frozenset({"image_refs"}): ("vace",),
-    frozenset({"image_start", "image_refs"}): ("vace",),
-    frozenset({"image_end", "image_refs"}): ("vace",),
-    frozenset({"image_start", "image_end", "image_refs"}): ("vace",),
-}
-
-# What the engine can do beyond plain generation. A model's entry says what its architecture would allow.
-WORKING_FEATURES: frozenset[str] = frozenset()
+# Step caches under the names of a request: what the catalogue's `caches` calls them.
+STEP_CACHES: Mapping[str, str] = {"mag": "mag", "tea": "tea", "fbc": "first_block", "taylorseer": "taylorseer"}
 
 # Settings that only some models have: the pipeline role that carries each, and the value that means "not used".
 OPTIONAL_SETTINGS: Mapping[str, tuple[str, Any]] = {
+    "prompt": ("prompt", None),
     "negative_prompt": ("negative_prompt", ""),
+    "guidance_scale": ("guidance", None),
+    "guidance2_scale": ("guidance_2", None),
     "embedded_guidance_scale": ("embedded_guidance", 0.0),
     "flow_shift": ("shift", None),
-    "guidance2_scale": ("guidance_2", None),
+    "num_inference_steps": ("steps", None),
+    "denoising_strength": ("strength", None),
+    "duration_seconds": ("duration", None),
+    "lyrics": ("lyrics", ""),
+}
+
+# Which inputs reach a pipeline in another way than by a parameter of their own (see engine/gpu/inputs.py).
+FORMS: Mapping[str, frozenset[str]] = {
+    "image": frozenset(),
+    "video_and_mask": frozenset({"image_start", "image_end", "video_source", "video_guide", "video_mask"}),
+    "sound_batch": frozenset(),
+    "conditions": frozenset({"image_start", "image_end", "video_source"}),
+    "conditions_2": frozenset({"image_start", "image_end", "video_source"}),
+    "frame_tensors": frozenset(),
+    "rgba": frozenset(),
+    "masked_tensors": frozenset({"image_start", "image_end", "video_source", "video_mask"}),
 }
 
 
-class BadRequest(Exception):
-    """The request can't be run as it is: one sentence that names the field, the value, the rule and the remedy."""
+# Tables of which an entry with a base names only what differs; of any other key its own value replaces the base's.
+JOINED = frozenset({"defaults", "inputs", "extra_call", "dtypes"})
 
 
 class UnknownModel(Exception):
@@ -69,29 +61,81 @@ class UnknownModel(Exception):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A diffusers pipeline class, and which of its `__call__` parameters carries which role."""
+    """A diffusers pipeline class, and what sets its call apart.
+
+    `call` maps a role to the parameter of `__call__` that carries it; `carries` gives an input another role than its
+    usual one.
+    """
 
     cls: str
     call: Mapping[str, str]
-    progress: str = "callback_on_step_end"
-    batch: bool = True  # takes several seeds in one call
-    start_image_as: str = "image"  # or "video_and_mask": known frames are given inside a masked control video
+    carries: Mapping[str, str] = field(default_factory=dict)
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # task → further arguments of the call
+    progress: str = "callback_on_step_end"  # or "callback" (the old style), or "none"
+    batch: bool = False  # takes several seeds in one call
+    start_image_as: str = "image"  # one of FORMS
+    guider: bool = False  # guidance lives in `pipe.guider`, not in the call
+    null_negative: bool = False  # without a negative prompt the class wants None, which is not the same as ""
+    output_type: str = "pt"
+    sample_rate: str = ""  # attribute of the pipeline that tells it, such as "vocoder.config.sampling_rate"
+    keeps_end: bool = False  # of more frames than were asked for, the last are meant and not the first
+    section_frames: int = 0  # the denoising steps are done once for each so many frames
+    stages: int = 1  # the steps are given as a list, one number a stage
+    only_at_steps: Mapping[str, int] = field(default_factory=dict)  # parameter → steps; at others it is None
+    tiled_vae: bool = False  # the VAE works in tiles or not at all
+    side_attribute: str = ""  # of the pipeline: the side, in latent pixels, of the area that every picture gets
+    resolutions: tuple[str, ...] = ()  # the only sizes that the class makes
+    continues_from: int = 0  # it goes on from the last so many frames of the source video
+    picture_mark: str = ""  # how a prompt names a reference picture, with {} for its number from 1
+    single: bool = False  # what comes out has no batch dimension
+    requires: tuple[str, ...] = ()  # packages that the class imports and wangpd does not bring
+    cfg_passes: str = "sequential"
+    cache_context: bool = False
+    loras: bool = False  # diffusers can load LoRA files for it
+    tea_cache: bool = False  # the denoiser has Wan's time embedding and plain blocks
+
+    def carries_input(self, name: str) -> bool:
+        """True if the input `name` has a way into the call."""
+        return name in FORMS[self.start_image_as] or self.role(name) in self.call
+
+    def role(self, name: str) -> str:
+        """The role of the input `name` in this class."""
+        return self.carries.get(name, INPUTS[name].role)
 
 
 @dataclass(frozen=True)
 class FrameRule:
-    """Valid lengths are `offset + n * step`, from `min` to `max`."""
+    """Valid lengths are `offset + n * step`, from `min` to `max`.
+
+    With `told_step`, the class is told `told_offset + n * told_step` for them: it counts otherwise than what comes out.
+    """
 
     step: int = 1
     offset: int = 0
     min: int = 1
     max: int = 1000
+    told_step: int = 0
+    told_offset: int = 0
+
+    def told(self, frames: int) -> int:
+        """What the class is told for a valid length."""
+        if not self.told_step:
+            return frames
+        return self.told_offset + (frames - self.offset) // self.step * self.told_step
 
     def nearest(self, frames: int) -> int:
         """The valid length nearest to `frames`; the longer one of two that are equally near."""
         low, high = (-(-(self.min - self.offset) // self.step), (self.max - self.offset) // self.step)
         n = (2 * (frames - self.offset) + self.step) // (2 * self.step)
         return self.offset + self.step * max(low, min(high, n))
+
+    def longest_within(self, frames: int) -> int:
+        """The longest valid length of at most `frames`, or the shortest there is."""
+        n = (min(frames, self.max) - self.offset) // self.step
+        return max(self.offset + self.step * n, self.nearest(self.min))
+
+
+STILL = FrameRule(min=1, max=1)  # of a model that makes pictures or sound
 
 
 @dataclass(frozen=True)
@@ -105,29 +149,39 @@ class Model:
     kind: str  # video, image, audio
     pipelines: Mapping[str, Pipeline]
     defaults: Mapping[str, Any]
-    inputs: Mapping[str, Any]
-    frames: FrameRule
-    fps: int
-    spatial_multiple: int
     licence: str
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # what these weights can use of what the class takes
+    frames: FrameRule = STILL
+    fps: int = 0
+    spatial_multiple: int = 1
+    licence_sure: bool = True
     max_side: int = MAX_SIDE
+    max_duration_s: int = MAX_DURATION_S
+    wangp: str = ""  # WanGP's name for it, which finds it too
     repo: str = ""
     revision: str | None = None
     variant: str | None = None
+    extra_repos: Mapping[str, str] = field(default_factory=dict)  # component → repository, or repository#folder
     builtin: str = ""
     base: str = ""
+    single_file: str | Mapping[str, str] = ""  # in models_dir: the denoiser or a whole checkpoint, or component → file
     visible: bool = True
     boundary_ratio: float | None = None
     scheduler: Mapping[str, str] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)  # settings of the scheduler unlike those of the weights
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    attention_backend: str = ""  # the only one that these weights can be computed with, by diffusers' name
     extra_call: Mapping[str, Any] = field(default_factory=dict)
     recipe_loras: Sequence[Mapping[str, Any]] = ()
-    supported_features: Mapping[str, bool] = field(default_factory=dict)
+    caches: Sequence[str] = ()
+    mag_calibration: str = ""
+    tea_calibration: str = ""
+    sliding_window: str = "none"
+    window_frames: int = 0  # of one window, where the class itself makes a long video in windows
     transformer_count: int = 1
     transformer_bf16_bytes: int = 0  # of all denoisers together
     encoders_bf16_bytes: int = 0
     vae_bf16_bytes: int = 0
-    total_bf16_bytes: int = 0
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
@@ -136,7 +190,7 @@ class Model:
 
     @property
     def is_t2v(self) -> bool:
-        """True if a prompt alone is enough."""
+        """True if a prompt alone is enough for a video."""
         return "t2v" in self.pipelines
 
     @property
@@ -145,25 +199,67 @@ class Model:
         return not {"i2v", "flf2v"}.isdisjoint(self.pipelines)
 
     @property
+    def total_bf16_bytes(self) -> int:
+        """All weights together."""
+        return self.transformer_bf16_bytes + self.encoders_bf16_bytes + self.vae_bf16_bytes
+
+    @property
     def features(self) -> dict[str, bool]:
-        """What really works for this model: its own architecture and this engine both have it."""
-        return {name: there and name in WORKING_FEATURES for name, there in self.supported_features.items()}
+        """What really works for this model."""
+        caches = {name for task in self.pipelines for name in self.step_caches(task)}
+        return {"sliding_window": False, "tea_cache": "tea" in caches, "mag_cache": "mag" in caches}
+
+    def step_caches(self, task: str) -> tuple[str, ...]:
+        """The step caches that give right frames in this task, under the names of a request."""
+        pipeline = self.pipelines[task]
+        if not (pipeline.cache_context or pipeline.cfg_passes == "single"):
+            return ()  # both branches of guidance would share one memory
+        ready = {"mag": bool(self.mag_calibration), "tea": bool(self.tea_calibration) and pipeline.tea_cache}
+        return tuple(
+            name
+            for name, kind in STEP_CACHES.items()
+            if ready.get(name, True) and (kind in self.caches or name == "tea")
+        )
+
+    def inputs_of(self, task: str) -> frozenset[str]:
+        """The inputs that reach the pipeline of `task`."""
+        pipeline = self.pipelines[task]
+        taken = {name for name in TASKS[task].inputs if self._allows(name) and pipeline.carries_input(name)}
+        if pipeline.continues_from and "video_source" in taken:
+            taken.discard("image_start")  # the source is the start
+        return frozenset(taken)
+
+    def _allows(self, name: str) -> bool:
+        """False for what the class has and these weights can't use."""
+        limits = {"image_end": "end_image", "image_refs": "max_reference_images"}
+        return name not in limits or bool(self.inputs.get(limits[name]))
 
     def takes(self, name: str) -> bool:
-        """True if the input picture `name` (`image_start` …) means something to this model."""
-        if name == "image_refs":
-            return bool(self.inputs.get("max_reference_images", 0))
-        return bool(self.inputs.get({"image_start": "start_image", "image_end": "end_image"}[name], False))
+        """True if the input `name` (`image_start` …) means something to this model."""
+        return any(name in self.inputs_of(task) for task in self.pipelines)
 
     def has_setting(self, name: str, task: str) -> bool:
         """True if the optional setting `name` (see OPTIONAL_SETTINGS) reaches the pipeline of `task`."""
-        if name == "flow_shift":
-            return "shift_param" in self.scheduler or "shift" in self.pipelines[task].call
-        if name == "guidance2_scale":
-            return self.boundary_ratio is not None
-        if name == "negative_prompt":
-            return bool(self.inputs.get("negative_prompt", True))
-        return OPTIONAL_SETTINGS[name][0] in self.pipelines[task].call
+        pipeline = self.pipelines[task]
+        if pipeline.call.get(OPTIONAL_SETTINGS[name][0]) in pipeline.by_task.get(task, {}):
+            return False
+        special = {
+            "negative_prompt": "negative_prompt" in pipeline.call and self.inputs.get("negative_prompt", False),
+            "embedded_guidance_scale": (
+                "embedded_guidance" in pipeline.call and self.inputs.get("embedded_guidance", True)
+            ),
+            "guidance_scale": ((pipeline.guider or "guidance" in pipeline.call) and self.inputs.get("guidance", True)),
+            "guidance2_scale": self.boundary_ratio is not None,
+            "flow_shift": "shift_param" in self.scheduler or "shift" in pipeline.call,
+            "num_inference_steps": "steps" in pipeline.call and not {"timesteps", "sigmas"} & self.extra_call.keys(),
+        }
+        return bool(special.get(name, OPTIONAL_SETTINGS[name][0] in pipeline.call))
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """The number of steps of a schedule that can't be changed, or None."""
+        schedule = self.extra_call.get("timesteps") or self.extra_call.get("sigmas")
+        return len(schedule) if schedule else None
 
 
 class Catalog:
@@ -171,12 +267,26 @@ class Catalog:
 
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._models = models
+        self._aliases = {model.wangp: model.id for model in models.values() if model.wangp}
 
     @classmethod
-    def load(cls, folder: Path = HERE / "models") -> "Catalog":
-        """Every model of the `*.toml` files in `folder`. Raises ValueError with file and id of a wrong entry."""
-        models = (model for path in sorted(folder.glob("*.toml")) for model in _read(path))
-        return cls({model.id: model for model in models})
+    def load(cls, *folders: Path) -> "Catalog":
+        """Every model of the `*.toml` files of the package and then of `folders`, where a later entry wins.
+
+        Raises ValueError with the file and what is wrong in it.
+        """
+        files = [path for folder in (HERE / "models", *folders) for path in sorted(folder.glob("*.toml"))]
+        pipelines: dict[str, Pipeline] = {}
+        entries: dict[str, Mapping[str, Any]] = {}
+        models: dict[str, Model] = {}
+        for path in files:
+            with _blaming(path):
+                document = rtoml.loads(path.read_text("utf-8"))
+                pipelines |= {name: _pipeline(name, table) for name, table in document.get("pipelines", {}).items()}
+                for entry in document.get("models", ()):
+                    entries[entry["id"]] = whole = _with_base(entry, entries)
+                    models[entry["id"]] = _model(whole, pipelines)
+        return cls(models)
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -188,183 +298,69 @@ class Catalog:
         return model_id in self._models
 
     def get(self, model_id: str) -> Model:
-        """The model with this id. Raises UnknownModel."""
+        """The model with this id, or with this name in WanGP. Raises UnknownModel."""
         try:
-            return self._models[model_id]
+            return self._models[model_id if model_id in self._models else self._aliases[model_id]]
         except KeyError:
             raise UnknownModel(f"Model '{model_id}' not found; GET /api/v1/models lists those there are") from None
 
-    def that_take(self, name: str) -> list[str]:
-        """The ids of the models that take the input picture `name`."""
-        return [model.id for model in self if model.takes(name)]
+    def that_take(self, name: str) -> str:
+        """The ids of the models that take the input `name`, for a sentence."""
+        takers = [model.id for model in self if model.takes(name)]
+        more = f" and {len(takers) - SHOWN_MODELS} more" if len(takers) > SHOWN_MODELS else ""
+        return (", ".join(takers[:SHOWN_MODELS]) or "none") + more
 
 
-def _read(path: Path) -> Iterator[Model]:
-    document = tomllib.loads(path.read_text("utf-8"))
-    pipelines = {name: _pipeline(name, table) for name, table in document["pipelines"].items()}
-    for entry in document["models"]:
-        try:
-            yield _model(entry, pipelines)
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{path.name}: model {entry.get('id')!r}: {error}") from error
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path.name}: {reason}") from error
+
+
+def _with_base(entry: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The entry with what it leaves open taken from its base. One with a repository of its own has its own weights."""
+    if not entry.get("base"):
+        return entry
+    if entry["base"] not in known:
+        raise ValueError(f"model '{entry['id']}': base '{entry['base']}' is no model that stands before it")
+    base = known[entry["base"]]
+    inherited = {key: value for key, value in base.items() if key not in ("wangp", "visible")}
+    weights = "" if "repo" in entry else base.get("base") or entry["base"]
+    joined = {key: {**base.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
+    return {**inherited, **entry, **joined, "base": weights}
 
 
 def _pipeline(name: str, table: Mapping[str, Any]) -> Pipeline:
-    known = {key: table[key] for key in ("call", "progress", "batch", "start_image_as") if key in table}
-    return Pipeline(cls=name, **known)
+    _require_known(f"pipeline '{name}'", table, Pipeline)
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return Pipeline(cls=name, **values)
 
 
 def _model(entry: Mapping[str, Any], pipelines: Mapping[str, Pipeline]) -> Model:
-    plain = {key: value for key, value in entry.items() if key in _FIELDS}
-    plain["pipelines"] = {task: pipelines[cls] for task, cls in entry["pipelines"].items()}
-    plain["frames"] = FrameRule(**entry.get("frames", {}))
-    return Model(**plain)
+    _require_known(f"model '{entry['id']}'", entry, Model)
+    chosen = {task: pipelines[cls] for task, cls in entry["pipelines"].items()}
+    if unknown := chosen.keys() - TASKS.keys():
+        raise ValueError(f"model '{entry['id']}': there is no task '{min(unknown)}'; tasks are {', '.join(TASKS)}")
+    frames = FrameRule(**entry["frames"]) if "frames" in entry else STILL
+    _require_readable(entry)
+    try:
+        return Model(**{**entry, "pipelines": chosen, "frames": frames})
+    except TypeError as error:
+        raise ValueError(f"model '{entry['id']}': {error}") from None
 
 
-# An entry may say more than a Model holds: notes for people, and figures for strategies that read the file themselves.
-_FIELDS = frozenset(entry.name for entry in fields(Model))
+def _require_readable(entry: Mapping[str, Any]) -> None:
+    """Raises ValueError for a single file of another kind: a pickled checkpoint could run code."""
+    named = entry.get("single_file", "")
+    for file in [named] if isinstance(named, str) else named.values():
+        if file and not file.endswith(SINGLE_FILES):
+            raise ValueError(f"model '{entry['id']}': single_file '{file}' must end in {' or '.join(SINGLE_FILES)}")
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A Job, and what was changed or ignored on the way to it, a sentence each."""
-
-    job: Job
-    warnings: tuple[str, ...]
-
-
-def resolve(
-    catalog: Catalog, model: Model, sent: Mapping[str, Any], images: Mapping[str, tuple[Path, ...]]
-) -> Resolved:
-    """Decide everything that `sent` leaves open. `images` are the stored input pictures by field name.
-
-    A field in `sent` always wins; else the model's default holds, or with `use_model_defaults` false the contract's.
-    Raises BadRequest for what the model can't do.
-    """
-    _check_images(catalog, model, images)
-    task = _choose_task(model, frozenset(images))
-    warnings: list[str] = []
-    values = _values(model, task, sent, warnings)
-    width, height = _size(model, values["resolution"])
-    job = Job(
-        model=model.id,
-        task=task,
-        prompt=sent["prompt"],
-        negative_prompt=values["negative_prompt"],
-        width=width,
-        height=height,
-        frames=_frames(model, values["video_length"], warnings),
-        fps=model.fps,
-        steps=values["num_inference_steps"],
-        guidance_scale=values["guidance_scale"],
-        guidance2_scale=values["guidance2_scale"],
-        embedded_guidance_scale=values["embedded_guidance_scale"],
-        flow_shift=values["flow_shift"],
-        seed=secrets.randbelow(2**32) if values["seed"] == -1 else values["seed"],
-        batch_size=values["batch_size"],
-        repeat_generation=values["repeat_generation"],
-        images=images,
-    )
-    return Resolved(job, tuple(warnings))
-
-
-def _check_images(catalog: Catalog, model: Model, images: Mapping[str, tuple[Path, ...]]) -> None:
-    for name, paths in images.items():
-        if not model.takes(name):
-            others = ", ".join(catalog.that_take(name)) or "none"
-            raise BadRequest(f"{name}: model '{model.id}' takes no such image; models that do: {others}")
-        most = model.inputs.get("max_reference_images", 0)
-        if name == "image_refs" and len(paths) > most:
-            raise BadRequest(f"image_refs: {len(paths)} images, but model '{model.id}' takes at most {most}")
-
-
-def _choose_task(model: Model, given: frozenset[str]) -> str:
-    for task in TASKS_FOR[given]:
-        if task in model.pipelines:
-            return task
-    missing = next(name for name in IMAGE_INPUTS if model.takes(name) and name not in given)
-    raise BadRequest(f"{missing}: model '{model.id}' needs this image, and none was sent")
-
-
-def _values(model: Model, task: str, sent: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
-    """The value of every setting; one that the model does not have is named in `warnings` if it was sent."""
-    defaults = {**CONTRACT_DEFAULTS, "guidance2_scale": None}
-    if sent.get("use_model_defaults", True):
-        defaults |= model.defaults
-    values = defaults | {key: sent[key] for key in defaults if key in sent}
-    if values["guidance2_scale"] is None:
-        values["guidance2_scale"] = values["guidance_scale"]
-    for name, (_, unused) in OPTIONAL_SETTINGS.items():
-        if not model.has_setting(name, task):
-            if sent.get(name, unused) != unused:
-                warnings.append(f"{name}: model '{model.id}' has no such setting, the value was ignored")
-            values[name] = unused
-    return values
-
-
-def _size(model: Model, resolution: str) -> tuple[int, int]:
-    matched = re.fullmatch(r"(\d{1,5})x(\d{1,5})", resolution)
-    if not matched:
-        raise BadRequest(f"resolution: '{resolution}' must be WIDTHxHEIGHT in pixels, such as 832x480")
-    width, height = int(matched[1]), int(matched[2])
-    step = model.spatial_multiple
-    best = "x".join(str(_nearest_side(side, step, model.max_side)) for side in (width, height))
-    if best == f"{width}x{height}":
-        return width, height
-    if max(width, height) > model.max_side:
-        raise BadRequest(f"resolution: '{resolution}' is over the limit of {model.max_side} pixels a side")
-    raise BadRequest(f"resolution: '{resolution}' must be a multiple of {step}; nearest is {best}")
-
-
-def _nearest_side(side: int, step: int, most: int) -> int:
-    return min(max(round(side / step), 1) * step, most // step * step)
-
-
-def _frames(model: Model, video_length: int | str, warnings: list[str]) -> int:
-    """The length in frames; a duration such as "5s" counts at the model's frame rate, to the nearest length."""
-    duration = isinstance(video_length, str)
-    wanted = round(float(str(video_length)[:-1]) * model.fps) if duration else int(video_length)
-    if not 1 <= wanted <= MAX_FRAMES:
-        rule = f"makes {wanted} frames at {model.fps} a second, but must make 1 to {MAX_FRAMES}"
-        raise BadRequest(f"video_length: '{video_length}' {rule}")
-    frames = model.frames.nearest(wanted)
-    if abs(frames - wanted) >= (model.frames.step if duration else 1):
-        rule = f"{model.frames.step}k+{model.frames.offset}"
-        warnings.append(
-            f"video_length: {wanted} was changed to {frames}, the nearest that model '{model.id}' can make ({rule})"
-        )
-    return frames
-
-
-def settings(job: Job, seed: int | None = None) -> dict[str, Any]:
-    """The job under the contract's own field names, as status answers and files carry it.
-
-    What the model does not have is left out; pictures are told by the SHA-256 of their bytes.
-    """
-    values = {
-        "model_type": job.model,
-        "task": job.task,
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt,
-        "resolution": f"{job.width}x{job.height}",
-        "video_length": job.frames,
-        "fps": job.fps,
-        "num_inference_steps": job.steps,
-        "guidance_scale": job.guidance_scale,
-        "guidance2_scale": job.guidance2_scale,
-        "embedded_guidance_scale": job.embedded_guidance_scale,
-        "flow_shift": job.flow_shift,
-        "seed": job.seed if seed is None else seed,
-        "batch_size": job.batch_size,
-        "repeat_generation": job.repeat_generation,
-        **{name: [path.name for path in paths] for name, paths in job.images.items()},
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def default_settings(model: Model) -> dict[str, Any]:
-    """What a request that names only a prompt gets, under the contract's field names."""
-    values = {**CONTRACT_DEFAULTS, **model.defaults}
-    task = model.tasks[0]
-    hidden = {name for name in OPTIONAL_SETTINGS if not model.has_setting(name, task)}
-    return {"prompt": "", **{key: value for key, value in values.items() if key not in hidden}}
+def _require_known(where: str, table: Mapping[str, Any], kind: type) -> None:
+    known = {entry.name for entry in fields(kind)} - {"cls"}
+    if unknown := table.keys() - known:
+        raise ValueError(f"{where}: there is no key '{min(unknown)}'")

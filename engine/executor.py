@@ -36,6 +36,7 @@ class EngineConfig:
     allow_download: bool = False
     embed_settings: bool = True
     image_format: Literal["png", "jpeg", "webp"] = "png"
+    audio_format: Literal["wav", "flac", "mp3"] = "wav"
     video_crf: int = 18
     video_preset: str = "veryfast"
     profile: float = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
+SEED_RANGE = 2**63  # torch takes more, JSON clients do not
 NO_TASK = -1  # on the board while a model is loaded for no task; 0 would look cancelled
 
 
@@ -76,11 +77,19 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A LoRA file, and for each phase of guidance its strengths, spread evenly over the steps."""
+
+    path: Path
+    phases: tuple[tuple[float, ...], ...] = ((1.0,),)
+
+
+@dataclass(frozen=True)
 class Job:
     """One request with everything decided: nothing in it is left to a default or to chance.
 
-    `images` maps an input's role (`image_start`, `image_end`, `image_refs`) to the stored files, at least one each.
-    `frames` is 1 for a picture. File i of the job has the seed `seed + i`.
+    `inputs` maps a field of engine.tasks.INPUTS (`image_start`, `video_source` …) to its stored files, at least one.
+    `frames` is 1 for a picture and 0 for sound. File i of the job has the seed `seed + i`.
     """
 
     model: str
@@ -92,19 +101,26 @@ class Job:
     frames: int
     fps: int
     steps: int
-    guidance_scale: float
+    guidance_scale: float | None
     embedded_guidance_scale: float
     flow_shift: float | None
     seed: int
     guidance2_scale: float | None = None
     batch_size: int = 1
     repeat_generation: int = 1
-    images: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    denoising_strength: float | None = None
+    duration_s: float | None = None
+    lyrics: str = ""
+    skip_steps_cache_type: str = ""  # one of engine.catalog.CACHES, or none
+    skip_steps_multiplier: float = 1.75
+    skip_steps_start_step_perc: float = 0.0
+    loras: tuple[Lora, ...] = ()
+    inputs: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A whole file in the output folder."""
+    """A whole file in the output folder. Sound has no size and no frames, a picture one frame and no rate."""
 
     filename: str
     type: str  # video, image, audio
@@ -118,8 +134,10 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished job hands back. `timings` are seconds by phase name (`loading`, `encoding` …)."""
+    """What a finished job hands back. `timings` are seconds by phase name (`loading`, `encoding` …), `plan` says in a
+    line where the weights lay."""
 
     files: tuple[OutputFile, ...]
     timings: Mapping[str, float]
     peak_memory_bytes: int
+    plan: str = ""

@@ -224,8 +224,8 @@ class Journal:
 
     async def inputs(self) -> set[str]:
         """The names of all stored input files that some row still needs."""
-        tasks = await self._call(lambda: self._tasks("WHERE json_extract(record, '$.job.images') != '{}'"))
-        return {path.name for task in tasks for paths in task.job.images.values() for path in paths}
+        tasks = await self._call(lambda: self._tasks("WHERE json_extract(record, '$.job.inputs') != '{}'"))
+        return {path.name for task in tasks for paths in task.job.inputs.values() for path in paths}
 
     async def fact(self, name: str, default: Any = None) -> Any:
         """The JSON value last stored under `name`."""

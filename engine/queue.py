@@ -558,13 +558,19 @@ class TaskQueue:
         return max(self._limits.step_timeout_s, SLOW_STEPS * self._speeds.step_s(job))
 
     async def _completed(self, task: Task, result: Result, warm: bool) -> None:
-        task.files, task.timings, task.peak_memory_bytes = result.files, result.timings, result.peak_memory_bytes
+        task.files, task.timings, task.plan = result.files, result.timings, result.plan
+        task.peak_memory_bytes = result.peak_memory_bytes
         self.faults.pop("engine", None)
-        self._speeds.learn(task.job, result, loaded=not warm)
-        with contextlib.suppress(JournalFault):  # an estimate, not a promise
-            await self._journal.set_fact("speeds", self._speeds.facts())
+        await self._learn(task, result, warm)
         # A cancel that came after the last file was whole: "cancelling" was said, so "cancelled" must follow.
         await self._finish(task, Status.CANCELLED if task.status is Status.CANCELLING else Status.COMPLETED)
+
+    async def _learn(self, task: Task, result: Result, warm: bool) -> None:
+        try:
+            self._speeds.learn(task.job, result, loaded=not warm)
+            await self._journal.set_fact("speeds", self._speeds.facts())
+        except Exception:  # an estimate is no promise: it must not cost a task its end
+            log.warning("task %d: its times could not be kept", task.id, exc_info=True)
 
     async def _stopped(self, task: Task) -> None:
         """Its work has ended before its time: by a client, or by a shutdown that puts it back.

@@ -7,11 +7,12 @@ from typing import Any
 from engine.job import Job, Phase, Result
 
 WEIGHT = 0.5  # of the newest measurement in the running mean
+COVER_S = 60.0  # length of a sound that is made from another, as long as that one: its job does not know it
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds for one model: to load it, and a voxel (pixel x frame) of a denoising step and of all the rest."""
+    """Seconds for one model: to load it, and for a unit of `extent` of a denoising step and of all the rest."""
 
     load_s: float
     step_s: float
@@ -36,15 +37,15 @@ class Speeds:
         old = self._paces.get(job.model)
         new = Pace(
             load_s=spent.get("loading", 0.0) if loaded or not old else old.load_s,
-            step_s=spent.get("denoising", 0.0) / (voxels(job) * job.steps * files),
-            rest_s=rest / (voxels(job) * files),
+            step_s=spent.get("denoising", 0.0) / (extent(job) * job.steps * files),
+            rest_s=rest / (extent(job) * files),
         )
         self._paces[job.model] = _mean(old, new) if old else new
 
     def step_s(self, job: Job) -> float:
         """Seconds that a denoising step of `job` will take; 0 if its model has never run."""
         pace = self._paces.get(job.model)
-        return pace.step_s * voxels(job) * job.batch_size if pace else 0.0
+        return pace.step_s * extent(job) * job.batch_size if pace else 0.0
 
     def estimate_s(self, job: Job, warm: bool) -> float | None:
         """Seconds that `job` will take from its start, or None if its model has never run. `warm`: it is loaded."""
@@ -52,13 +53,13 @@ class Speeds:
         if pace is None:
             return None
         files = job.batch_size * job.repeat_generation
-        work = voxels(job) * files * (pace.step_s * job.steps + pace.rest_s)
+        work = extent(job) * files * (pace.step_s * job.steps + pace.rest_s)
         return work + (0.0 if warm else pace.load_s)
 
 
-def voxels(job: Job) -> int:
-    """Pixels times frames of one file."""
-    return job.width * job.height * job.frames
+def extent(job: Job) -> float:
+    """Pixels times frames of one file, or the seconds of a sound."""
+    return job.width * job.height * job.frames or job.duration_s or COVER_S
 
 
 def _mean(old: Pace, new: Pace) -> Pace:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from engine.job import Job, OutputFile
+from engine.job import Job, Lora, OutputFile
 
 
 class Status(StrEnum):
@@ -45,20 +45,23 @@ class Task:
     files: tuple[OutputFile, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    plan: str = ""  # where the weights lay
     progress: float = 0.0  # percent, the most that was ever reached; 100 is told of completed tasks alone
     steps_done: int = 0  # denoising steps, over all runs
 
     def record(self) -> dict[str, Any]:
         """This task as JSON values, for the journal."""
         record = asdict(self)
-        record["job"]["images"] = {name: [str(path) for path in paths] for name, paths in self.job.images.items()}
+        record["job"]["loras"] = [{"path": str(lora.path), "phases": lora.phases} for lora in self.job.loras]
+        record["job"]["inputs"] = {name: [str(path) for path in paths] for name, paths in self.job.inputs.items()}
         return record
 
     @classmethod
     def restore(cls, record: Mapping[str, Any]) -> "Task":
         """The task that `record` came from. Keys that a later version wrote raise TypeError."""
         job = dict(record["job"])
-        job["images"] = {name: tuple(map(Path, paths)) for name, paths in job["images"].items()}
+        job["loras"] = tuple(Lora(Path(lora["path"]), tuple(map(tuple, lora["phases"]))) for lora in job["loras"])
+        job["inputs"] = {name: tuple(map(Path, paths)) for name, paths in job["inputs"].items()}
         plain = {
             **record,
             "job": Job(**job),

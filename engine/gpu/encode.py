@@ -1,4 +1,4 @@
-"""Frames to files: MP4, PNG, JPEG and WebP with their settings inside, visible in the output folder only when whole.
+"""Frames and sound to files with their settings inside, visible in the output folder only when whole.
 
 Settings travel as JSON in pure ASCII: no container, tag reader or shell can garble that, not even a lone surrogate.
 """
@@ -10,12 +10,12 @@ import os
 import re
 import subprocess
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Final, Literal
+from typing import IO, Any, Final, Literal, NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
@@ -28,9 +28,11 @@ from engine.media import EXIF_ASCII, EXIF_IFD, EXIF_USER_COMMENT, PNG_KEYWORD
 log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
+Samples = NDArray[np.float32]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 _SLUG_CHARS: Final = 40
+_HANDLE: Final = "/dev/fd/"
 _JPEG_SEGMENT_BYTES: Final = 65533  # a JPEG segment's length has 16 bits and counts itself
 
 # Without the matrix named at both ends, swscale converts with BT.601 and players decode small videos with BT.601 and
@@ -40,12 +42,25 @@ _BT709: Final = (
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
 
+_SOUND_OPTIONS: Final[Mapping[str, list[str]]] = {
+    ".wav": ["-c:a", "pcm_s16le", "-f", "wav"],
+    ".flac": ["-c:a", "flac", "-f", "flac"],
+    ".mp3": ["-c:a", "libmp3lame", "-q:a", "0", "-f", "mp3"],
+}
+
 _REMEDIES: Final[Mapping[str, str]] = {
     "No space left on device": "free space on the output disk and retry the task",
     "Disk quota exceeded": "raise the quota or delete old outputs, and retry the task",
     "Read-only file system": "make the output folder writable and retry the task",
     "Permission denied": "let the daemon's user write to the output folder and retry the task",
 }
+
+
+class Sound(NamedTuple):
+    """samples: (channels, N) in -1..1, at `sample_rate` a second."""
+
+    samples: Samples
+    sample_rate: int
 
 
 def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: str) -> str:
@@ -61,25 +76,68 @@ def write_video(
     *,
     crf: int = 18,
     preset: str = "veryfast",
+    sound: Sound | None = None,
 ) -> None:
     """Write an H.264 yuv420p MP4 that plays everywhere: BT.709, its index in front, `settings` in the comment tag.
 
     An odd width or height gains one column or row, a copy of the last. The file's mtime is the time of completion.
+    `sound` becomes its AAC track. Raises EngineError with code "save_failed"; nothing is left in the folder then.
+    """
+    height, width = (side + side % 2 for side in frames.shape[1:3])
+    picture = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0".split()
+    codec = f"-c:v libx264 -preset {preset} -crf {crf}".split()
+    end = ["-map", "1:v", "-vf", _BT709, *codec, "-movflags", "+faststart", "-f", "mp4"]
+    with ExitStack() as stack:
+        if sound is not None:
+            picture += [*_raw_sound(sound), "-i", stack.enter_context(_spooled(_bytes_of(sound)))]
+            end = ["-map", "2:a", "-c:a", "aac", "-b:a", "192k", *end]
+        _encode(path, (_even(frame).tobytes() for frame in frames), settings, picture, end)
+
+
+def write_sound(path: Path, sound: Sound, settings: Mapping[str, Any] | None) -> None:
+    """Write a WAV, FLAC or MP3, told by the suffix of `path`, `settings` in its comment tag.
+
     Raises EngineError with code "save_failed"; nothing is left in the folder then.
     """
-    with _part_of(path) as part, TemporaryFile() as metadata, TemporaryFile() as complaints:
-        metadata.write(_ffmetadata(settings))
-        metadata.flush()
-        command = _ffmpeg_command(part, frames.shape, metadata.fileno(), fps=fps, crf=crf, preset=preset)
+    end = ["-map", "1:a", *_SOUND_OPTIONS[path.suffix]]
+    _encode(path, [_bytes_of(sound)], settings, [*_raw_sound(sound), "-i", "pipe:0"], end)
+
+
+def _encode(
+    path: Path, chunks: Iterable[bytes], settings: Mapping[str, Any] | None, inputs: list[str], end: list[str]
+) -> None:
+    """Let ffmpeg make `path` of what is piped in. Its input 0 are the settings, those of `inputs` come after it."""
+    with _part_of(path) as part, TemporaryFile() as complaints, _spooled(_ffmetadata(settings)) as tags:
+        command = ["-hide_banner", "-loglevel", "error", "-y", "-f", "ffmetadata", "-i", tags, *inputs]
+        command += ["-map_metadata", "0", *end, f"file:{part}"]
         # stderr goes to a file: a pipe that nobody reads while the frames are written would fill up and stop ffmpeg.
-        with _started(command, metadata.fileno(), complaints, path) as ffmpeg:
-            _feed(ffmpeg, frames)
+        with _started(command, complaints, path) as ffmpeg:
+            _feed(ffmpeg, chunks)
         if ffmpeg.returncode:
             raise _save_failed(path, _reason(ffmpeg.returncode, complaints))
 
 
+@contextmanager
+def _spooled(data: bytes) -> Iterator[str]:
+    """The name under which ffmpeg can read `data` within the block."""
+    with TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        file.seek(0)  # the name may stand for this very handle, with its place in the file
+        yield f"{_HANDLE}{file.fileno()}"
+
+
+def _raw_sound(sound: Sound) -> list[str]:
+    return f"-f f32le -ar {sound.sample_rate} -ac {len(sound.samples)}".split()
+
+
+def _bytes_of(sound: Sound) -> bytes:
+    """The samples, channels interleaved."""
+    return np.ascontiguousarray(sound.samples.T, dtype="<f4").tobytes()
+
+
 def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, format: ImageFormat) -> None:
-    """Write one picture, (H, W, 3) uint8 RGB, `settings` in its PNG text or its EXIF UserComment.
+    """Write one picture, (H, W, 3) uint8 RGB or (H, W, 4) RGBA, `settings` in its PNG text or its EXIF UserComment.
 
     Raises EngineError with code "save_failed"; nothing is left in the folder then.
     """
@@ -140,28 +198,14 @@ def _ffmetadata(settings: Mapping[str, Any] | None) -> bytes:
     return f";FFMETADATA1\ncomment={escaped}\n".encode("ascii")
 
 
-def _ffmpeg_command(part: Path, shape: tuple[int, ...], metadata: int, *, fps: int, crf: int, preset: str) -> list[str]:
-    height, width = (side + side % 2 for side in shape[1:3])
-    frames = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0"
-    codec = f"-c:v libx264 -preset {preset} -crf {crf}"
-    return [
-        *("-hide_banner", "-loglevel", "error", "-y"),
-        *frames.split(),
-        *("-f", "ffmetadata", "-i", f"/dev/fd/{metadata}"),
-        *("-map", "0:v", "-map_metadata", "1", "-vf", _BT709),
-        *codec.split(),
-        *("-movflags", "+faststart", "-f", "mp4", f"file:{part}"),
-    ]
-
-
-def _started(command: list[str], metadata: int, complaints: IO[bytes], path: Path) -> "subprocess.Popen[bytes]":
+def _started(command: list[str], complaints: IO[bytes], path: Path) -> "subprocess.Popen[bytes]":
     try:
         return subprocess.Popen(
             [imageio_ffmpeg.get_ffmpeg_exe(), *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=complaints,
-            pass_fds=(metadata,),
+            pass_fds=[int(word.removeprefix(_HANDLE)) for word in command if word.startswith(_HANDLE)],
         )
     except (OSError, RuntimeError) as error:  # RuntimeError: imageio-ffmpeg found none at all
         log.error("ffmpeg can't be started: %s", error)
@@ -171,12 +215,12 @@ def _started(command: list[str], metadata: int, complaints: IO[bytes], path: Pat
         ) from None
 
 
-def _feed(ffmpeg: "subprocess.Popen[bytes]", frames: Pixels) -> None:
-    """Pipe the frames in, one at a time. An ffmpeg that ended early breaks the pipe; its status then tells why."""
+def _feed(ffmpeg: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
+    """Pipe the input in, a chunk at a time. An ffmpeg that ended early breaks the pipe; its status then tells why."""
     assert ffmpeg.stdin
     with suppress(BrokenPipeError), ffmpeg.stdin as pipe:
-        for frame in frames:
-            pipe.write(_even(frame).tobytes())
+        for chunk in chunks:
+            pipe.write(chunk)
 
 
 def _even(frame: Pixels) -> Pixels:

@@ -1,47 +1,249 @@
-"""Where the weights live while a pipeline runs."""
+"""Carry out a memory plan: put a pipeline's parts where engine.memory decided, and measure what it decides by."""
 
-import inspect
 import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
+from diffusers.hooks import apply_group_offloading
+from torch import nn
+from transformers import PreTrainedModel
 
+from engine import memory
 from engine.catalog import Model
 from engine.job import Job
+from engine.machine import Machine, free_ram_bytes
+from engine.memory import Plan
+from engine.work import Parts, Work
 
 log = logging.getLogger("wangpd.worker")
-HEADROOM = 0.75  # share of the free GPU memory that weights may take; activations need the rest
 
-# vae_config → side of a VAE tile in pixels; 0 is chosen by the card's memory, smallest first.
-TILES = {1: 512, 2: 256, 3: 128}
-SMALLEST_TILE = min(TILES.values())
-AUTO_TILES = ((8 * 2**30, 128), (16 * 2**30, 256), (24 * 2**30, 512))
+SMALLEST_TILE = min(memory.TILES.values())
+FEW_BLOCKS = 8  # with fewer (a U-Net's), each is too large a piece to have twice on the card
+LINK_PROBE_BYTES = 2**26
+PRODUCT_SIDE = {"cuda": 4096}  # device → side of the matrices whose product is timed
+SMALL_PRODUCT_SIDE = 512
+PROBES = 4
 
 
-def place(pipe: Any, model: Model, device: torch.device, profile: float, vae_config: int) -> None:
-    """Put the pipeline where it is to run: on the device whole, or streamed in as `profile` or free memory demands."""
+def place(
+    pipe: Any,
+    model: Model,
+    device: torch.device,
+    profile: float,
+    vae_config: int,
+    *,
+    work: Work | None = None,
+    quantization: str = "none",
+) -> Plan:
+    """Put the pipeline, which lies in RAM, where it is to run, and return the plan of that.
+
+    `work` is the job to come; without one, the model's usual job. Raises EngineError if it fits nowhere.
+    """
+    plan = memory.plan(
+        model,
+        work or Work.usual(model),
+        measure(device),
+        profile=profile,
+        vae_config=vae_config,
+        quantization=quantization,
+        parts=parts_of(pipe, model),
+    )
+    log.info("model %s: %s", model.id, plan.describe())
+    carry_out(pipe, plan, device)
+    return plan
+
+
+def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
+    """Put the parts where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
+    _PLACINGS[plan.way.placement](pipe, plan, device)
+    tile_vae(pipe, plan.way.tile_side)
+
+
+# ---- what is there
+
+
+def measure(device: torch.device) -> Machine:
+    """What is free now, and how fast the device is; it is timed once in a process, for some tenths of a second."""
+    link_bytes_per_s, flops_per_s = _speeds(device)
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return Machine(free_bytes, free_ram_bytes(), link_bytes_per_s, flops_per_s)
+
+
+@cache
+def _speeds(device: torch.device) -> tuple[float, float]:
     if device.type != "cuda":
-        pipe.to(device)
+        return math.inf, _product_flops(device, torch.float32)  # nothing has to be copied
+    return _link_bytes_per_s(device), _product_flops(device, torch.bfloat16)
+
+
+def _product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product."""
+    side = PRODUCT_SIDE.get(device.type, SMALL_PRODUCT_SIDE)
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+
+    def probe() -> None:
+        (matrix @ matrix)[0, 0].item()  # reading a number waits for the device
+
+    return 2 * side**3 / _seconds(probe)
+
+
+def _link_bytes_per_s(device: torch.device) -> float:
+    """Bytes a second from pinned RAM to the card."""
+    source = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+
+    def probe() -> None:
+        source.to(device)[0].item()
+
+    return LINK_PROBE_BYTES / _seconds(probe)
+
+
+def _seconds(probe: Callable[[], None]) -> float:
+    """How long `probe` takes at its best: the first one starts the device's libraries."""
+    times = []
+    for _ in range(PROBES):
+        started = time.perf_counter()
+        probe()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def parts_of(pipe: Any, model: Model) -> Parts:
+    """The weights that the pipeline really holds, in the dtypes that they have."""
+    denoisers, encoders, others = _denoisers(pipe), _encoders(pipe), _others(pipe)
+    counts = [sum(weight.numel() for weight in module.parameters()) for module in denoisers]
+    vae = getattr(pipe, "vae", None)
+    return Parts(
+        denoisers=sum(map(_bytes, denoisers)),
+        encoders=sum(map(_bytes, encoders)),
+        vae=sum(map(_bytes, others)),
+        denoiser_count=max(1, len(denoisers)),
+        parameters=max(counts, default=0),
+        vae_width=getattr(vae, "dtype", torch.bfloat16).itemsize / 2,
+        changed=bool(model.recipe_loras),
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in (*module.parameters(), *module.buffers()))
+
+
+def _components(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _denoisers(pipe: Any) -> list[nn.Module]:
+    """What runs at every step: transformer, transformer_2, unconditional_transformer, unet …"""
+    return [part for name, part in _components(pipe).items() if "transformer" in name or "unet" in name]
+
+
+def _encoders(pipe: Any) -> list[nn.Module]:
+    """What reads prompts and pictures; transformers' models have none of the other duties."""
+    denoisers = _denoisers(pipe)
+    return [part for part in _components(pipe).values() if isinstance(part, PreTrainedModel) and part not in denoisers]
+
+
+def _others(pipe: Any) -> list[nn.Module]:
+    """The VAE, and small parts."""
+    known = [*_denoisers(pipe), *_encoders(pipe)]
+    return [part for part in _components(pipe).values() if part not in known]
+
+
+# ---- where it goes
+
+
+def _resident(pipe: Any, plan: Plan, device: torch.device) -> None:
+    for part in (*_denoisers(pipe), *_others(pipe)):
+        part.to(device)
+    _place_encoders(pipe, plan, device)
+
+
+def _streamed(pipe: Any, plan: Plan, device: torch.device) -> None:
+    for part in _others(pipe):
+        part.to(device)
+    share = plan.resident_bytes / max(1, plan.resident_bytes + plan.streamed_bytes)
+    for denoiser in _denoisers(pipe):
+        _stream_blocks(denoiser, round(share * _bytes(denoiser)), device, plan.way.pinned)
+    _place_encoders(pipe, plan, device)
+
+
+def _swapped(pipe: Any, _: Plan, device: torch.device) -> None:
+    pipe.enable_model_cpu_offload(device=device)
+
+
+def _sequential(pipe: Any, _: Plan, device: torch.device) -> None:
+    for part in (*_denoisers(pipe), *_encoders(pipe)):
+        _stream_layers(part, device, pinned=False)
+    for part in _others(pipe):
+        # Without a stream: a VAE in tiles takes its layers in another order than the one that was seen first.
+        apply_group_offloading(part, device, offload_type="leaf_level")
+
+
+_PLACINGS: Mapping[str, Callable[[Any, Plan, torch.device], None]] = {
+    "resident": _resident,
+    "streamed": _streamed,
+    "swapped": _swapped,
+    "sequential": _sequential,
+}
+
+
+def _place_encoders(pipe: Any, plan: Plan, device: torch.device) -> None:
+    for encoder in _encoders(pipe):
+        if plan.way.encoders == "streamed":
+            _stream_layers(encoder, device, plan.way.encoders_pinned)
+        else:
+            encoder.to(device)
+
+
+def _stream_layers(part: nn.Module, device: torch.device, pinned: bool) -> None:
+    """Bring each layer when it is its turn. (An encoder's blocks lie too deep for diffusers to find.)"""
+    apply_group_offloading(part, device, offload_type="leaf_level", **_stream(device, pinned))
+
+
+def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pinned: bool) -> None:
+    """Keep `resident_bytes` of the denoiser on the device and stream the rest of its blocks."""
+    lists = {name: list(part) for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
+    blocks = [block for blocks in lists.values() for block in blocks]
+    sizes = [_bytes(block) for block in blocks]
+    places = memory.streamed_blocks(sizes, resident_bytes - (_bytes(denoiser) - sum(sizes)))
+    streamed = {blocks[place] for place in places}
+    with _showing(denoiser, {name: [b for b in blocks if b not in streamed] for name, blocks in lists.items()}):
+        denoiser.to(device)
+    if not streamed:
         return
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    profile = profile or choose_profile(model, free_bytes)
-    log.info("model %s: profile %g, %.1f GiB of GPU memory free", model.id, profile, free_bytes / 2**30)
-    _PLACINGS[int(profile)](pipe, device)
-    tile_vae(pipe, TILES.get(vae_config) or auto_tile(total_bytes))
+    # Diffusers prefetches one block ahead. From memory that is not pinned, layers are quicker: it would copy twice.
+    kind = "block_level" if pinned and len(blocks) >= FEW_BLOCKS else "leaf_level"
+    shown = {name: [b for b in blocks if b in streamed] for name, blocks in lists.items()}
+    with _showing(denoiser, shown, alone=True):
+        denoiser.enable_group_offload(device, offload_type=kind, num_blocks_per_group=1, **_stream(device, pinned))
 
 
-def choose_profile(model: Model, free_bytes: int) -> int:
-    """The fastest profile whose weights fit `free_bytes` of GPU memory with room for activations."""
-    room = free_bytes * HEADROOM
-    if model.total_bf16_bytes <= room:
-        return 1
-    largest = max(model.transformer_bf16_bytes // model.transformer_count, model.encoders_bf16_bytes)
-    return 3 if largest <= room else 4
+def _stream(device: torch.device, pinned: bool) -> dict[str, bool]:
+    """How to copy. Without `record_stream`: with it, blocks that came early pile up on the card."""
+    return {"use_stream": device.type == "cuda", "low_cpu_mem_usage": not pinned}
 
 
-def auto_tile(total_bytes: int) -> int:
-    """The side of a VAE tile for a card of this size; 0 means whole frames."""
-    return next((side for limit, side in AUTO_TILES if total_bytes < limit), 0)
+@contextmanager
+def _showing(module: nn.Module, lists: Mapping[str, list[nn.Module]], alone: bool = False) -> Iterator[None]:
+    """Within, the block lists of `module` hold only these; `alone`, it has nothing else.
+
+    So what is done to a whole module can be done to a part of it. The empty buffer is there because diffusers
+    prefetches only if a module has something of its own to move.
+    """
+    whole = {name: module._modules[name] for name in lists}
+    own = module._modules, module._parameters, module._buffers
+    if alone:
+        module._modules, module._parameters, module._buffers = {}, {}, {"nothing": torch.empty(0)}
+    module._modules.update({name: nn.ModuleList(blocks) for name, blocks in lists.items()})
+    try:
+        yield
+    finally:
+        module._modules, module._parameters, module._buffers = own
+        module._modules.update(whole)
 
 
 def tile_vae(pipe: Any, side: int) -> None:
@@ -50,38 +252,24 @@ def tile_vae(pipe: Any, side: int) -> None:
     The stride is set too: a class's own may be longer than a small tile.
     """
     vae: Any = getattr(pipe, "vae", None)
-    if not side or not hasattr(vae, "enable_tiling"):
+    if not side or not hasattr(vae, "use_tiling"):
         return
-    sizes = {f"tile_sample_min_{edge}": side for edge in ("height", "width")}
-    sizes |= {f"tile_sample_stride_{edge}": side * 3 // 4 for edge in ("height", "width")}
-    known = inspect.signature(vae.enable_tiling).parameters
-    vae.enable_tiling(**{name: value for name, value in sizes.items() if name in known})
+    sizes = {name: size for name, size in _tile_sizes(vae, side) if hasattr(vae, name)}
+    vae.enable_tiling()
+    for name, size in sizes.items():  # not as arguments: half of the classes take none
+        setattr(vae, name, size)
 
 
-def _resident(pipe: Any, device: torch.device) -> None:
-    pipe.to(device)
+def _tile_sizes(vae: Any, side: int) -> Iterator[tuple[str, int]]:
+    for edge in ("height", "width", "size"):
+        yield f"tile_sample_min_{edge}", side
+        yield f"tile_sample_stride_{edge}", side * 3 // 4
+        latent, sample = (getattr(vae, f"tile_{kind}_min_{edge}", 0) for kind in ("latent", "sample"))
+        if latent and sample:
+            yield f"tile_latent_min_{edge}", round(side * latent / sample)
 
 
-def _by_component(pipe: Any, device: torch.device) -> None:
-    pipe.enable_model_cpu_offload(device=device)
-
-
-def _by_block(pipe: Any, device: torch.device) -> None:
-    pipe.enable_group_offload(
-        onload_device=device,
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=True,
-        exclude_modules=["vae"],
-    )
-    pipe.vae.to(device)
-
-
-def _by_layer(pipe: Any, device: torch.device) -> None:
-    pipe.enable_sequential_cpu_offload(device=device)
-
-
-_PLACINGS = {1: _resident, 2: _by_block, 3: _by_component, 4: _by_block, 5: _by_layer}
+# ---- when it was too much
 
 
 def more_frugal(profile: float) -> float:

@@ -4,24 +4,26 @@ What differs from class to class is the catalogue's table of parameter names; th
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from PIL import Image, ImageOps
 
-from engine import media
-from engine.catalog import SEED_RANGE, Model, Pipeline
+from engine.catalog import Model, Pipeline
+from engine.gpu import caching, inputs, results, single_file
+from engine.gpu.adapters import Adapters
 from engine.gpu.meter import Meter
-from engine.job import EngineError, Job, Phase
+from engine.gpu.results import Clip
+from engine.gpu.steps import StepCounter
+from engine.job import SEED_RANGE, EngineError, Job, Phase
 from engine.weights import Weights
 
-MID_GREY = (128, 128, 128)  # what a masked control video holds where a frame is to be generated
-KEEP, GENERATE = 0, 255
 # The meter reports progress, and a fault is an exception: bars and hints would only fill the log.
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
@@ -29,24 +31,25 @@ for library in (diffusers, transformers):
 DENOISERS = ("transformer", "transformer_2", "unet")
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One finished video (or picture): `frames` (F, H, W, 3) uint8 on the CPU."""
-
-    seed: int
-    frames: torch.Tensor
-
-
 def load(model: Model, pipeline: Pipeline, weights: Weights, device: torch.device) -> Any:
     """The model's pipeline, in the catalogue's dtypes on a GPU and in float32 on a CPU. It lies in RAM.
 
     Only safetensors are read: a pickled checkpoint could run code.
     """
-    options = {"variant": model.variant} if model.variant else {}
+    options: dict[str, Any] = {"variant": model.variant} if model.variant else {}
+    options |= {name: _part(folder, model, name, device) for name, folder in weights.parts.items()}
+    if weights.files:
+        options |= single_file.components(_class(pipeline), weights, partial(_dtype_of, model, device))
     pipe = _class(pipeline).from_pretrained(
         weights.folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True, **options
     )
     pipe.set_progress_bar_config(disable=True)
+    if pipeline.tiled_vae:
+        pipe.vae.enable_tiling()
+    if model.attention_backend:
+        pipe.transformer.set_attention_backend(model.attention_backend)
+    if model.schedule:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **model.schedule)
     _fuse_recipe(pipe, model, weights)
     return pipe
 
@@ -69,6 +72,24 @@ def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:
     pipe.set_adapters([lora["adapter"] for lora, _ in recipe], [lora["weight"] for lora, _ in recipe])
     pipe.fuse_lora(components=sorted({lora["target"] for lora, _ in recipe}))
     pipe.unload_lora_weights()
+
+
+def _part(folder: Path, model: Model, name: str, device: torch.device) -> Any:
+    """A component from a repository of its own, in the class that its files name."""
+    if name.startswith("tokenizer"):  # it may lie beside its model, whose configuration says nothing of it
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not (folder / "config.json").is_file():
+        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    own = config.get("_class_name")
+    cls = getattr(diffusers, own) if own else getattr(transformers, config["architectures"][0])
+    dtype = _dtype_of(model, device, name)
+    return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+def _dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:
+    dtypes = _dtypes(model, device)
+    return dtypes.get(name, dtypes["default"]) if isinstance(dtypes, dict) else dtypes
 
 
 def _class(pipeline: Pipeline) -> Any:
@@ -96,19 +117,20 @@ def sibling(pipe: Any, pipeline: Pipeline) -> Any:
     return other
 
 
-def render(pipe: Any, model: Model, job: Job, meter: Meter) -> Iterator[Clip]:
+def render(pipe: Any, model: Model, job: Job, meter: Meter, adapters: Adapters | None = None) -> Iterator[Clip]:
     """Run `job` and yield its clips as they are ready, file i with the seed `job.seed + i`.
 
     Reports encoding, each denoising step and decoding to `meter`, from where a cancel raises Cancelled.
     """
     pipeline = model.pipelines[job.task]
     passes = seeds_of_passes(job, pipeline.batch)
+    adapters = adapters or Adapters()
     with _reported(pipe, meter):
         for number, seeds in enumerate(passes):
             meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
             meter.begin_run(number, len(passes), job.steps)
-            videos = _run(pipe, model, job, seeds, meter)
-            yield from (Clip(seed, _pixels(video)) for seed, video in zip(seeds, videos, strict=True))
+            output = _run(pipe, model, job, seeds, meter, adapters=adapters)
+            yield from results.clips(output, pipeline, seeds, sample_rate(pipe, pipeline), job.frames)
 
 
 def seeds_of_passes(job: Job, batch: bool) -> list[list[int]]:
@@ -118,86 +140,92 @@ def seeds_of_passes(job: Job, batch: bool) -> list[list[int]]:
     return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
-def _run(pipe: Any, model: Model, job: Job, seeds: list[int], meter: Meter) -> torch.Tensor:
-    """One call of the pipeline: videos (B, F, C, H, W), float in 0..1."""
+def sample_rate(pipe: Any, pipeline: Pipeline) -> int:
+    """Samples a second of the sound that the pipeline makes; 0 where it makes none."""
+    return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
+
+
+def _run(pipe: Any, model: Model, job: Job, seeds: list[int], meter: Meter, *, adapters: Adapters) -> Any:
+    """One call of the pipeline, and its output as the class gives it."""
+    pipeline = model.pipelines[job.task]
     if job.flow_shift is not None and "shift_param" in model.scheduler:
         shift = {model.scheduler["shift_param"]: job.flow_shift}
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **shift)
-    videos = pipe(**call_arguments(model, job, seeds), callback_on_step_end=_step_reporter(meter)).frames
-    assert isinstance(videos, torch.Tensor)
-    return videos
+    if pipeline.guider and job.guidance_scale is not None:
+        _guide(pipe, job.guidance_scale)
+    if pipeline.side_attribute:
+        setattr(pipe, pipeline.side_attribute, _latent_side(pipe, job))
+    torch.manual_seed(seeds[0])  # some classes draw more than the noise, and not from their generator
+    with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job):
+        counter = StepCounter(pipe, job, pipeline, meter, set_strengths)
+        with counter.counting() as arguments:
+            return pipe(**call_arguments(pipe, model, job, seeds), **arguments)
 
 
-def _step_reporter(meter: Meter) -> Callable[..., dict[str, Any]]:
-    def report(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        meter.step_done(step + 1)  # raises Cancelled: `pipe._interrupt` would still run the VAE
-        return tensors
+def _guide(pipe: Any, scale: float) -> None:
+    """Set the strength of the guiders; some classes have a second one for prompts with writing in them."""
+    for name in ("guider", "ocr_guider"):
+        if (guider := getattr(pipe, name, None)) is not None:
+            setattr(pipe, name, guider.new(guidance_scale=scale))
 
-    return report
+
+def _latent_side(pipe: Any, job: Job) -> float:
+    """The side of a square of the job's area, in latent pixels; a touch longer, as sizes are rounded down."""
+    return float((job.width * job.height) ** 0.5 / pipe.vae_scale_factor * (1 + 1e-9))
 
 
-def call_arguments(model: Model, job: Job, seeds: list[int]) -> dict[str, Any]:
+def call_arguments(pipe: Any, model: Model, job: Job, seeds: list[int]) -> dict[str, Any]:
     """The keyword arguments of the pipeline's `__call__` for this job and these seeds."""
     pipeline = model.pipelines[job.task]
-    roles = {**_plain_roles(model, job), **_picture_roles(pipeline, job)}
+    roles = {**_plain_roles(model, job), **inputs.roles(pipeline, job, sample_rate(pipe, pipeline))}
     # A CPU generator draws the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    roles |= {"seed": generators[0], "output_type": "pt"}
+    roles |= {"seed": generators[0], "output_type": pipeline.output_type}
     if len(seeds) > 1:  # a list of prompts, not `num_videos_per_prompt`: that breaks classes with an image encoder
         roles |= {"seed": generators, "prompt": [job.prompt] * len(seeds)}
     named = {pipeline.call[role]: value for role, value in roles.items() if role in pipeline.call}
-    return {**model.extra_call, **{name: value for name, value in named.items() if value is not None}}
+    unset = {name: None for name, steps in pipeline.only_at_steps.items() if job.steps != steps}
+    return {
+        **model.extra_call,
+        **pipeline.by_task.get(job.task, {}),
+        **{name: value for name, value in named.items() if value is not None},
+        **unset,
+    }
 
 
 def _plain_roles(model: Model, job: Job) -> dict[str, Any]:
+    pipeline = model.pipelines[job.task]
+    steps = job.steps if pipeline.stages == 1 else [-(-job.steps // pipeline.stages)] * pipeline.stages
     return {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt if model.has_setting("negative_prompt", job.task) else None,
-        "frames": job.frames,
-        "steps": job.steps,
+        "prompt": _marked(job.prompt, pipeline.picture_mark, len(job.inputs.get("image_refs", ()))),
+        "negative_prompt": _negative_prompt(model, job),
+        "frames": model.frames.told(job.frames),
+        "window": min(model.window_frames, job.frames) or None,
+        "fps": job.fps,
+        "steps": steps if model.has_setting("num_inference_steps", job.task) else None,
         "guidance": job.guidance_scale,
         "guidance_2": job.guidance2_scale,
         "embedded_guidance": job.embedded_guidance_scale,
         "width": job.width,
         "height": job.height,
+        "area": job.width * job.height,
         "shift": job.flow_shift,
+        "strength": job.denoising_strength,
+        "duration": job.duration_s,
+        "lyrics": job.lyrics,
     }
 
 
-def _picture_roles(pipeline: Pipeline, job: Job) -> dict[str, Any]:
-    """The input pictures by role; start and end picture fill the frame (cropped, never stretched)."""
-    size = (job.width, job.height)
-    pictures = {name: [media.open_image(path) for path in paths] for name, paths in job.images.items()}
-    start, end = (_fitted(pictures.get(name), size) for name in ("image_start", "image_end"))
-    known = {0: start, job.frames - 1: end}
-    roles = _PICTURE_FORMS[pipeline.start_image_as](job, {at: image for at, image in known.items() if image})
-    return {**roles, "reference_images": pictures.get("image_refs")}
+def _negative_prompt(model: Model, job: Job) -> str | None:
+    if not model.has_setting("negative_prompt", job.task):
+        return None
+    return job.negative_prompt or (None if model.pipelines[job.task].null_negative else "")
 
 
-def _fitted(pictures: list[Image.Image] | None, size: tuple[int, int]) -> Image.Image | None:
-    return ImageOps.fit(pictures[0], size, Image.Resampling.LANCZOS) if pictures else None
-
-
-def _as_images(job: Job, known: Mapping[int, Image.Image]) -> dict[str, Any]:
-    return {"start_image": known.get(0), "end_image": known.get(job.frames - 1) if job.frames > 1 else None}
-
-
-def _as_masked_video(job: Job, known: Mapping[int, Image.Image]) -> dict[str, Any]:
-    if not known:
-        return {}
-    size = (job.width, job.height)
-    grey = Image.new("RGB", size, MID_GREY)
-    keep, generate = Image.new("L", size, KEEP), Image.new("L", size, GENERATE)
-    return {
-        "source_video": [known.get(i, grey) for i in range(job.frames)],
-        "mask": [keep if i in known else generate for i in range(job.frames)],
-    }
-
-
-_PICTURE_FORMS: Mapping[str, Callable[[Job, Mapping[int, Image.Image]], dict[str, Any]]] = {
-    "image": _as_images,
-    "video_and_mask": _as_masked_video,
-}
+def _marked(prompt: str, mark: str, pictures: int) -> str:
+    """The prompt with a mark for each reference picture in front, where the class wants them and none are there."""
+    marks = [mark.format(number + 1) for number in range(pictures)] if mark else []
+    return " ".join([*(each for each in marks if each not in prompt), prompt])
 
 
 @contextmanager
@@ -217,8 +245,3 @@ def _milestones(pipe: Any) -> Iterator[tuple[torch.nn.Module, Phase]]:
             yield from ((block, Phase.DENOISING) for block in getattr(denoiser, "blocks", ()))
     if (decoder := getattr(getattr(pipe, "vae", None), "decoder", None)) is not None:
         yield decoder, Phase.DECODING
-
-
-def _pixels(video: torch.Tensor) -> torch.Tensor:
-    """(F, C, H, W) in 0..1 → (F, H, W, C) uint8 on the CPU; rounded on the device, where it is cheap."""
-    return (video.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

@@ -1,0 +1,70 @@
+"""How far a step cache must go for the speed that is wanted: published constants, and the choice of a threshold.
+
+A cache skips a denoising step when what it expects to get wrong stays under a threshold. Which threshold makes a run so
+many times faster is found by walking through the run with the constants alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import rtoml
+
+MAX_SKIPS = 2  # steps that MagCache leaves out in a row
+THRESHOLDS = [i / 100 for i in range(1, 61)]
+
+
+@cache
+def constants() -> Mapping[str, Any]:
+    """The tables of calibration.toml: `magcache` and `teacache`."""
+    tables: Mapping[str, Any] = rtoml.loads((Path(__file__).parent / "calibration.toml").read_text("utf-8"))
+    return tables
+
+
+def ratios(name: str, steps: int) -> list[float]:
+    """The magnitude ratios of a calibration, stretched to `steps` by the nearest neighbour."""
+    known = constants()["magcache"][name]["ratios"]
+    if steps == 1:
+        return [known[-1]]
+    return [known[round(i * (len(known) - 1) / (steps - 1))] for i in range(steps)]
+
+
+def mag_schedule(ratios: Sequence[float], threshold: float, warm_steps: int) -> list[bool]:
+    """For each step, whether MagCache computes it. The first `warm_steps` always are."""
+    schedule, product, error, skipped = [], 1.0, 0.0, 0
+    for step, ratio in enumerate(ratios):
+        product, skipped = product * ratio, skipped + 1
+        error += abs(1 - product)
+        compute = step < max(1, warm_steps) or error > threshold or skipped > MAX_SKIPS
+        schedule.append(compute)
+        if compute:
+            product, error, skipped = 1.0, 0.0, 0
+    return schedule
+
+
+def tea_schedule(
+    coefficients: Sequence[float], changes: Sequence[float], threshold: float, warm_steps: int
+) -> list[bool]:
+    """For each step, whether TeaCache computes it; `changes[i]` is the relative change of the time embedding from step
+    i to step i + 1. The first `warm_steps` and the last always are."""
+    schedule, distance = [True], 0.0
+    for step, change in enumerate(changes, start=1):
+        distance += abs(_polynomial(coefficients, change))
+        compute = step < warm_steps or step == len(changes) or distance >= threshold
+        schedule.append(compute)
+        distance = 0.0 if compute else distance
+    return schedule
+
+
+def _polynomial(coefficients: Sequence[float], x: float) -> float:
+    value = 0.0
+    for coefficient in coefficients:
+        value = value * x + coefficient
+    return value
+
+
+def threshold_for(multiplier: float, schedule: Callable[[float], list[bool]]) -> float:
+    """The smallest threshold with which the number of computed steps comes nearest to 1/`multiplier` of all."""
+    target = int(len(schedule(0.0)) / multiplier)
+    return min(THRESHOLDS, key=lambda threshold: abs(sum(schedule(threshold)) - target))

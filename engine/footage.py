@@ -1,0 +1,138 @@
+"""Videos and sounds that come in with a request: are they whole, how long are they, and what is in them.
+
+Everything here is synchronous: call it through `asyncio.to_thread`. PyAV is imported inside the functions, since a
+daemon that only queues must not pay for it.
+"""
+
+import io
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from PIL.Image import Image
+
+MAX_S: Final = 3600  # of an input; nothing that is generated comes near
+HEAD_BYTES: Final = 16
+# The demuxer is named by the first bytes, never guessed: a playlist could make FFmpeg open other files and addresses.
+_VIDEO_MARKS: Final = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"))
+_SOUND_MARKS: Final = (
+    (8, b"WAVE", "wav"),
+    (0, b"fLaC", "flac"),
+    (0, b"OggS", "ogg"),
+    (0, b"ID3", "mp3"),
+    (0, b"\xff\xfb", "mp3"),
+    (0, b"\xff\xf3", "mp3"),
+    (4, b"ftyp", "mov"),
+)
+_MARKS: Final[Mapping[str, tuple[tuple[int, bytes, str], ...]]] = {"video": _VIDEO_MARKS, "audio": _SOUND_MARKS}
+_FORMATS: Final[Mapping[str, str]] = {
+    "video": "an MP4, MOV, WebM or MKV video",
+    "audio": "a WAV, FLAC, MP3 or OGG sound",
+}
+
+
+class BadFootage(Exception):
+    """An input is no usable video or sound. One sentence without its subject: "is not an MP4 …"."""
+
+
+def check(data: bytes, kind: str, max_pixels: int) -> float:
+    """The length in seconds of a video or of a sound (`kind` "video" or "audio"), its first moments decoded.
+
+    A frame of more than `max_pixels` is refused before it is decoded. Raises BadFootage and nothing else.
+    """
+    with _opened(io.BytesIO(data), kind) as container:
+        stream = getattr(container.streams, kind)[0]
+        if kind == "video" and stream.width * stream.height > max_pixels:
+            size = f"{stream.width}x{stream.height}"
+            raise BadFootage(f"is {size}, more than the limit of {max_pixels} pixels a frame; send a smaller one")
+        next(container.decode(stream))
+        seconds = _seconds(container, stream)
+        if not 0 < seconds <= MAX_S:
+            raise BadFootage(f"is {seconds:.0f} seconds long, but must be longer than 0 and at most {MAX_S}")
+        return seconds
+
+
+def read_frames(path: Path, fps: int, count: int) -> "list[Image]":
+    """The first `count` frames (fewer if the video is shorter) at `fps` frames a second, mode RGB.
+
+    Each is the frame that is shown at its time. Raises BadFootage.
+    """
+    with path.open("rb") as file, _opened(file, "video") as container:
+        return [_image(frame) for frame in islice(_at_rate(container, fps), count)]
+
+
+def read_last_frames(path: Path, fps: int, count: int) -> "list[Image]":
+    """The last `count` frames, else as `read_frames`."""
+    with path.open("rb") as file, _opened(file, "video") as container:
+        return [_image(frame) for frame in deque(_at_rate(container, fps), maxlen=count)]
+
+
+def _at_rate(container: "InputContainer", fps: int) -> "Iterator[VideoFrame]":
+    """The frame that is shown at each tick of `fps`: some come more than once, some never."""
+    stream = container.streams.video[0]
+    ticks = 0
+    for frame in container.decode(stream):
+        ends_s = _shown_until(frame, stream)
+        while ticks / fps < ends_s:
+            yield frame
+            ticks += 1
+
+
+def _image(frame: "VideoFrame") -> "Image":
+    picture: Image = frame.to_image()  # type: ignore[no-untyped-call]  # PyAV leaves it open
+    return picture
+
+
+def read_sound(path: Path, sample_rate: int) -> Any:
+    """The whole sound as an array, (2, N) float32 in -1..1, at `sample_rate` samples a second. Raises BadFootage.
+
+    For the generation process: it brings in numpy.
+    """
+    import av
+    import numpy as np
+
+    resampler = av.AudioResampler("fltp", "stereo", sample_rate)
+    with path.open("rb") as file, _opened(file, "audio") as container:
+        stream = container.streams.audio[0]
+        chunks = [part.to_ndarray() for frame in container.decode(stream) for part in resampler.resample(frame)]
+        chunks += [part.to_ndarray() for part in resampler.resample(None)]
+    return np.concatenate(chunks, axis=1)
+
+
+def _shown_until(frame: Any, stream: Any) -> float:
+    """When the next frame follows, in seconds, a hair early: times are rounded to the stream's time base."""
+    rate = float(stream.average_rate or 25)
+    return float((frame.time or 0) - (stream.start_time or 0) * stream.time_base + 1 / rate - 1e-3)
+
+
+def _seconds(container: "InputContainer", stream: Any) -> float:
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if container.duration:
+        return container.duration / 1e6
+    return max((float(frame.time or 0) for frame in container.decode(stream)), default=0.0)
+
+
+@contextmanager
+def _opened(file: BinaryIO, kind: str) -> "Iterator[InputContainer]":
+    """The container; whatever FFmpeg raises, here or inside the block, leaves as BadFootage."""
+    import av
+
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    demuxer = next((name for at, mark, name in _MARKS[kind] if head[at : at + len(mark)] == mark), None)
+    if demuxer is None:
+        raise BadFootage(f"is not {_FORMATS[kind]}")
+    try:
+        with av.open(file, mode="r", format=demuxer) as container:
+            yield container
+    except BadFootage:
+        raise
+    except Exception:  # hostile bytes reach many kinds: av.FFmpegError, StopIteration, IndexError, ValueError …
+        raise BadFootage(f"is damaged or cut off, or holds no {kind}; send the whole file again") from None

@@ -1,0 +1,40 @@
+"""The machine: what can be used of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What can be used, measured: free memory, bytes a second to the card, dense bf16 operations a second.
+
+    No free VRAM stands for no card of its own memory: everything runs in RAM, in float32.
+    """
+
+    free_vram_bytes: int
+    free_ram_bytes: int
+    link_bytes_per_s: float = 12e9
+    flops_per_s: float = 50e12
+
+
+def free_ram_bytes() -> int:
+    """RAM that this process may fill, with what it holds already; what its cgroup allows, if that is less."""
+    free = _kilobytes("/proc/meminfo", "MemAvailable")
+    own = _kilobytes("/proc/self/status", "RssAnon")
+    return min(free + own, _cgroup_bytes())
+
+
+def _kilobytes(path: str, name: str) -> int:
+    """The bytes that a file of /proc tells under `name`."""
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words and words[0] == f"{name}:"), 0)
+
+
+def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), told: Path = Path("/proc/self/cgroup")) -> int:
+    """The least memory.max of the cgroup (version 2) and those above it; a very large number without one."""
+    own = next((line[3:].strip("/") for line in told.read_text().splitlines() if line.startswith("0::")), "")
+    folders = [root / own, *(root / own).parents]
+    limits = [path.read_text().strip() for folder in folders if (path := folder / "memory.max").is_file()]
+    return min((int(limit) for limit in limits if limit != "max"), default=2**62)
