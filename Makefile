@@ -6,6 +6,7 @@ PREFIX ?= /opt/wangpd# where `make install` puts the daemon; the unit names it
 SYSCONFDIR ?= /etc/wangpd
 UNITDIR ?= /etc/systemd/system
 MODELS_DIR ?= /var/lib/wangpd/models
+LORAS_DIR ?= /var/lib/wangpd/loras
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -16,12 +17,13 @@ PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
 	awk '/ Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|^Installing/ {print "  " substr($$0, 1, 110); fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test crash check fix clean install
+.PHONY: help demo run test test-models test-all crash check fix clean install
 
 help:
 	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
 	@echo 'make run      run the daemon in the foreground: http://127.0.0.1:7860/api/docs (ARGS="--port 7861" …)'
-	@echo 'make test     run every test (ARGS="-k queue" …)'
+	@echo 'make test     run the tests (ARGS="-k queue" …)'
+	@echo 'make test-all run those of every model of the catalogue too'
 	@echo 'make crash    kill the daemon 120 times under load, and give it 10,000 tasks (CRASH_SEED=7 repeats a storm)'
 	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
 	@echo 'make fix      format, and repair what the linter can'
@@ -43,7 +45,12 @@ run: $(STAMP)
 	@exec $(VENV)/bin/wangpd $(ARGS)
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -m 'not proof' $(ARGS)
+
+test-models: $(STAMP)
+	@$(VENV)/bin/python -m pytest -m proof $(ARGS)
+
+test-all: test test-models
 
 crash: $(STAMP)
 	@CRASH_KILLS=$${CRASH_KILLS:-120} CRASH_TASKS=$${CRASH_TASKS:-10000} $(VENV)/bin/python -m pytest tests/test_crash.py -rP $(ARGS)
@@ -72,6 +79,7 @@ install:
 	@install -D -m 644 README.md $(PREFIX)/README.md
 	@install -D -m 644 wangpd.service $(UNITDIR)/wangpd.service
 	@test -e $(SYSCONFDIR)/wangpd.toml || install -D -m 644 \
-		<(sed 's|^\(models_dir *= *\)"[^"]*"|\1"$(MODELS_DIR)"|' wangpd.toml) $(SYSCONFDIR)/wangpd.toml
+		<(sed -e 's|^\(models_dir *= *\)"[^"]*"|\1"$(MODELS_DIR)"|' \
+			-e 's|^\(loras_dir *= *\)"[^"]*"|\1"$(LORAS_DIR)"|' wangpd.toml) $(SYSCONFDIR)/wangpd.toml
 	@if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 	@echo 'Installed. Configuration: $(SYSCONFDIR)/wangpd.toml. Start: systemctl enable --now wangpd'

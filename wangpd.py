@@ -34,8 +34,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from aiohttp import hdrs, web
+from aiohttp import BodyPartReader, hdrs, web
 from aiohttp.abc import AbstractAccessLogger
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp_apispec import (
     AiohttpApiSpec,
     docs,
@@ -45,14 +46,26 @@ from aiohttp_apispec import (
 from apispec import APISpec
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
 
-from engine import catalog, media, weights
-from engine.catalog import BadRequest, Catalog, Model, UnknownModel
+from engine import attention, downloads, footage, loras, media, weights
+from engine.catalog import STEP_CACHES, Catalog, Model, UnknownModel
+from engine.downloads import Download, Downloads, NoDownload, Stage
 from engine.executor import Engine, EngineConfig
 from engine.inputs import Inputs
 from engine.journal import Journal, JournalFault
 from engine.outputs import Entry, Outputs, Retention
 from engine.queue import Busy, Closed, EngineDown, Full, KeyReused, Limits, NoSuchTask, Receipt, TaskQueue, WrongState
+from engine.request import (
+    CONTRACT_DEFAULTS,
+    FURTHER_DEFAULTS,
+    BadRequest,
+    Media,
+    Resolved,
+    default_settings,
+)
+from engine.request import resolve as resolved_request
+from engine.request import settings as settings_of
 from engine.task import Status, Task
+from engine.tasks import INPUTS, TASKS
 
 log = logging.getLogger("wangpd")
 
@@ -95,6 +108,7 @@ class Config:
     port: int = key(7860, "Port to listen on; 0 takes a free one and logs it.", between(0, 65535))
     save_path: Path = key(Path("outputs"), "Folder of the finished files; it alone decides what is listed and served.")
     state_path: Path = key(Path("state"), "Folder of the queue's journal, the input pictures and the thumbnails.")
+    loras_dir: Path = key(Path("loras"), "Folder of LoRA files, one folder a family of models.")
     models_dir: Path = key(Path("models"), "Folder of the models' weights, one folder a model, named by its id.")
     allow_download: bool = key(False, "Fetch missing weights from the Hugging Face hub when a task needs them.")
     default_model: str = key("wan_demo", "Model of a request that names none; GET /api/v1/models lists the ids.")
@@ -102,11 +116,16 @@ class Config:
         "auto", "Where to generate: auto, cuda, cuda:1, mps or cpu; auto takes the best that is there.",
         validate.Regexp(r"auto$|cpu$|mps$|cuda(:\d+)?$", error="{input!r} must be auto, cuda, cuda:N, mps or cpu"),
     )  # fmt: skip
-    profile: int = key(
-        0, "GPU memory: 1 all resident, 2 and 4 streamed by block, 3 one part at a time, 5 by layer, 0 chooses.",
-        one_of(0, 1, 2, 3, 4, 5),
-    )  # fmt: skip
-    attention_mode: str = key("auto", "Attention kernel: auto or sdpa, which is torch's own.", one_of("auto", "sdpa"))
+    profile: float = key(
+        0.0,
+        "GPU memory: 0 chooses, 1 denoiser resident, 2 and 4 by block, 3 by part, 5 by layer, 4.5 unpinned.",
+        one_of(0, 1, 2, 3, 3.5, 4, 4.5, 5),
+    )
+    attention_mode: str = key(
+        "auto",
+        "Attention kernel: auto measures, sdpa and cudnn are torch's, else flash, flash3, sage, sage2 or xformers.",
+        one_of(attention.AUTO, *attention.KERNELS),
+    )
     transformer_quantization: str = key(
         "none", "Quantised weights: none, so bf16 on a GPU and float32 on a CPU.", one_of("none")
     )
@@ -115,6 +134,7 @@ class Config:
     )
     mmaudio_enabled: int = key(0, "Sound made to fit a video: 0, since diffusers has no MMAudio.", one_of(0))
     image_format: str = key("png", "Format of pictures: png, jpeg or webp.", one_of("png", "jpeg", "webp"))
+    audio_format: str = key("wav", "Format of sound: wav, flac or mp3.", one_of("wav", "flac", "mp3"))
     video_crf: int = key(18, "Quality of videos: x264's CRF, lower is better and larger.", between(0, 51))
     video_preset: str = key(
         "veryfast", "Speed of the video encoder: x264's presets; slower ones make smaller files.",
@@ -227,7 +247,7 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
     )
 
 
-FOLDERS = ("save_path", "state_path", "models_dir")
+FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
 NOT_EMPTY = validate.Length(1, error="must not be empty")  # as a host, nothing would mean every address
 
 
@@ -338,16 +358,18 @@ class VideoLength(fields.Field[Any]):
         return int(value)
 
 
-class Picture(fields.Field[bytes]):
-    """A picture in base64, with or without a `data:` prefix, in the standard or the URL-safe alphabet."""
+class File(fields.Field[bytes]):
+    """A file in base64, with or without a `data:` prefix, standard or URL-safe alphabet; or its bytes, from a form."""
 
     default_error_messages = {
-        "type": "must be text: the picture's bytes in base64",
-        "null": "must be text: the picture's bytes in base64",
-        "invalid": "is not valid base64; send the picture's bytes in base64",
+        "type": "must be text: the file's bytes in base64",
+        "null": "must be text: the file's bytes in base64",
+        "invalid": "is not valid base64; send the file's bytes in base64",
     }
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bytes:
+        if isinstance(value, bytes):
+            return value
         if not isinstance(value, str):
             raise self.make_error("type")
         text = value.partition(",")[2] if value.startswith("data:") else value
@@ -380,7 +402,7 @@ CONFIG_FIELDS: Mapping[Any, type[fields.Field[Any]]] = {
 }
 DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
 URL_SAFE = str.maketrans("-_", "+/")
-BASE64 = {"contentEncoding": "base64", "contentMediaType": "image/*"}
+FORMATS = {"image": "PNG, JPEG or WebP", "video": "MP4, MOV, WebM or MKV", "audio": "WAV, FLAC, MP3 or OGG"}
 
 
 def optional(kind: type[fields.Field[Any]], about: str, *checks: Any, **metadata: Any) -> fields.Field[Any]:
@@ -388,12 +410,15 @@ def optional(kind: type[fields.Field[Any]], about: str, *checks: Any, **metadata
     return kind(allow_none=True, validate=list(checks), metadata={"description": about, **metadata})
 
 
-DEFAULTS = catalog.CONTRACT_DEFAULTS
+DEFAULTS = CONTRACT_DEFAULTS
 IF_MODEL_HAS_NONE = "Default where neither the client nor the model says anything."
 
 
-class GenerateRequest(Schema):
-    """The body of `POST /generate`. Nothing has a default here: what a client leaves out is the model's to say."""
+class GenerateSettings(Schema):
+    """The words and numbers of `POST /generate`.
+
+    Nothing has a default here: what a client leaves out is the model's to say.
+    """
 
     class Meta:
         unknown = EXCLUDE  # ignored, and named in the answer's warnings
@@ -453,15 +478,66 @@ class GenerateRequest(Schema):
     use_model_defaults = optional(
         Flag, "true: what is left out takes the model's default; false: the defaults named here.", default=True
     )
-    image_start = optional(Picture, "First frame: PNG, JPEG or WebP in base64.", type="string")
-    image_end = optional(Picture, "Last frame, likewise.", type="string")
-    image_refs = fields.List(
-        Picture(metadata={"type": "string"}),
+    denoising_strength = optional(
+        Real,
+        "How much a source picture or video is changed: 0 hardly, 1 wholly.",
+        between(0, 1),
+        default=FURTHER_DEFAULTS["denoising_strength"],
+    )
+    duration_seconds = optional(
+        Real, f"Length of a sound. {IF_MODEL_HAS_NONE}", between(1, 600), default=FURTHER_DEFAULTS["duration_seconds"]
+    )
+    lyrics = optional(Text, "What is sung.", validate.Length(max=10_000, error="must have at most {max} characters"))
+    activated_loras = fields.List(
+        Text(),
+        allow_none=True,
+        validate=validate.Length(max=20, error="must have at most {max} names"),
+        metadata={"description": "LoRA files, by the names that `GET /loras` tells."},
+        error_messages={"invalid": "must be a list of file names"},
+    )
+    loras_multipliers = optional(
+        Text,
+        "Strength of each LoRA, parted by spaces; 0,0.5,1 spreads values over the steps, 1;0 over two experts.",
+        validate.Length(max=2000, error="must have at most {max} characters"),
+        default="",
+    )
+    skip_steps_cache_type = optional(
+        Text,
+        "Step cache: mag, tea, fbc or taylorseer, as far as the model can; empty: every step is computed.",
+        validate.OneOf(["", *STEP_CACHES], error="{input!r} must be empty or one of {choices}"),
+        default="",
+    )
+    skip_steps_multiplier = optional(
+        Real,
+        "How many times faster the denoising shall be.",
+        between(1, 4),
+        default=FURTHER_DEFAULTS["skip_steps_multiplier"],
+    )
+    skip_steps_start_step_perc = optional(
+        Real, "Percent of the steps, from the first, that are always computed.", between(0, 100), default=0
+    )
+    task = optional(
+        Text, "What the model shall do, where the inputs leave more than one choice.", validate.OneOf(list(TASKS))
+    )
+
+
+def input_field(name: str) -> fields.Field[Any]:
+    """The request field of one input."""
+    about = INPUTS[name]
+    media_type = {"contentEncoding": "base64", "contentMediaType": f"{about.kind}/*"}
+    described = f"{about.about} {FORMATS[about.kind]} in base64."
+    if not about.several:
+        return optional(File, described, type="string", **media_type)
+    return fields.List(
+        File(metadata={"type": "string", **media_type}),
         allow_none=True,
         validate=validate.Length(max=10, error="must have at most {max} pictures"),
-        metadata={"description": "Reference pictures, likewise; at most 10, and as many as the model takes."},
+        metadata={"description": f"{described} At most 10, and as many as the model takes."},
         error_messages={"invalid": "must be a list of pictures in base64"},
     )
+
+
+GenerateRequest = GenerateSettings.from_dict({name: input_field(name) for name in INPUTS}, name="GenerateRequest")
 
 
 class TaskPath(Schema):
@@ -470,6 +546,20 @@ class TaskPath(Schema):
 
 class ModelPath(Schema):
     model_type = fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]})
+
+
+class ModelsQuery(Schema):
+    family = fields.String(load_default=None, metadata={"description": "Only models of this family."})
+    task = fields.String(
+        load_default=None,
+        validate=one_of(*TASKS),
+        metadata={"description": "Only models that do this.", "type": "string"},
+    )
+    installed = fields.String(
+        load_default=None,
+        validate=one_of("true", "false"),
+        metadata={"description": "Only models whose weights are here, or only the others.", "type": "string"},
+    )
 
 
 class FilePath(Schema):
@@ -494,6 +584,10 @@ class GenerateQuery(Schema):
         validate=one_of("0", "1", "true", "false"),
         metadata={"description": "1: check and resolve everything, queue nothing, and answer with the settings."},
     )
+
+
+class LorasQuery(Schema):
+    model = Text(load_default="", metadata={"description": "Id of the model; left out, the configured one."})
 
 
 class StatusQuery(Schema):
@@ -590,6 +684,7 @@ class ModelEntry(Schema):
     tasks = told(fields.List, "What it can do: t2v, i2v, flf2v, vace …", cls_or_instance=fields.String())
     installed = told(fields.Boolean, "Its weights are on this machine.")
     loaded = told(fields.Boolean, "It is warm: a task of it loads nothing.")
+    limits = told(fields.Dict, "Size step, frame rule, and which inputs it takes.")
 
 
 class ModelList(Schema):
@@ -601,31 +696,39 @@ class Settings(Schema):
 
     prompt = told(fields.String, "What to show.")
     negative_prompt = described(fields.String, "What to avoid.")
-    resolution = told(fields.String, "WIDTHxHEIGHT in pixels.")
-    video_length = told(fields.Integer, "Frames.")
-    num_inference_steps = told(fields.Integer, "Denoising steps.")
-    guidance_scale = told(fields.Float, "Classifier-free guidance.")
+    resolution = described(fields.String, "WIDTHxHEIGHT in pixels.")
+    video_length = described(fields.Integer, "Frames.")
+    num_inference_steps = described(fields.Integer, "Denoising steps.")
+    guidance_scale = described(fields.Float, "Classifier-free guidance.")
     guidance2_scale = described(fields.Float, "Guidance of the second expert.")
     embedded_guidance_scale = described(fields.Float, "Guidance that a distilled model takes as an input.")
     flow_shift = described(fields.Float, "Shift of the noise schedule.")
+    denoising_strength = described(fields.Float, "How much a source is changed.")
+    duration_seconds = described(fields.Float, "Length of a sound.")
+    lyrics = described(fields.String, "What is sung.")
+    activated_loras = described(fields.List, "LoRA files.", cls_or_instance=fields.String())
+    loras_multipliers = described(fields.String, "Strength of each LoRA.")
+    skip_steps_cache_type = described(fields.String, "Step cache; empty: none.")
+    skip_steps_multiplier = described(fields.Float, "How many times faster the denoising shall be.")
+    skip_steps_start_step_perc = described(fields.Float, "Percent of the steps that are always computed.")
     seed = told(fields.Integer, "-1: one is drawn.")
     batch_size = told(fields.Integer, "Files a run.")
     repeat_generation = told(fields.Integer, "Runs.")
 
 
-class TaskSettings(Settings):
+class TaskSettings(
+    Settings.from_dict(  # type: ignore[misc]  # a class that is made at run time
+        {name: described(fields.List, "SHA-256 of each file.", cls_or_instance=fields.String()) for name in INPUTS}
+    )
+):
     model_type = told(fields.String, "Id of the model.")
     task = told(fields.String, "What the model does: t2v, i2v, flf2v, vace …")
-    fps = told(fields.Integer, "Frames a second.")
-    image_start = described(fields.List, "SHA-256 of the picture's bytes.", cls_or_instance=fields.String())
-    image_end = described(fields.List, "Likewise.", cls_or_instance=fields.String())
-    image_refs = described(fields.List, "Likewise, one each.", cls_or_instance=fields.String())
+    fps = described(fields.Integer, "Frames a second.")
 
 
 class ModelInfo(ModelEntry):
     default_settings = fields.Nested(Settings, required=True, metadata={"description": "As `/settings` tells them."})
     supported_features = told(fields.Dict, "Name → true or false.", keys=fields.String(), values=fields.Boolean())
-    limits = told(fields.Dict, "Size step, frame rule, and what pictures it takes.")
     licence = told(fields.String, "Licence of the weights.")
 
 
@@ -696,6 +799,7 @@ class TaskState(Schema):
     finished_at = time_field("When it ended.", allow_none=True)
     timings = told(fields.Dict, "Phase → seconds.", keys=fields.String(), values=fields.Float())
     peak_memory_bytes = told(fields.Integer, "Most memory in use at once: of the card, or without one of the process.")
+    memory_plan = told(fields.String, "Where the weights lay, in a line; empty until it is completed.")
     attempts = told(fields.Integer, "How often it started.")
     error = fields.Nested(Fault, required=True, allow_none=True, metadata={"description": "Why it failed."})
     files = told(fields.List, "What it made, each file whole.", cls_or_instance=fields.Nested(MadeFile))
@@ -722,6 +826,12 @@ class TaskPage(Schema):
     offset = told(fields.Integer, "As asked for.")
 
 
+class LoraList(Schema):
+    model = told(fields.String, "Id of the model.")
+    family = told(fields.String, "Its family, and the name of the folder in `loras_dir`.")
+    loras = told(fields.List, "What `activated_loras` takes.", cls_or_instance=fields.String())
+
+
 class LoadState(Schema):
     model = told(fields.String, "Its id.")
     loaded = told(fields.Boolean, "It is warm; false: it is being loaded.")
@@ -729,6 +839,18 @@ class LoadState(Schema):
 
 class Unloaded(Schema):
     unloaded = told(fields.Boolean, "There was something to give back.")
+
+
+class DownloadState(Schema):
+    model = told(fields.String, "Its id.")
+    status = told(fields.String, "`installed`; " + "; ".join(Stage))
+    progress = told(fields.Float, "Percent; 100 when everything is here.")
+    downloaded_bytes = told(fields.Integer, "What is here of the files that were missing.")
+    total_bytes = nullable(fields.Integer, "All of those files; null until the hub has told.")
+    file = nullable(fields.String, "The one that is being fetched.")
+    error = fields.Nested(Fault, required=True, allow_none=True, metadata={"description": "Why it failed."})
+    started_at = time_field("When it was asked for.", allow_none=True)
+    finished_at = time_field("When it ended.", allow_none=True)
 
 
 class Cleared(Schema):
@@ -753,7 +875,7 @@ class OutputPage(Schema):
 class ServerConfig(Schema):
     save_path = told(fields.String, "Folder of the outputs, as configured.")
     attention_mode = told(fields.String, KEYS["attention_mode"].metadata["why"])
-    profile = told(fields.Integer, KEYS["profile"].metadata["why"])
+    profile = told(fields.Float, KEYS["profile"].metadata["why"])
     transformer_quantization = told(fields.String, KEYS["transformer_quantization"].metadata["why"])
     vae_config = told(fields.Integer, KEYS["vae_config"].metadata["why"])
     mmaudio_enabled = told(fields.Integer, KEYS["mmaudio_enabled"].metadata["why"])
@@ -807,6 +929,8 @@ FILE_ANSWERS = {
     "304": {"description": "The client's copy is still right.", "content": {}},
 }
 JSON_TYPE = "application/json"
+FORM_TYPE = "multipart/form-data"
+FORM_CHUNK_BYTES = 2**18
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -887,8 +1011,8 @@ class OpenApi(AiohttpApiSpec):  # type: ignore[misc]  # the package has no types
 
 
 def base64_keywords(_converter: Any, field: fields.Field[Any], **_: Any) -> dict[str, Any]:
-    """The keywords of a picture, which apispec does not pass on from a field's metadata."""
-    return BASE64 if isinstance(field, Picture) else {}
+    """The keywords of a file, which apispec does not pass on from a field's metadata."""
+    return {word: about for word, about in field.metadata.items() if word.startswith("content")}
 
 
 def version() -> str:
@@ -908,11 +1032,13 @@ ENGINE = web.AppKey("engine", Engine)
 JOURNAL = web.AppKey("journal", Journal)
 QUEUE = web.AppKey("queue", TaskQueue)
 OUTPUTS = web.AppKey("outputs", Outputs)
-INPUTS = web.AppKey("inputs", Inputs)
+DOWNLOADS = web.AppKey("downloads", Downloads)
+INPUT_FILES = web.AppKey("input_files", Inputs)
 HEAVY = web.AppKey("heavy", asyncio.Semaphore)  # held while a body or a picture is decoded, which may take much memory
 DOCUMENT = web.AppKey("document", dict)  # the OpenAPI document, once someone has asked for it
 REQUEST_ID = web.RequestKey("request_id", str)
 CLIENT = web.RequestKey("client", str)  # its address, as far as it is known
+DIGEST = web.RequestKey("digest", str)  # SHA-256 of the body
 BODY, QUERY, PATH = (web.RequestKey(name, dict) for name in ("body", "query", "path"))
 
 routes = web.RouteTableDef()
@@ -983,11 +1109,21 @@ def remarks(app: web.Application) -> list[str]:
 
 
 @routes.get(f"{API}/models")
-@operation("Models", "All models", envelope(ModelList))
+@operation(
+    "Models", "All models, or those of a family, for a task, that are here", envelope(ModelList), 400, query=ModelsQuery
+)
 async def models(request: web.Request) -> web.Response:
-    app = request.app
-    entries = await asyncio.to_thread(lambda: [model_entry(app, model) for model in app[CATALOG]])
+    app, query = request.app, request[QUERY]
+    wanted = selected(app[CATALOG], query["family"], query["task"])
+    entries = await asyncio.to_thread(lambda: [model_entry(app, model) for model in wanted])
+    if query["installed"]:
+        entries = [entry for entry in entries if entry["installed"] == (query["installed"] == "true")]
     return answered(f"Found {len(entries)} models", {"models": entries})
+
+
+def selected(catalog: Catalog, family: str | None, task: str | None) -> list[Model]:
+    """The models of a family, and for a task; None means any."""
+    return [model for model in catalog if family in (None, model.family) and (task is None or task in model.tasks)]
 
 
 def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
@@ -1004,6 +1140,7 @@ def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
         "tasks": list(model.tasks),
         "installed": weights.locate(model, app[CONFIG].models_dir) is not None,
         "loaded": app[ENGINE].loaded(model.id),
+        "limits": model_limits(model),
     }
 
 
@@ -1013,9 +1150,8 @@ async def model_info(request: web.Request) -> web.Response:
     model = request.app[CATALOG].get(request[PATH]["model_type"])
     entry = await asyncio.to_thread(model_entry, request.app, model)
     details = {
-        "default_settings": catalog.default_settings(model),
+        "default_settings": default_settings(model),
         "supported_features": model.features,
-        "limits": model_limits(model),
         "licence": model.licence,
     }
     return answered(f"Model info for '{model.id}'", {**entry, **details})
@@ -1028,7 +1164,7 @@ def model_limits(model: Model) -> dict[str, Any]:
         "max_side": model.max_side,
         "video_length": dataclasses.asdict(model.frames),
         "fps": model.fps,
-        "inputs": {name: model.takes(name) for name in catalog.IMAGE_INPUTS},
+        "inputs": {name: model.takes(name) for name in INPUTS},
         "max_image_refs": model.inputs.get("max_reference_images", 0),
     }
 
@@ -1043,7 +1179,7 @@ def model_limits(model: Model) -> dict[str, Any]:
 )
 async def model_settings(request: web.Request) -> web.Response:
     model = request.app[CATALOG].get(request[PATH]["model_type"])
-    return answered(f"Default settings for '{model.id}'", catalog.default_settings(model))
+    return answered(f"Default settings for '{model.id}'", default_settings(model))
 
 
 @routes.post(f"{API}/models/{{model_type}}/load")
@@ -1055,6 +1191,73 @@ async def load_model(request: web.Request) -> web.Response:
     loaded = app[QUEUE].load(model)
     message = f"Model '{model.id}' is loaded" if loaded else f"Model '{model.id}' is being loaded"
     return answered(message, {"model": model.id, "loaded": loaded})
+
+
+@routes.post(f"{API}/models/{{model_type}}/download")
+@operation(
+    "Models",
+    "Fetch a model's weights, beside the queue; goes on where an earlier download stopped",
+    envelope(DownloadState),
+    404,
+    path=ModelPath,
+)
+async def start_download(request: web.Request) -> web.Response:
+    app = request.app
+    model = app[CATALOG].get(request[PATH]["model_type"])
+    if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
+        return answered(f"Model '{model.id}' is installed", installed_state(model))
+    state = download_state(app[DOWNLOADS].start(model.id))
+    return answered(f"Model '{model.id}' is being downloaded", state)
+
+
+@routes.get(f"{API}/models/{{model_type}}/download")
+@operation("Models", "How far the download of a model is", envelope(DownloadState), 404, path=ModelPath)
+async def download_progress(request: web.Request) -> web.Response:
+    app = request.app
+    model = app[CATALOG].get(request[PATH]["model_type"])
+    if download := app[DOWNLOADS].get(model.id):
+        return answered(f"Download of '{model.id}'", download_state(download))
+    if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
+        return answered(f"Model '{model.id}' is installed", installed_state(model))
+    raise web.HTTPNotFound(text=f"Model '{model.id}' is neither installed nor being downloaded; POST starts a download")
+
+
+@routes.delete(f"{API}/models/{{model_type}}/download")
+@operation("Models", "End a download; the next one goes on", envelope(DownloadState), 400, 404, path=ModelPath)
+async def cancel_download(request: web.Request) -> web.Response:
+    model = request.app[CATALOG].get(request[PATH]["model_type"])
+    download = await request.app[DOWNLOADS].cancel(model.id)
+    return answered(f"Download of '{model.id}' cancelled", download_state(download))
+
+
+def download_state(download: Download) -> dict[str, Any]:
+    """Everything that can be said of a download now."""
+    return {
+        "model": download.model_id,
+        "status": download.stage,
+        "progress": download.percent,
+        "downloaded_bytes": download.done_bytes,
+        "total_bytes": download.total_bytes,
+        "file": download.file or None,
+        "error": download.error,
+        "started_at": iso(download.started_at),
+        "finished_at": iso(download.finished_at),
+    }
+
+
+def installed_state(model: Model) -> dict[str, Any]:
+    """The same for a model that nothing has to be fetched for."""
+    nothing = dict.fromkeys(("total_bytes", "file", "error", "started_at", "finished_at"))
+    return {"model": model.id, "status": "installed", "progress": 100.0, "downloaded_bytes": 0, **nothing}
+
+
+@routes.get(f"{API}/loras")
+@operation("Models", "The LoRA files for a model", envelope(LoraList), 400, 404, query=LorasQuery)
+async def lora_files(request: web.Request) -> web.Response:
+    app = request.app
+    model = app[CATALOG].get(request[QUERY]["model"] or app[CONFIG].default_model)
+    names = await asyncio.to_thread(loras.available, model, app[CONFIG].loras_dir)
+    return answered(f"Found {len(names)} LoRAs", {"model": model.id, "family": model.family, "loras": names})
 
 
 @routes.post(f"{API}/unload")
@@ -1081,7 +1284,7 @@ async def unload(request: web.Request) -> web.Response:
 async def generate(request: web.Request) -> web.Response:
     app, body = request.app, request[BODY]
     dry = request[QUERY]["dry_run"] in ("1", "true")
-    key, digest = idempotency_key(request), hashlib.sha256(await request.read()).hexdigest()
+    key, digest = idempotency_key(request), request[DIGEST]
     if key and (replay := await app[QUEUE].replay(key, digest)):
         return accepted(app, replay)
     if not dry:
@@ -1115,7 +1318,7 @@ def accepted(app: web.Application, receipt: Receipt) -> web.Response:
     return answered("Generation task added to queue", data, headers=headers)
 
 
-def dry_run(app: web.Application, resolved: catalog.Resolved) -> web.Response:
+def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
     """What a submission would have come to."""
     job, queue = resolved.job, app[QUEUE]
     data = {
@@ -1126,7 +1329,7 @@ def dry_run(app: web.Application, resolved: catalog.Resolved) -> web.Response:
         "seed": job.seed,
         "warnings": list(resolved.warnings),
         "status_url": None,
-        "settings": catalog.settings(job),
+        "settings": settings_of(job),
     }
     return answered("Dry run: nothing was queued", data)
 
@@ -1136,21 +1339,39 @@ def link(app: web.Application, path: str) -> str:
     return f"{app[CONFIG].base_path}{API}{path}"
 
 
-def resolve(app: web.Application, body: Mapping[str, Any], store: bool) -> catalog.Resolved:
-    """Check everything, decide everything, then with `store` keep the pictures. Blocks.
+def resolve(app: web.Application, body: Mapping[str, Any], store: bool) -> Resolved:
+    """Check everything, decide everything, then with `store` keep the inputs. Blocks.
 
     Raises BadRequest or UnknownModel, and has written nothing then.
     """
     model = app[CATALOG].get(body.get("model_type") or app[CONFIG].default_model)
     require_weights(model, app[CONFIG])
-    pictures = checked_pictures(body, app[CONFIG].max_image_pixels)
-    inputs = app[INPUTS]
-    paths = {name: tuple(inputs.path(data) for data in several) for name, several in pictures.items()}
-    resolved = catalog.resolve(app[CATALOG], model, body, paths)
-    for data in (data for several in pictures.values() for data in several if store):
-        inputs.store(data)
+    files = {name: several(body[name]) for name in INPUTS if body.get(name, []) != []}
+    given = {name: checked_input(app, name, datas) for name, datas in files.items()}
+    resolved = resolved_request(app[CATALOG], model, body, given)
+    if names := body.get("activated_loras"):
+        resolved = with_loras(app, resolved, model, names, body.get("loras_multipliers", ""))
+    for data in (data for datas in files.values() for data in datas if store):
+        app[INPUT_FILES].store(data)
     unknown = tuple(f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
     return dataclasses.replace(resolved, warnings=(*unknown, *resolved.warnings))
+
+
+def with_loras(app: web.Application, resolved: Resolved, model: Model, names: list[str], multipliers: str) -> Resolved:
+    """The job with its LoRAs. Raises BadRequest for one that is not there or does not fit."""
+    found = weights.locate(model, app[CONFIG].models_dir)
+    if not model.pipelines[resolved.job.task].loras or found is None:
+        raise BadRequest(f"activated_loras: model '{model.id}' takes no LoRAs; leave them out")
+    try:
+        chosen = loras.chosen(names, multipliers, model, app[CONFIG].loras_dir, found.folder)
+    except loras.BadLora as error:
+        raise BadRequest(str(error)) from None
+    return dataclasses.replace(resolved, job=dataclasses.replace(resolved.job, loras=chosen))
+
+
+def several(value: bytes | list[bytes]) -> tuple[bytes, ...]:
+    """The files of one field."""
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 UNKNOWN = " unknown"  # not a name that a field can have
@@ -1159,22 +1380,31 @@ UNKNOWN = " unknown"  # not a name that a field can have
 def require_weights(model: Model, config: Config) -> None:
     """Raises BadRequest with the command that helps if the weights are not here and may not be fetched."""
     if not config.allow_download and weights.locate(model, config.models_dir) is None:
-        command = weights.install_command(model, config.models_dir)
-        raise BadRequest(f"model_type: '{model.id}' is not installed; install it with: {command}")
+        remedy = weights.remedy(model, config.models_dir)
+        raise BadRequest(f"model_type: '{model.id}' is not installed; {remedy}")
 
 
-def checked_pictures(body: Mapping[str, Any], max_pixels: int) -> dict[str, tuple[bytes, ...]]:
-    """The input pictures by field, each whole and of a size that fits in memory. Raises BadRequest."""
-    sent = {name: body[name] for name in catalog.IMAGE_INPUTS if body.get(name, []) != []}
-    pictures = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in sent.items()}
-    for name, several in pictures.items():
-        for place, data in enumerate(several):
-            try:
-                media.check_image(data, max_pixels)
-            except media.BadImage as error:
-                where = f"{name}[{place}]" if name == "image_refs" else name
-                raise BadRequest(f"{where}: the picture {error}") from None
-    return pictures
+def checked_input(app: web.Application, name: str, datas: tuple[bytes, ...]) -> Media:
+    """The input of one field, each file whole and of a size that fits in memory. Raises BadRequest."""
+    about, seconds = INPUTS[name], 0.0
+    for place, data in enumerate(datas):
+        where = f"{name}[{place}]" if about.several else name
+        try:
+            seconds = length_s(data, about.kind, app[CONFIG].max_image_pixels)
+        except (media.BadImage, footage.BadFootage) as error:
+            raise BadRequest(f"{where}: the {WORDS[about.kind]} {error}") from None
+    return Media(tuple(app[INPUT_FILES].path(data) for data in datas), seconds)
+
+
+WORDS = {"image": "picture", "video": "video", "audio": "sound"}
+
+
+def length_s(data: bytes, kind: str, max_pixels: int) -> float:
+    """Seconds of a video or a sound, 0 of a picture, once it is known to be whole. Raises BadImage or BadFootage."""
+    if kind != "image":
+        return footage.check(data, kind, max_pixels)
+    media.check_image(data, max_pixels)
+    return 0.0
 
 
 @routes.get(f"{API}/queue")
@@ -1296,13 +1526,14 @@ def task_state(app: web.Application, task: Task) -> dict[str, Any]:
         "prompt": task.job.prompt,
         "model_type": task.job.model,
         "seed": task.job.seed,
-        "settings": catalog.settings(task.job),
+        "settings": settings_of(task.job),
         "warnings": list(task.warnings),
         "created_at": iso(task.created_at),
         "started_at": iso(task.started_at),
         "finished_at": iso(task.finished_at),
         "timings": {phase: round(seconds, 3) for phase, seconds in task.timings.items()},
         "peak_memory_bytes": task.peak_memory_bytes,
+        "memory_plan": task.plan,
         "attempts": task.attempts,
         "error": task.error,
         "files": [
@@ -1457,7 +1688,8 @@ async def preview(request: web.Request) -> web.StreamResponse:
 async def server_config(request: web.Request) -> web.Response:
     config = request.app[CONFIG]
     shown = {name: getattr(config, name) for name in ServerConfig().fields}
-    return answered("Server configuration", {**shown, "save_path": config.shown_save_path})
+    profile = int(config.profile) if config.profile.is_integer() else config.profile  # 1, as WanGP writes it
+    return answered("Server configuration", {**shown, "profile": profile, "save_path": config.shown_save_path})
 
 
 # Both viewers lie in the package aiohttp-swagger3; nothing of it is imported, and nothing is fetched from elsewhere.
@@ -1525,6 +1757,7 @@ STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
     WrongState: web.HTTPBadRequest,
     UnknownModel: web.HTTPNotFound,
     NoSuchTask: web.HTTPNotFound,
+    NoDownload: web.HTTPBadRequest,
     Busy: web.HTTPBadRequest,
     KeyReused: web.HTTPBadRequest,
     JournalFault: web.HTTPServiceUnavailable,
@@ -1596,19 +1829,83 @@ async def validation_middleware(request: web.Request, handler: Handler) -> web.S
 
 
 async def read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
-    """The JSON object that was sent. Raises BadRequest or ValidationError; a body that is too large raises 413."""
-    if request.content_type != JSON_TYPE:  # also keeps a web page from posting a form across sites
-        raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE}")
-    largest_bytes = request.app[CONFIG].max_body_mb * 2**20
-    if (request.content_length or 0) > largest_bytes:
-        raise web.HTTPRequestEntityTooLarge(largest_bytes)
+    """The object that was sent, as JSON or as a form; request[DIGEST] tells it from others.
+
+    Raises BadRequest or ValidationError; a body that is too large raises 413.
+    """
+    read = READERS.get(request.content_type)
+    if read is None:  # also keeps a web page from posting plain text across sites
+        raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE} or {FORM_TYPE}")
+    if (request.content_length or 0) > largest_bytes(request):
+        raise web.HTTPRequestEntityTooLarge(largest_bytes(request))
     try:
         async with asyncio.timeout(request.app[CONFIG].body_timeout_s):
-            raw = await request.read()
+            values = await read(request, schema)
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
     async with request.app[HEAVY]:
-        return await asyncio.to_thread(lambda: loaded(schema, parsed(raw)))
+        return await asyncio.to_thread(lambda: loaded(schema, values()))
+
+
+def largest_bytes(request: web.Request) -> int:
+    """The most that a body may hold."""
+    return request.app[CONFIG].max_body_mb * 2**20
+
+
+async def read_json(request: web.Request, _: Schema) -> Callable[[], dict[str, Any]]:
+    """What makes the values out of the body; parsing blocks."""
+    raw = await request.read()
+    request[DIGEST] = hashlib.sha256(raw).hexdigest()
+    return lambda: parsed(raw)
+
+
+async def read_form(request: web.Request, schema: Schema) -> Callable[[], dict[str, Any]]:
+    """Likewise for a form: files as they are, repeated where the field is a list, and every other value as in JSON."""
+    values: dict[str, Any] = {}
+    digest = hashlib.sha256()  # of the parts: the boundary between them is another one each time
+    try:
+        async for name, data in parts(request):
+            digest.update(b"%d %s %d " % (len(name), name.encode(), len(data)) + data)
+            field = schema.fields.get(name)
+            value = form_value(field, data)
+            values[name] = [*values.get(name, []), value] if isinstance(field, fields.List) else value
+    except (ValueError, AssertionError, HttpProcessingError):  # a form that is cut off or malformed
+        raise BadRequest("The form is malformed or cut off; send it again, as curl -F does") from None
+    request[DIGEST] = digest.hexdigest()
+    return lambda: values
+
+
+async def parts(request: web.Request) -> AsyncIterator[tuple[str, bytes]]:
+    """Name and bytes of each part of a form. Raises 413 or ValueError."""
+    left = largest_bytes(request)
+    async for part in await request.multipart():
+        if not isinstance(part, BodyPartReader) or not part.name:
+            raise ValueError("a part without a name")
+        data = bytearray()
+        while chunk := await part.read_chunk(FORM_CHUNK_BYTES):
+            left -= len(chunk)
+            if left < 0:
+                raise web.HTTPRequestEntityTooLarge(largest_bytes(request))
+            data += chunk
+        yield part.name, bytes(data)
+
+
+def form_value(field: fields.Field[Any] | None, data: bytes) -> Any:
+    """A part of a form as JSON would have carried it: text stays text, 5 and true are what they look like."""
+    inner = field.inner if isinstance(field, fields.List) else field
+    if isinstance(inner, File):
+        return data
+    text = data.decode()
+    if not isinstance(inner, fields.String):
+        with suppress(ValueError):
+            return json.loads(text, parse_constant=no_constant)
+    return text
+
+
+READERS: Mapping[str, Callable[[web.Request, Schema], Awaitable[Callable[[], dict[str, Any]]]]] = {
+    JSON_TYPE: read_json,
+    FORM_TYPE: read_form,
+}
 
 
 def parsed(raw: bytes) -> dict[str, Any]:
@@ -1764,23 +2061,24 @@ class AccessLog(AbstractAccessLogger):
 # --------------------------------------------------------------------------------------------------------- make_app
 
 
-def make_app(config: Config) -> web.Application:
+def make_app(config: Config, models: Catalog | None = None) -> web.Application:
     """The whole daemon but its socket, for production and tests alike. Lifetimes begin and end in `cleanup_ctx`."""
     app = web.Application(
         middlewares=[request_id_middleware, errors_middleware, guard_middleware, validation_middleware],
         client_max_size=config.max_body_mb * 2**20,
     )
     app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
-    app[CATALOG], app[HEAVY] = Catalog.load(), asyncio.Semaphore(HEAVY_AT_ONCE)
+    app[CATALOG], app[HEAVY] = models or read_catalog(config), asyncio.Semaphore(HEAVY_AT_ONCE)
     app[OUTPUTS] = Outputs(config.save_path, config.state_path / "thumbnails", config.retention())
-    app[INPUTS] = Inputs(config.state_path / "inputs")
+    app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
+    app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINE] = Engine(config.engine(), config.cancel_grace_s)
     app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
     app[QUEUE] = TaskQueue(app[JOURNAL], app[ENGINE], app[CATALOG], app[OUTPUTS], config.limits())
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.extend([engine_lifetime, queue_lifetime])
+    app.cleanup_ctx.extend([engine_lifetime, downloads_lifetime, queue_lifetime])
     return app
 
 
@@ -1805,6 +2103,12 @@ async def engine_lifetime(app: web.Application) -> AsyncIterator[None]:
     app[ENGINE].close()
 
 
+async def downloads_lifetime(app: web.Application) -> AsyncIterator[None]:
+    """Downloads end with the daemon; what is here of them stays."""
+    yield
+    await app[DOWNLOADS].close()
+
+
 async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
     """The journal is open, and its tasks run."""
     await asyncio.to_thread(app[OUTPUTS].remove_all_parts)
@@ -1822,7 +2126,7 @@ async def sweep(app: web.Application) -> None:
     """Remove the input pictures that no task needs any more, now and every hour."""
     while True:
         with suppress(JournalFault, OSError):
-            await asyncio.to_thread(app[INPUTS].sweep, await app[JOURNAL].inputs())
+            await asyncio.to_thread(app[INPUT_FILES].sweep, await app[JOURNAL].inputs())
         await asyncio.sleep(SWEEP_S)
 
 
@@ -1863,9 +2167,9 @@ class Supervisor:
             await asyncio.sleep(self._interval_s)
 
 
-async def serve(config: Config) -> None:
+async def serve(config: Config, models: Catalog) -> None:
     """Run until SIGTERM or SIGINT; a second one ends at once. Raises CantStart if the port is taken."""
-    app = make_app(config)
+    app = make_app(config, models)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
@@ -1997,6 +2301,13 @@ class CommandLine(argparse.ArgumentParser):
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line. Exits with code 2 if there is no such flag or value."""
+    if arguments[:1] == ["models"]:
+        return models_parser().parse_args(arguments[1:])
+    return daemon_parser().parse_args(arguments)
+
+
+def daemon_parser() -> CommandLine:
+    """The command line of the daemon itself."""
     parser = CommandLine("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
     parser.add_argument("--config", type=Path, help="configuration; else ./wangpd.toml, then /etc/wangpd/wangpd.toml")
     parser.add_argument("--host", help="address to listen on")
@@ -2007,40 +2318,115 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--api-only", action="store_true", default=None, help="likewise: there is nothing else")
     parser.add_argument("--check-config", action="store_true", help="say whether the configuration is right, and end")
     parser.add_argument("--version", action="version", version=f"wangpd {version()}")
-    return parser.parse_args(arguments)
+    parser.epilog = "wangpd models lists the models, wangpd models download ID fetches one; see wangpd models --help"
+    parser.set_defaults(command=None)
+    return parser
+
+
+def models_parser() -> CommandLine:
+    """The command line of `wangpd models`."""
+    parser = CommandLine("wangpd models", description="The models, or with download, the weights of one.")
+    parser.add_argument("--config", type=Path, help="configuration; else ./wangpd.toml, then /etc/wangpd/wangpd.toml")
+    parser.add_argument("--family", help="only models of this family")
+    parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help=f"only models for it: {', '.join(TASKS)}")
+    parser.add_argument("--installed", action="store_true", help="only models whose weights are here")
+    actions = parser.add_subparsers(dest="action", metavar="download", help="fetches the weights of a model")
+    fetching = actions.add_parser("download", description="Fetch what is missing; goes on where it stopped.")
+    fetching.add_argument("model_id", metavar="ID", help="id of the model")
+    parser.set_defaults(command="models", check_config=False)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the daemon; returns the exit code: 0, 1 if this machine won't have it, 2 for a wrong configuration."""
+    """Run the daemon or a command; the exit code: 0, 1 if this machine won't have it, 2 for a wrong configuration."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     flags = {name: value for name, value in vars(options).items() if name in KEYS and value is not None}
     try:
         config = load_config(options.config, flags)
-        require_sense(config)
+        models = read_catalog(config)
     except ConfigError as error:
         print(f"wangpd: {error}", file=sys.stderr)
         return 2
     if options.check_config:
         print("wangpd: the configuration is right")
         return 0
+    if options.command:
+        return run_command(options, config, models)
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
-    return started(config)
+    return started(config, models)
 
 
-def require_sense(config: Config) -> None:
-    """Raises ConfigError for what only the catalogue can tell."""
-    models = Catalog.load()
+def run_command(options: argparse.Namespace, config: Config, models: Catalog) -> int:
+    """`wangpd models …`; returns the exit code: 0, 1 if a download failed, 2 for an unknown model."""
+    if not options.action:
+        print("\n".join(model_table(selected(models, options.family, options.task), config, options.installed)))
+        return 0
+    try:
+        return download_model(models.get(options.model_id), config)
+    except UnknownModel:
+        print(f"wangpd: there is no model '{options.model_id}'; see: wangpd models", file=sys.stderr)
+        return 2
+
+
+def model_table(models: Sequence[Model], config: Config, only_installed: bool) -> list[str]:
+    """A line for each model, and one above them."""
+    rows = [("id", "kind", "installed", "size", "licence")]
+    for model in models:
+        there = weights.locate(model, config.models_dir) is not None
+        if there or not only_installed:
+            size = f"{model.total_bf16_bytes / 1e9:.1f} GB" if model.repo else "in the package"
+            rows.append((model.id, model.kind, "yes" if there else "no", size, model.licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def download_model(model: Model, config: Config) -> int:
+    """Fetch what is missing of a model and say how far it is; returns the exit code. Ctrl-C ends it."""
+    if weights.locate(model, config.models_dir):
+        print(f"wangpd: model '{model.id}' is installed already")
+        return 0
+    download, shown = Download(model.id), ""
+    try:
+        for message in downloads.messages(model.id, config.models_dir, config.min_free_mb * 2**20):
+            download.note(message)
+            if download.total_bytes is not None and (line := progress_line(download)) != shown:
+                print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+                shown = line
+    except KeyboardInterrupt:
+        print("\nwangpd: stopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    if download.error:
+        print(f"wangpd: {download.error['message']}", file=sys.stderr)
+        return 1
+    print(f"wangpd: model '{model.id}' is installed")
+    return 0
+
+
+def progress_line(download: Download) -> str:
+    """How far a download is, in as many characters each time."""
+    done, total = download.done_bytes / 1e9, (download.total_bytes or 0) / 1e9
+    return f"{download.percent:5.1f} %  {done:8.3f} of {total:.3f} GB  {download.file[-60:]:60}"
+
+
+def read_catalog(config: Config) -> Catalog:
+    """The models of the package and of `models_dir`. Raises ConfigError, also for what only the catalogue can tell."""
+    try:
+        models = Catalog.load(config.models_dir)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"models_dir: {error}") from None
+    if fault := attention.fault(config.attention_mode):
+        raise ConfigError(fault)
     if config.default_model not in models:
-        known = ", ".join(model.id for model in models)
-        raise ConfigError(f"default_model: {config.default_model!r} is not in the catalogue; it has {known}")
+        raise ConfigError(f"default_model: {config.default_model!r} is not in the catalogue; see: wangpd models")
+    return models
 
 
-def started(config: Config) -> int:
+def started(config: Config, models: Catalog) -> int:
     """Serve until the end; returns the exit code."""
     try:
         require_folders(config)
         with only_one(config.state_path):
-            asyncio.run(serve(config))
+            asyncio.run(serve(config, models))
     except CantStart as error:
         print(f"wangpd: {error}", file=sys.stderr)
         return 1
