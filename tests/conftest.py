@@ -1,11 +1,15 @@
 """What every test may ask for."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.daemon import Daemon
+from tests.daemon import ROOT, Daemon
+
+# The tiny checkpoints are made in this process, some of classes that import torchvision. Last: a real one wins.
+sys.path.append(str(ROOT / "tests" / "torchvision_stand_in"))
 
 
 @pytest.fixture(scope="session")

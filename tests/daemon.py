@@ -30,7 +30,8 @@ class Daemon:
         self.url = ""
         self.program = [str(ROOT / "wangpd.py")]
         # One thread: the models are tiny, and threads that spin for each other on a busy machine cost more.
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # Offline: a request that starts a download must not fill the disk of who runs the tests.
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         lines = [f"{key} = {json.dumps(value)}" for key, value in {"port": 0, **config}.items()]

@@ -115,15 +115,15 @@ SENTENCES = [
     ("repeat_generation", {}, "repeat_generation: {} must be a whole number"),
     ("use_model_defaults", "yes", "use_model_defaults: 'yes' must be true or false"),
     ("use_model_defaults", 1, "use_model_defaults: 1 must be true or false"),
-    ("image_start", 5, "image_start: must be text: the picture's bytes in base64"),
-    ("image_start", [], "image_start: must be text: the picture's bytes in base64"),
-    ("image_start", "not base64!", "image_start: is not valid base64; send the picture's bytes in base64"),
-    ("image_start", "ä", "image_start: is not valid base64; send the picture's bytes in base64"),
-    ("image_start", "A", "image_start: is not valid base64; send the picture's bytes in base64"),
-    ("image_end", {}, "image_end: must be text: the picture's bytes in base64"),
+    ("image_start", 5, "image_start: must be text: the file's bytes in base64"),
+    ("image_start", [], "image_start: must be text: the file's bytes in base64"),
+    ("image_start", "not base64!", "image_start: is not valid base64; send the file's bytes in base64"),
+    ("image_start", "ä", "image_start: is not valid base64; send the file's bytes in base64"),
+    ("image_start", "A", "image_start: is not valid base64; send the file's bytes in base64"),
+    ("image_end", {}, "image_end: must be text: the file's bytes in base64"),
     ("image_refs", "AAAA", "image_refs: must be a list of pictures in base64"),
-    ("image_refs", ["AAAA", 5], "image_refs[1]: must be text: the picture's bytes in base64"),
-    ("image_refs", [None], "image_refs[0]: must be text: the picture's bytes in base64"),
+    ("image_refs", ["AAAA", 5], "image_refs[1]: must be text: the file's bytes in base64"),
+    ("image_refs", [None], "image_refs[0]: must be text: the file's bytes in base64"),
 ]
 
 
@@ -219,7 +219,7 @@ def test_a_wrong_content_type_is_400(refused: Daemon, content_type: str) -> None
     answer = refused.request("POST", "/generate", data=b'{"prompt": "a"}', headers={"Content-Type": content_type})
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith("Content-Type: ")
-    assert answer.json()["detail"].endswith("must be application/json")
+    assert answer.json()["detail"].endswith("must be application/json or multipart/form-data")
 
 
 @pytest.mark.parametrize("size_mb", [2, 3, 40])

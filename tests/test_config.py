@@ -14,7 +14,7 @@ import wangpd
 from tests.daemon import ROOT, Daemon
 
 SHIPPED = ROOT / "wangpd.toml"
-FOLDERS = ("save_path", "state_path", "models_dir")
+FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -154,7 +154,12 @@ def test_a_file_that_is_named_is_the_only_one_read(places: tuple[Path, Path], tm
 def test_without_any_file_the_folders_lie_in_the_working_directory(places: tuple[Path, Path]) -> None:
     here, _ = places
     config = wangpd.load_config(None, {})
-    assert [getattr(config, name) for name in FOLDERS] == [here / "outputs", here / "state", here / "models"]
+    assert [getattr(config, name) for name in FOLDERS] == [
+        here / "outputs",
+        here / "state",
+        here / "models",
+        here / "loras",
+    ]
 
 
 # ---- what is wrong: exit code 2 and one sentence
@@ -174,7 +179,7 @@ def test_without_any_file_the_folders_lie_in_the_working_directory(places: tuple
         ('save_path = ""', "save_path: must not be empty"),
         ('allow_download = "yes"', "allow_download: 'yes' must be true or false"),
         ('device = "gpu"', "device: 'gpu' must be auto, cuda, cuda:N, mps or cpu"),
-        ("profile = 6", "profile: must be one of 0, 1, 2, 3, 4, 5, not 6"),
+        ("profile = 6", "profile: must be one of 0, 1, 2, 3, 3.5, 4, 4.5, 5, not 6"),
         ('image_format = "gif"', "image_format: must be one of 'png', 'jpeg', 'webp', not 'gif'"),
         ('allowed_hosts = "a"', "allowed_hosts: must be a list such as"),
         ("allowed_hosts = [1]", "allowed_hosts[0]: 1 must be text in quotes"),
@@ -202,7 +207,7 @@ def test_a_number_that_is_none_is_refused(value: str, tmp_path: Path) -> None:
         ("prt = 7860\n", "wangpd.toml: prt: there is no such key; did you mean port?"),
         ("port = 70000\n", "wangpd.toml: port: 70000 must be between 0 and 65535"),
         ("port 7860\n", "wangpd.toml: not valid TOML: Expected '=' after a key"),
-        ('default_model = "wan_9"\n', "default_model: 'wan_9' is not in the catalogue; it has wan_t2v_1.3B, "),
+        ('default_model = "wan_9"\n', "default_model: 'wan_9' is not in the catalogue; see: wangpd models"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_ends_the_start_with_code_2_and_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:

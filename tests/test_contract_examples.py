@@ -11,8 +11,9 @@ import pytest
 import requests
 from PIL import Image
 
+from tests import tiny
 from tests.daemon import ROOT, Daemon
-from tests.tiny import wan
+from tests.proof import CATALOG
 
 PAGE_ORIGIN = "http://localhost:7860"
 README = ROOT / "README.md"
@@ -22,7 +23,7 @@ README = ROOT / "README.md"
 def page_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that has the image model of the page, and a file of the name that its curl example fetches."""
     daemon = Daemon(tmp_path_factory.mktemp("page"), cancel_grace_s=1.0)
-    wan.build("wan_i2v_14B", daemon.models / "wan_i2v_14B")
+    tiny.build(CATALOG.get("wan_i2v_14B"), daemon.models)
     with daemon:
         (daemon.outputs / "video_001.mp4").write_bytes(b"a video")
         yield daemon

@@ -4,6 +4,7 @@ Above: `Engine` itself with stand-ins that hold a phase open. Below: the daemon 
 """
 
 import asyncio
+import base64
 import json
 import math
 import os
@@ -21,11 +22,10 @@ import pytest
 from engine.executor import Engine
 from engine.gpu import worker
 from engine.job import Cancelled, EngineError, Phase
-from tests import stand_ins
+from tests import proof, stand_ins, tiny
 from tests.daemon import ENDED, ROOT, Daemon
 from tests.processes import alive, children, command, eventually, maps, workers
 from tests.stand_ins import DEMO, DONE, job
-from tests.tiny import wan
 
 PHASES = ["loading", "encoding", "denoising", "decoding", "saving"]
 every_phase = pytest.mark.parametrize("phase", PHASES)
@@ -271,7 +271,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon with two more models, and an ffmpeg that hangs while there is a file `slow` in its folder."""
     daemon = Daemon(tmp_path_factory.mktemp("house"), cancel_grace_s=2.0)
     for model_id in ("wan_t2v_1.3B", "wan_flf2v_720p_14B"):
-        wan.build(model_id, daemon.models / model_id)
+        tiny.build(proof.CATALOG.get(model_id), daemon.models)
     slow_ffmpeg(daemon)
     with daemon:
         yield daemon
@@ -285,9 +285,7 @@ def slow_ffmpeg(daemon: Daemon) -> None:
 
 
 def picture() -> str:
-    from tests.test_wan_models import blocks, encoded
-
-    return encoded(blocks(64, 0))
+    return base64.b64encode(proof.png(proof.blocks(64, 0))).decode()
 
 
 def held(daemon: Daemon, phase: str) -> int:

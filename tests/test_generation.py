@@ -16,7 +16,7 @@ from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipel
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from engine import catalog, media
+from engine import media, request
 from engine.catalog import HERE, Catalog
 from engine.executor import EngineConfig, Progress
 from engine.gpu import pipeline
@@ -144,7 +144,7 @@ def rendered(loaded: Any, wanted: Job) -> Frames:
 def called(pipe: Any, wanted: Job) -> Frames:
     """What the diffusers pipeline makes of the same arguments, spelt out: (videos, F, H, W, 3)."""
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=wanted.flow_shift)
-    pictures = {"image": Image.open(wanted.images["image_start"][0])} if wanted.images else {}
+    pictures = {"image": Image.open(wanted.inputs["image_start"][0])} if wanted.inputs else {}
     count = wanted.batch_size
     videos = pipe(
         prompt=[wanted.prompt] * count,
@@ -192,7 +192,7 @@ def test_the_frames_are_those_of_the_diffusers_pipeline(
 ) -> None:
     wanted = job(**JOBS[case])
     if wanted.task == "i2v":
-        wanted = dataclasses.replace(wanted, images={"image_start": (picture,)})
+        wanted = dataclasses.replace(wanted, inputs={"image_start": (picture,)})
     assert np.array_equal(rendered(loaded, wanted), called(by_hand[wanted.task], wanted))
 
 
@@ -200,8 +200,8 @@ def test_the_frames_are_those_of_the_diffusers_pipeline(
 def test_a_batch_is_the_single_runs_within_one_level(task: str, loaded: Any, picture: Path) -> None:
     """A larger batch sums up in another order: float32 rounding, at most one level of 255 in the pixels."""
     images = {"image_start": (picture,)} if task == "i2v" else {}
-    batch = rendered(loaded, job(task=task, images=images, batch_size=3))
-    singles = np.concatenate([rendered(loaded, job(task=task, images=images, seed=42 + i)) for i in range(3)])
+    batch = rendered(loaded, job(task=task, inputs=images, batch_size=3))
+    singles = np.concatenate([rendered(loaded, job(task=task, inputs=images, seed=42 + i)) for i in range(3)])
     assert np.abs(batch.astype(int) - singles).max() <= 1
 
 
@@ -426,7 +426,7 @@ def test_any_prompt_makes_a_file_with_a_plain_name_that_tells_it_word_for_word(d
 
 def test_the_status_says_what_a_request_was_resolved_to(daemon: Daemon) -> None:
     state = daemon.run(prompt="a cat", num_inference_steps=1, video_length=7)
-    plain = catalog.default_settings(DEMO)
+    plain = request.default_settings(DEMO)
     expected = {**plain, "prompt": "a cat", "num_inference_steps": 1, "video_length": 9, "seed": state["seed"]}
     assert state["settings"].items() >= expected.items()
     assert state["warnings"] == [

@@ -58,7 +58,7 @@ async def ended(journal: Journal, finished_at: float | None = None) -> Task:
 
 
 async def test_a_task_comes_back_as_it_was(journal: Journal, tmp_path: Path) -> None:
-    task = Task(0, job("a cat", images={"image_refs": (tmp_path / "a", tmp_path / "b")}), warnings=("one", "two"))
+    task = Task(0, job("a cat", inputs={"image_refs": (tmp_path / "a", tmp_path / "b")}), warnings=("one", "two"))
     await journal.add(task, None, "", {})
     task.status, task.started_at, task.finished_at, task.attempts = Status.FAILED, 1.5, 2.5, 2
     task.error = {"code": "hung", "message": "It hung."}
@@ -223,8 +223,8 @@ async def test_an_active_task_is_never_forgotten(journal: Journal, status: Statu
 
 async def test_the_pictures_of_every_kept_task_are_needed(journal: Journal, tmp_path: Path) -> None:
     await added(journal)
-    await journal.add(Task(0, job(images={"image_start": (tmp_path / "a",)})), None, "", {})
-    await journal.add(Task(0, job(images={"image_refs": (tmp_path / "b", tmp_path / "c")})), None, "", {})
+    await journal.add(Task(0, job(inputs={"image_start": (tmp_path / "a",)})), None, "", {})
+    await journal.add(Task(0, job(inputs={"image_refs": (tmp_path / "b", tmp_path / "c")})), None, "", {})
     assert await journal.inputs() == {"a", "b", "c"}
 
 

@@ -1,52 +1,172 @@
-"""Where the weights live: the choice of a profile, and VAE tiles."""
+"""Where the weights live: a plan carried out gives the frames that it gives without one, and moves what it says."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderKLWan, WanTransformer3DModel
 
+from engine import weights
 from engine.catalog import Catalog
-from engine.gpu import memory
+from engine.gpu import memory, pipeline
 from engine.job import Job
+from engine.machine import GIB
+from engine.memory import Plan, Way
 
-GIB = 2**30
+CPU = torch.device("cpu")
+DEMO = Catalog.load().get("wan_demo")
+BLOCKS = 12
+WAYS = {
+    "all resident": Way("resident", "card"),
+    "encoders streamed": Way("resident", "streamed"),
+    "streamed from pinned memory": Way("streamed", "streamed", pinned=True, encoders_pinned=True),
+    "streamed from files": Way("streamed", "streamed"),
+    "swapped": Way("swapped", "swapped"),
+    "sequential": Way("sequential", "streamed"),
+}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def loaded() -> Any:
+    found = weights.locate(DEMO, Path("models"))
+    assert found
+    return pipeline.load(DEMO, DEMO.pipelines["t2v"], found, CPU)
+
+
+def frames(pipe: Any) -> torch.Tensor:
+    return pipe(  # type: ignore[no-any-return]
+        prompt="a red circle moving right", num_frames=5, height=64, width=64, num_inference_steps=2,
+        guidance_scale=2.5, generator=torch.Generator().manual_seed(1), output_type="pt", max_sequence_length=64,
+    ).frames  # fmt: skip
+
+
+def planned(way: Way, resident_bytes: int, streamed_bytes: int) -> Plan:
+    return Plan(way, resident_bytes, streamed_bytes, 1, 1, 1.0, 1.0, card_bytes=GIB)
+
+
+@pytest.fixture(scope="module")
+def plain_frames() -> torch.Tensor:
+    return frames(loaded())
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_plan_that_is_carried_out_changes_no_frame(way: Way, plain_frames: torch.Tensor) -> None:
+    pipe = loaded()
+    total = memory.parts_of(pipe, DEMO).denoisers
+    memory.carry_out(pipe, planned(way, total // 2, total // 2), CPU)
+    assert torch.equal(frames(pipe), plain_frames)
+    assert torch.equal(frames(pipe), plain_frames)  # and once more: prefetching starts with the second forward
+
+
+def test_without_a_card_a_pipeline_is_placed_in_ram() -> None:
+    pipe = loaded()
+    plan = memory.place(pipe, DEMO, CPU, 0, 0)
+    assert plan.describe().startswith("everything in RAM")
+    assert {weight.device for weight in pipe.transformer.parameters()} == {CPU}
+
+
+# ---- streaming some of the blocks
+
+
+@pytest.fixture
+def denoiser() -> Iterator[WanTransformer3DModel]:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=32, freq_dim=32,
+        ffn_dim=32, num_layers=BLOCKS, rope_max_seq_len=32,
+    )  # fmt: skip
+    with torch.no_grad():
+        yield model.eval()
+
+
+def forward(denoiser: WanTransformer3DModel) -> torch.Tensor:
+    torch.manual_seed(1)
+    hidden, prompt = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 5, 32)
+    out = denoiser(hidden_states=hidden, timestep=torch.tensor([500]), encoder_hidden_states=prompt, return_dict=False)
+    return out[0]  # type: ignore[no-any-return]
+
+
+def hooked(denoiser: WanTransformer3DModel) -> list[int]:
+    """The blocks in which diffusers moves something."""
+    return [
+        place
+        for place, block in enumerate(denoiser.blocks)
+        if any(hasattr(module, "_diffusers_hook") for module in block.modules())
+    ]
+
+
+def room_for(denoiser: WanTransformer3DModel, blocks: int) -> int:
+    """Bytes of `blocks` blocks and of all that is in none."""
+    block = memory._bytes(denoiser.blocks[0])
+    return memory._bytes(denoiser) - (BLOCKS - blocks) * block
+
+
+@pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize(
-    ("model_id", "free_gib", "profile"),
-    [
-        ("wan_demo", 1, 1),
-        ("wan_t2v_1.3B", 24, 1),
-        ("wan_t2v_1.3B", 16, 3),
-        ("wan_t2v_14B", 80, 1),
-        ("wan_t2v_14B", 48, 3),
-        ("wan_t2v_14B", 24, 4),
-        ("wan22_t2v_14B", 141, 1),
-        ("wan22_t2v_14B", 80, 3),  # two experts: only one of them has to fit
-        ("wan22_t2v_14B", 24, 4),
-    ],
+    ("resident", "streamed"), [(12, []), (9, [0, 4, 8]), (6, [0, 2, 4, 6, 8, 10]), (0, list(range(12)))]
 )
-def test_the_fastest_profile_whose_weights_fit_is_chosen(model_id: str, free_gib: int, profile: int) -> None:
-    assert memory.choose_profile(Catalog.load().get(model_id), free_gib * GIB) == profile
+def test_only_the_blocks_for_which_there_is_no_room_are_streamed(
+    denoiser: WanTransformer3DModel, resident: int, streamed: list[int], pinned: bool
+) -> None:
+    before = forward(denoiser)
+    memory._stream_blocks(denoiser, room_for(denoiser, resident), CPU, pinned)
+    assert hooked(denoiser) == streamed
+    assert torch.equal(forward(denoiser), before)
 
 
-@pytest.mark.parametrize(("card_gib", "side"), [(6, 128), (12, 256), (16, 512), (24, 0), (80, 0)])
-def test_tiles_follow_the_size_of_the_card(card_gib: int, side: int) -> None:
-    assert memory.auto_tile(card_gib * GIB) == side
+def test_a_denoiser_is_whole_again_after_it_was_placed(denoiser: WanTransformer3DModel) -> None:
+    names = list(denoiser.state_dict())
+    memory._stream_blocks(denoiser, room_for(denoiser, 6), CPU, pinned=True)
+    assert list(denoiser.state_dict()) == names
+    assert len(denoiser.blocks) == BLOCKS
+    assert not list(denoiser.named_buffers(recurse=False))
 
 
-def test_every_profile_leads_to_a_more_frugal_one_and_ends_at_the_last() -> None:
-    chain = [0.0]
-    while chain[-1] != 5:
-        chain.append(memory.more_frugal(chain[-1]))
-    assert chain == [0, 4, 5]
-    assert [memory.more_frugal(profile) for profile in (1, 2, 3, 5)] == [3, 4, 4, 5]
+def test_what_is_in_no_block_stays_on_the_card(denoiser: WanTransformer3DModel) -> None:
+    memory._stream_blocks(denoiser, room_for(denoiser, 0), CPU, pinned=True)
+    outside = [denoiser.patch_embedding, denoiser.condition_embedder, denoiser.proj_out]
+    assert not any(hasattr(module, "_diffusers_hook") for part in outside for module in part.modules())
+
+
+# ---- what is measured
+
+
+def test_the_parts_are_those_that_the_pipeline_holds() -> None:
+    parts = memory.parts_of(loaded(), DEMO)
+    catalogued = (2 * DEMO.transformer_bf16_bytes, 2 * DEMO.vae_bf16_bytes)  # it runs in float32
+    assert (parts.denoisers, parts.vae) == pytest.approx(catalogued, rel=0.02)
+    assert parts.parameters == DEMO.transformer_bf16_bytes // 2
+    assert parts.encoders > 0
+    assert (parts.denoiser_count, parts.vae_width) == (1, 2.0)
+
+
+def test_a_machine_without_a_card_has_no_memory_of_one() -> None:
+    machine = memory.measure(CPU)
+    assert machine.free_vram_bytes == 0
+    assert machine.free_ram_bytes > 0
+    assert machine.flops_per_s > 1e8
+
+
+def test_measuring_draws_no_random_number() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    memory._product_flops(CPU, torch.float32)
+    assert torch.equal(torch.rand(1), expected)
+
+
+# ---- tiles
 
 
 def test_a_vae_that_decodes_in_small_tiles_leaves_no_gap() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0] * 4, latents_std=[1] * 4
     )
@@ -58,6 +178,40 @@ def test_a_vae_that_decodes_in_small_tiles_leaves_no_gap() -> None:
     assert vae.use_tiling
     assert tiled.shape == whole.shape
     assert (tiled - whole).abs().mean() < 0.1 * whole.std()
+
+
+def test_tiles_have_the_asked_size_in_a_vae_that_takes_none_as_argument() -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            sample_size=1024,
+            block_out_channels=(32, 32, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+    memory.tile_vae(SimpleNamespace(vae=vae), 128)
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size, vae.use_tiling) == (128, 16, True)
+
+
+def test_a_vae_that_knows_no_tiles_is_left_alone() -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKLTemporalDecoder()
+    memory.tile_vae(SimpleNamespace(vae=vae), 256)
+    assert not hasattr(vae, "use_tiling")
+
+
+def test_a_pipeline_without_a_vae_needs_no_tiles() -> None:
+    memory.tile_vae(SimpleNamespace(), 256)
+
+
+# ---- when it was too much
+
+
+def test_every_profile_leads_to_a_more_frugal_one_and_ends_at_the_last() -> None:
+    chain = [0.0]
+    while chain[-1] != 5:
+        chain.append(memory.more_frugal(chain[-1]))
+    assert chain == [0, 4, 5]
+    assert [memory.more_frugal(profile) for profile in (1, 2, 3, 3.5, 4.5, 5)] == [3, 4, 4, 4, 5, 5]
 
 
 def test_a_job_that_fits_nowhere_is_told_a_size_that_the_model_can_make() -> None:

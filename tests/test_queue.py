@@ -16,6 +16,7 @@ from engine.executor import Progress
 from engine.job import Cancelled, EngineError, Job, OutputFile, Phase, Result
 from engine.journal import Journal, JournalFault
 from engine.queue import Busy, Closed, EngineDown, Full, KeyReused, Limits, NoSuchTask, TaskQueue, WrongState
+from engine.speeds import Speeds
 from engine.task import Status
 from tests.stand_ins import job
 
@@ -201,6 +202,15 @@ async def test_a_task_is_in_the_file_before_its_answer(house: House) -> None:
     async with house.open(paused=True):
         ids = await house.submit(3)
         assert house.stored() == dict.fromkeys(ids, "queued")
+
+
+async def test_times_that_can_not_be_learnt_cost_no_task_its_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Speeds, "learn", lambda *_, **__: 1 / 0)
+    async with house.open():
+        (task_id,) = await house.submit()
+        await house.started(task_id)
+        house.desk.finish()
+        assert (await house.end(task_id)).status is Status.COMPLETED
 
 
 async def test_a_task_goes_from_queued_by_processing_to_completed(house: House) -> None:
@@ -458,7 +468,7 @@ async def test_what_is_submitted_after_a_move_comes_last(house: House) -> None:
 
 async def test_a_retry_is_a_new_task_with_everything_that_the_old_one_had(house: House, tmp_path: Path) -> None:
     async with house.open() as queue:
-        old = job("a cat", seed=42, images={"image_start": (tmp_path / "picture",)})
+        old = job("a cat", seed=42, inputs={"image_start": (tmp_path / "picture",)})
         task_id = (await queue.submit(old, ["a warning"])).answer["task_id"]
         await house.started(task_id)
         house.desk.finish(EngineError("It failed.", "failed"))

@@ -1,5 +1,6 @@
 """What README.md says is so: its tables, commands, links and examples are compared with the code."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -8,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import wangpd
-from engine import catalog
-from engine.catalog import BadRequest, Catalog, Model
+from engine import weights
+from engine.catalog import Catalog, Model, Pipeline
+from engine.request import BadRequest, resolve
+from engine.tasks import INPUTS, TASKS
 from tests.daemon import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 UNIT = (ROOT / "wangpd.service").read_text()
 MODELS = list(Catalog.load())
-PICTURES = {"start": "image_start", "end": "image_end", "references": "image_refs"}
 
 
 def table(header: str) -> list[list[str]]:
@@ -65,41 +68,56 @@ def test_a_key_has_its_default_and_configs_own_words(name: str) -> None:
 
 # ---- the models
 
-MODEL_ROWS = {
-    code(row[0]): row
-    for row in table("| id | takes | default size | default length | weights | repository | licence |")
-}
+FAMILY_ROWS = {row[0]: row for row in table("| family | kind | models | tasks |")}
+FAMILIES = sorted({model.family for model in MODELS})
 
 
-def test_the_table_of_models_has_every_model_and_no_other() -> None:
-    assert list(MODEL_ROWS) == [model.id for model in MODELS]
+def test_the_table_of_families_has_every_family_and_no_other() -> None:
+    assert list(FAMILY_ROWS) == FAMILIES
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
-def test_a_model_is_described_as_the_catalogue_has_it(model: Model) -> None:
-    _, takes, size, length, weights, repository, licence = MODEL_ROWS[model.id]
-    pictures = {name for name, field in PICTURES.items() if model.takes(field)}
-    assert set(re.split(r", | and ", takes)) == pictures | ({"text"} if model.is_t2v else set())
-    assert size == model.defaults["resolution"]
-    assert length == f"{model.defaults['video_length']} at {model.fps}/s"
-    assert weights == (f"{model.total_bf16_bytes / 1e9:.1f} GB" if model.repo else "in the package")
-    assert repository.startswith(f"`{model.repo}`" if model.repo else "-")
-    assert repository.endswith("+ LoRA") == bool(model.recipe_loras)
-    assert licence == model.licence
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_described_as_the_catalogue_has_it(family: str) -> None:
+    _, kinds, ids, tasks = FAMILY_ROWS[family]
+    members = [model for model in MODELS if model.family == family]
+    assert kinds.split(", ") == sorted({model.kind for model in members})
+    assert re.findall(r"`([^`]+)`", ids) == [model.id for model in members]
+    assert tasks.split(", ") == [task for task in TASKS if any(task in model.pipelines for model in members)]
 
 
-def test_the_command_that_installs_a_model_is_the_one_that_the_daemon_tells() -> None:
-    repository, folder = re.search(r"\.venv/bin/hf download (\S+) --local-dir (\S+)", TEXT).groups()
-    (model,) = [model for model in MODELS if model.id == Path(folder).name]
-    assert repository == model.repo
-    assert folder == f"{wangpd.KEYS['models_dir'].default}/{model.id}"
+def test_the_table_of_inputs_has_every_input_and_its_tasks() -> None:
+    rows = {code(row[0]): row[1:] for row in table("| field | what it is | tasks |")}
+    tasks = {name: [task for task in TASKS if name in TASKS[task].inputs] for name in INPUTS}
+    assert rows == {name: [about.about, ", ".join(tasks[name])] for name, about in INPUTS.items()}
+
+
+def test_the_form_of_a_catalogue_file_is_told_key_by_key() -> None:
+    form = (ROOT / "engine" / "models" / "README.md").read_text()
+    cells = re.findall(r"^\| (`.*?) \|", form, re.MULTILINE)
+    told = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    keys = {field.name for kind in (Pipeline, Model) for field in dataclasses.fields(kind)}
+    assert told == keys - {"cls"}
+
+
+def test_the_command_that_installs_a_model_is_the_one_that_the_daemon_tells(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^\.venv/bin/(wangpd models download \S+)$", TEXT, re.MULTILINE)
+    model = Catalog.load().get(command.split()[-1])
+    assert weights.remedy(model, tmp_path) == f"install it with: {command}"
+
+
+def test_the_variables_that_are_named_are_those_that_the_hubs_client_reads() -> None:
+    known = Path(constants.__file__).read_text()
+    named = set(re.findall(r"`(HF_[A-Z_]+)", TEXT))
+    assert named >= {"HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"}
+    assert [name for name in named if f'"{name}"' not in known and name != "HF_TOKEN"] == []
 
 
 def test_the_example_of_a_new_model_is_one(tmp_path: Path) -> None:
     (entry,) = blocks("toml")
-    (tmp_path / "wan.toml").write_text((ROOT / "engine" / "models" / "wan.toml").read_text() + "\n" + entry)
+    (tmp_path / "anything.toml").write_text(entry)
     models = Catalog.load(tmp_path)
-    assert catalog.resolve(models, models.get("my_wan"), {"prompt": "a cat"}, {}).job.frames == 81
+    job = resolve(models, models.get("my_wan"), {"prompt": "a cat"}, {}).job
+    assert (job.frames, job.steps) == (81, 8)
 
 
 # ---- the API
@@ -120,7 +138,18 @@ def test_the_table_of_calls_has_every_call_and_no_other() -> None:
 
 def test_a_call_is_marked_exactly_if_wangps_api_does_not_have_it() -> None:
     marked = {code(row[0]) for row in table("| call | | what it does |") if row[1] == "+"}
-    added = ("/health/ready", "/load", "/unload", "/queue/pause", "/queue/resume", "/retry", "/tasks", "PATCH ")
+    added = (
+        "/health/ready",
+        "/load",
+        "}/download",
+        "/unload",
+        "/loras",
+        "/pause",
+        "/resume",
+        "/retry",
+        "/tasks",
+        "PATCH ",
+    )
     rows = {code(row[0]) for row in table("| call | | what it does |")}
     assert marked == {call for call in rows if any(part in call for part in added)}
 
@@ -129,7 +158,7 @@ def test_the_example_of_an_error_is_what_the_daemon_says() -> None:
     (example,) = blocks("json")
     models = Catalog.load()
     with pytest.raises(BadRequest) as caught:
-        catalog.resolve(models, models.get("wan_t2v_14B"), {"prompt": "a cat", "resolution": "830x480"}, {})
+        resolve(models, models.get("wan_t2v_14B"), {"prompt": "a cat", "resolution": "830x480"}, {})
     assert json.loads(example) == {"detail": str(caught.value)}
 
 
@@ -141,7 +170,7 @@ def test_a_code_of_the_errors_is_one_that_the_engine_gives(row: list[str]) -> No
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?: = [^`]*)?`", TEXT))))
 def test_a_name_with_underscores_in_the_text_is_one_that_the_code_knows(name: str) -> None:
-    sources = [ROOT / "wangpd.py", *(ROOT / "engine").rglob("*.py"), ROOT / "engine" / "models" / "wan.toml"]
+    sources = [ROOT / "wangpd.py", *(ROOT / "engine").rglob("*.py"), *(ROOT / "engine" / "models").glob("*.toml")]
     assert any(re.search(rf"\b{name}\b", path.read_text()) for path in sources)
 
 
@@ -161,8 +190,9 @@ def test_every_curl_example_is_run_by_a_test() -> None:
 
 
 def test_every_flag_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        wangpd.main(["--help"])
+    for command in ([], ["models"]):
+        with pytest.raises(SystemExit):
+            wangpd.main([*command, "--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= known
 

@@ -23,11 +23,11 @@ from engine.job import OutputFile
 from engine.journal import Journal
 from engine.task import Status, Task
 from engine.weights import Weights
+from tests import tiny
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
 from tests.processes import eventually
 from tests.stand_ins import job
-from tests.tiny import wan
 from tests.wire import Answer, exchange, head
 
 API = "/api/v1"
@@ -514,7 +514,7 @@ def mark(tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "models" / MODEL.id
-    wan.build(MODEL.id, folder)
+    tiny.build(MODEL, tmp_path / "models")
     return folder
 
 

@@ -1,12 +1,12 @@
-"""engine/weights.py: where weights are found, what counts as installed, and the command that installs them."""
+"""engine/weights.py: where weights are found, what counts as installed, and which files are needed."""
 
 import dataclasses
 import json
-import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 
 from engine import weights
@@ -32,7 +32,11 @@ def models_dir(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-PARTS = {"transformer": ["diffusers", "WanTransformer3DModel"], "scheduler": ["diffusers", "UniPCMultistepScheduler"]}
+PARTS = {
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "tokenizer_2": ["transformers", "T5Tokenizer"],
+}
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
@@ -40,6 +44,7 @@ def put_pipeline(folder: Path) -> Path:
     """A diffusers folder as far as `locate` can tell: a denoiser in two shards, a scheduler, and no second denoiser."""
     put(folder / "model_index.json", json.dumps({"_class_name": "X", **PARTS, "transformer_2": [None, None]}))
     put(folder / "scheduler" / "scheduler_config.json", "{}")
+    put(folder / "tokenizer_2" / "tokenizer.json", "{}")
     put(folder / "transformer" / "config.json", "{}")
     index = {"weight_map": {f"layer.{number}": shard for number, shard in enumerate(SHARDS)}}
     put(folder / "transformer" / "model.safetensors.index.json", json.dumps(index))
@@ -130,7 +135,7 @@ def test_a_revision_may_be_a_commit(models_dir: Path, empty_cache: Path) -> None
 
 # -------------------------------------------------------------------------------------------- not whole, not there
 
-MISSING = ["model_index.json", "transformer", "scheduler", f"transformer/{SHARDS[1]}", f"transformer/{SHARDS[0]}"]
+MISSING = ["model_index.json", "transformer", "tokenizer_2", f"transformer/{SHARDS[1]}", f"transformer/{SHARDS[0]}"]
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["models_dir", "cache"])
@@ -160,36 +165,6 @@ def test_a_link_of_the_cache_into_nothing_is_not_installed(models_dir: Path, emp
     shard.unlink()
     shard.symlink_to("../../../blobs/gone")
     assert weights.locate(PLAIN, models_dir) is None
-
-
-def test_a_download_that_breaks_off_is_not_installed_and_goes_on(
-    models_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[bool] = []
-
-    def half(_repo: str, *, local_dir: Path, **_: Any) -> None:
-        seen.append((local_dir / "model_index.json").exists())
-        put_pipeline(local_dir)
-        raise ConnectionError
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", half)
-    for _ in range(2):
-        with pytest.raises(ConnectionError):
-            weights.download(PLAIN, models_dir)
-        assert weights.locate(PLAIN, models_dir) is None
-    assert seen == [False, True]
-
-
-def test_a_whole_download_is_installed(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def whole(repo: str, *, revision: str | None, local_dir: Path, ignore_patterns: list[str]) -> None:
-        asked.append((repo, revision, "*.bin" in ignore_patterns))
-        put_pipeline(local_dir)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", whole)
-    assert weights.download(PLAIN, models_dir) == weights.locate(PLAIN, models_dir)
-    assert asked == [(PLAIN.repo, None, True)]
 
 
 # ----------------------------------------------------------------------------------------------------------- recipes
@@ -224,52 +199,173 @@ def test_a_recipe_alone_is_not_installed(models_dir: Path) -> None:
     assert weights.locate(RECIPE, models_dir) is None
 
 
-# --------------------------------------------------------------------------------------------------------- installing
+# ------------------------------------------------------------------------------------- components of other repositories
 
 
-def fake_hf(command: str) -> None:
-    """Do what each `hf download` of the command does, with empty files."""
-    for part in " ".join(shlex.split(command)).split(" && "):
-        words = shlex.split(part)
-        assert words[:2] == ["hf", "download"]
-        folder = Path(words[words.index("--local-dir") + 1])
-        named = words[3 : words.index("--local-dir")]
-        for name in named:
-            put(folder / name)
-        if not named:
-            put_pipeline(folder)
+@pytest.fixture
+def borrowing() -> Model:
+    """A model whose denoiser and tokenizer come from elsewhere, the latter from the root of a model's repository."""
+    return dataclasses.replace(PLAIN, extra_repos={"transformer": "me/denoisers#large", "tokenizer": "me/words"})
+
+
+def put_borrowed(place: Path, cache: Path, *, cached: bool) -> dict[str, Path]:
+    denoiser = put_snapshot(cache, "me/denoisers") / "large" if cached else place / "transformer"
+    put(denoiser / "config.json", "{}")
+    put(denoiser / "diffusion_pytorch_model.safetensors")
+    words = put_snapshot(cache, "me/words") if cached else place / "tokenizer"
+    put(words / "config.json", "{}")
+    put(words / "tokenizer.json", "{}")
+    return {"transformer": denoiser, "tokenizer": words}
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["models_dir", "cache"])
+def test_components_of_other_repositories_are_found(
+    cached: bool, borrowing: Model, models_dir: Path, empty_cache: Path
+) -> None:
+    folder = put_pipeline(models_dir / PLAIN.id)
+    shutil.rmtree(folder / "transformer")  # it need not be here
+    parts = put_borrowed(folder, empty_cache, cached=cached)
+    assert weights.locate(borrowing, models_dir) == weights.Weights(folder, parts=parts)
+
+
+def test_a_model_that_lacks_a_borrowed_component_is_not_installed(
+    borrowing: Model, models_dir: Path, empty_cache: Path
+) -> None:
+    folder = put_pipeline(models_dir / PLAIN.id)
+    shutil.rmtree(put_borrowed(folder, empty_cache, cached=True)["tokenizer"])
+    assert weights.locate(borrowing, models_dir) is None
+
+
+# ------------------------------------------------------------------------------------------------------- what is needed
+
+INDEX = json.dumps({"transformer": ["d", "X"], "tokenizer": ["t", "Y"], "gone": [None, None], "_class_name": "P"})
+
+
+def needed(source: weights.Source, *names: str) -> set[str]:
+    """What the source picks out of a repository with these files."""
+    return set(source.pick(names, lambda name: INDEX if name == "model_index.json" else ""))
+
+
+def pipeline_source(**options: Any) -> weights.PipelineSource:
+    return weights.PipelineSource("me/repo", "main", Path("models/x"), **options)
+
+
+WEIGHTS = {  # the variant that is wanted, and what a component has → what of it is needed
+    "plain": (None, ["model.safetensors", "model.fp16.safetensors", "model.bin"], ["model.safetensors"]),
+    "variant": ("fp16", ["model.safetensors", "model.fp16.safetensors"], ["model.fp16.safetensors"]),
+    "no such variant": ("fp16", ["model.safetensors", "model.bf16.safetensors"], ["model.safetensors"]),
+    "shards": (
+        None,
+        [SHARDS[0], "model.fp16-00001-of-00001.safetensors", "model.safetensors.index.json", "model.bin.index.json"],
+        [SHARDS[0], "model.safetensors.index.json"],
+    ),
+    "shards of a variant": (
+        "bf16",
+        [*SHARDS, "model.bf16-00001-of-00001.safetensors", "model.safetensors.index.bf16.json"],
+        ["model.bf16-00001-of-00001.safetensors", "model.safetensors.index.bf16.json"],
+    ),
+    "shards as they once were written": (
+        "bf16",
+        [*SHARDS, "model-00001-of-00001.bf16.safetensors", "model.safetensors.bf16.index.json"],
+        ["model-00001-of-00001.bf16.safetensors", "model.safetensors.bf16.index.json"],
+    ),
+    "of another use": (None, ["model.safetensors", "ema.safetensors", "model.onnx"], ["model.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_one_set_of_a_components_weights_is_needed(case: str) -> None:
+    variant, there, wanted = WEIGHTS[case]
+    picked = needed(pipeline_source(variant=variant), "model_index.json", *(f"transformer/{name}" for name in there))
+    assert picked == {"model_index.json", *(f"transformer/{name}" for name in wanted)}
+
+
+def test_of_a_tokenizer_everything_but_weights_is_needed() -> None:
+    there = ["tokenizer.json", "spiece.model", "merges.txt", "chat_template.jinja", "model.safetensors", "load.py"]
+    picked = needed(pipeline_source(), "model_index.json", *(f"tokenizer/{name}" for name in there))
+    assert picked == {"model_index.json", *(f"tokenizer/{name}" for name in there[:4])}
+
+
+def test_the_index_comes_last() -> None:
+    files = ["model_index.json", "transformer/config.json", "tokenizer/vocab.json"]
+    assert list(pipeline_source().pick(files, lambda _: INDEX))[-1] == "model_index.json"
+
+
+def test_a_component_from_elsewhere_is_not_needed() -> None:
+    files = ["model_index.json", "transformer/config.json", "tokenizer/vocab.json"]
+    assert needed(pipeline_source(given=frozenset({"tokenizer"})), *files) == set(files[:2])
+
+
+def test_of_a_component_whose_weights_are_a_single_file_the_configuration_is_needed() -> None:
+    files = ["model_index.json", "transformer/config.json", "transformer/model.safetensors"]
+    assert needed(pipeline_source(bare=frozenset({"transformer"})), *files) == set(files[:2])
+
+
+@pytest.mark.parametrize(
+    ("inside", "folder"), [("large", "large/"), ("", "transformer/"), ("", "")], ids=["named", "its own", "root"]
+)
+def test_a_component_is_taken_from_where_its_repository_has_it(inside: str, folder: str) -> None:
+    source = weights.PartSource("me/repo", "main", Path("models/x"), "transformer", inside)
+    files = [f"{folder}config.json", f"{folder}model.safetensors", "other/model.safetensors"]
+    assert source.pick(files, str) == {name: Path("models/x") / Path(name).name for name in files[:2]}
+
+
+def test_nothing_is_missing_of_what_is_installed(models_dir: Path) -> None:
+    put_pipeline(models_dir / PLAIN.id)
+    assert weights.missing(PLAIN, models_dir) == []
 
 
 @pytest.mark.parametrize("model", [model for model in CATALOG if model.repo], ids=lambda model: model.id)
-def test_the_command_puts_the_weights_where_they_are_found(model: Model, models_dir: Path) -> None:
-    fake_hf(weights.install_command(model, models_dir))
+def test_what_is_missing_goes_to_where_it_is_found(model: Model, models_dir: Path) -> None:
+    for source in weights.missing(model, models_dir):
+        index = {"transformer": ["d", "X"], "scheduler": ["d", "Y"], **{name: ["d", "Z"] for name in model.extra_repos}}
+        files = [f"{part}/{name}" for part in index for name in ("config.json", "model.safetensors")]
+        inside = getattr(source, "inside", "")
+        there = ["model_index.json", *files, f"{inside}/config.json", f"{inside}/model.safetensors"]
+        there.append(getattr(source, "file", ""))
+        for target in source.pick(there, lambda _, index=index: json.dumps(index)).values():
+            put(target, json.dumps(index) if target.name == "model_index.json" else "{}")
     assert weights.locate(model, models_dir) is not None
 
 
-def test_the_command_for_a_plain_model() -> None:
-    command = weights.install_command(PLAIN, Path("/srv/models"))
-    assert command == "hf download Wan-AI/Wan2.1-T2V-14B-Diffusers --local-dir /srv/models/wan_t2v_14B"
+# ------------------------------------------------------------------------------------------------------ a single file
 
 
-def test_the_command_survives_a_space_in_the_path() -> None:
-    words = shlex.split(weights.install_command(PLAIN, Path("/srv/my models")))
-    assert words[-1] == "/srv/my models/wan_t2v_14B"
+def put_bare(folder: Path) -> Path:
+    """A pipeline whose denoiser has its configuration only."""
+    put_pipeline(folder)
+    for path in (folder / "transformer").glob("model*"):
+        path.unlink()
+    return folder
 
 
-def test_the_command_names_the_revision_of_the_catalogue() -> None:
-    command = weights.install_command(dataclasses.replace(PLAIN, revision="v1"), Path("/srv/models"))
-    assert "--revision v1" in command
+@pytest.mark.parametrize("named", ["own.gguf", {"transformer": "own.gguf"}], ids=["alone", "by component"])
+def test_a_single_file_stands_for_the_denoisers_weights(named: Any, models_dir: Path) -> None:
+    model = dataclasses.replace(PLAIN, id="own", base=PLAIN.id, single_file=named)
+    folder = put_bare(models_dir / PLAIN.id)
+    file = put(models_dir / "own.gguf")
+    found = weights.locate(model, models_dir)
+    assert found == weights.Weights(folder, files={"" if isinstance(named, str) else "transformer": file})
+    assert weights.locate(PLAIN, models_dir) is None
+
+
+def test_a_single_file_that_is_not_there_is_named(models_dir: Path) -> None:
+    model = dataclasses.replace(PLAIN, id="own", base=PLAIN.id, single_file="own.gguf")
+    put_bare(models_dir / PLAIN.id)
+    assert weights.locate(model, models_dir) is None
+    sentence = f"its entry names the file {models_dir / 'own.gguf'}, which is not there; put it there"
+    assert weights.remedy(model, models_dir) == sentence
+
+
+# --------------------------------------------------------------------------------------------------- what a client sees
 
 
 @pytest.mark.parametrize("model_id", ["wan22_vace_fun_14B", "wan_i2v_14B_lightx2v"])
 def test_a_task_for_a_model_that_is_not_installed_is_refused_with_the_command(daemon: Daemon, model_id: str) -> None:
     before = daemon.get("/queue").json()
     answer = daemon.post("/generate", {"prompt": "a cat", "model_type": model_id})
-    command = weights.install_command(CATALOG.get(model_id), daemon.models)
-    assert (answer.status_code, answer.json()) == (
-        400,
-        {"detail": f"model_type: '{model_id}' is not installed; install it with: {command}"},
-    )
+    sentence = f"model_type: '{model_id}' is not installed; install it with: wangpd models download {model_id}"
+    assert (answer.status_code, answer.json()) == (400, {"detail": sentence})
     assert daemon.get("/queue").json() == before
 
 
@@ -283,3 +379,36 @@ def test_a_model_is_installed_as_soon_as_its_weights_are_there(daemon: Daemon) -
     (daemon.folder / "away").rename(daemon.models / "wan22_vace_fun_14B")
     assert installed()
     (daemon.models / "wan22_vace_fun_14B").rename(daemon.folder / "away")
+
+
+LISTS: dict[str, Callable[[Model], bool]] = {
+    "": lambda _: True,
+    "family=flux": lambda model: model.family == "flux",
+    "family=none_such": lambda _: False,
+    "task=t2a": lambda model: "t2a" in model.tasks,
+    "task=i2v&family=wan": lambda model: "i2v" in model.tasks and model.family == "wan",
+    "installed=true": lambda model: model.id == "wan_demo",
+    "installed=false": lambda model: model.id != "wan_demo",
+}
+
+
+@pytest.mark.parametrize("query", LISTS)
+def test_the_list_has_the_models_that_are_asked_for(query: str, daemon: Daemon) -> None:
+    answer = daemon.get(f"/models?{query}").json()
+    wanted = [model.id for model in CATALOG if LISTS[query](model)]
+    assert [entry["id"] for entry in answer["data"]["models"]] == wanted
+    assert answer["message"] == f"Found {len(wanted)} models"
+
+
+@pytest.mark.parametrize("query", ["task=none", "installed=yes"])
+def test_a_filter_that_can_not_be_is_refused(query: str, daemon: Daemon) -> None:
+    answer = daemon.get(f"/models?{query}")
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(f"{query.partition('=')[0]}: must be one of ")
+
+
+def test_each_model_of_the_list_tells_its_limits(daemon: Daemon) -> None:
+    for entry in daemon.get("/models").json()["data"]["models"]:
+        model = CATALOG.get(entry["id"])
+        assert entry["limits"]["resolution_multiple"] == model.spatial_multiple
+        assert entry["limits"]["video_length"] == dataclasses.asdict(model.frames)

@@ -1,27 +1,29 @@
 """Tiny checkpoints for every model of engine/models/wan.toml but the embedded one, made from nothing in a moment.
 
-Each is a folder in diffusers layout with the classes, the configuration flags and the component list of the real
+Each becomes a folder in diffusers layout with the classes, the configuration flags and the component list of the real
 model, so that loading and rendering go through the same code. The denoisers are random (from a fixed seed) with enough
 gain that every input shows in the pixels. The VAE is written by hand: its latents carry the mean colour of a block, so
 a picture made of such blocks comes back nearly unchanged.
 """
 
-import json
-import tomllib
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
+    AnyFlowFARPipeline,
+    AnyFlowFARTransformer3DModel,
     AnyFlowPipeline,
     AnyFlowTransformer3DModel,
     AutoencoderKLWan,
     DiffusionPipeline,
     FlowMapEulerDiscreteScheduler,
     UniPCMultistepScheduler,
+    WanAnimatePipeline,
+    WanAnimateTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -32,9 +34,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from tests.proof import CATALOG, Proof
+
 from .tokenizers import VOCABULARY, characters
 
-CATALOGUE = Path(__file__).parents[2] / "engine" / "models" / "wan.toml"
 INNER_SIZE = 24  # of the denoisers: 2 heads of 12
 TEXT_SIZE = 32
 IMAGE_SIZE = 32
@@ -54,6 +57,17 @@ DENOISER = {
 }
 IMAGE_CONDITION = {"in_channels": 36}  # 16 noisy + 16 of the picture + 4 of the mask
 IMAGE_TOKEN_CONDITION = {"image_dim": IMAGE_SIZE, "added_kv_proj_dim": INNER_SIZE}
+FACES = {  # a face is seen at 16x16 pixels, and its features join after the first block
+    "image_dim": IMAGE_SIZE,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 8,
+    "face_encoder_hidden_dim": 8,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 2,
+}
 CONTROL = {"vace_layers": [0, 1], "vace_in_channels": 96}  # 16 kept + 16 to generate + 64 of the mask
 
 
@@ -82,10 +96,17 @@ ARCHITECTURES = {
     "i2v_pair": Architecture(WanImageToVideoPipeline, denoiser=IMAGE_CONDITION, boundary_ratio=0.9),
     "vace_pair": Architecture(WanVACEPipeline, WanVACETransformer3DModel, CONTROL, boundary_ratio=0.875),
     "ti2v": Architecture(denoiser={"in_channels": 48, "out_channels": 48}, expand_timesteps=True),
+    "animate": Architecture(
+        WanAnimatePipeline,
+        WanAnimateTransformer3DModel,
+        IMAGE_CONDITION | IMAGE_TOKEN_CONDITION | FACES,
+        image_encoder=True,
+    ),
     "anyflow": Architecture(AnyFlowPipeline, AnyFlowTransformer3DModel),
+    "anyflow_far": Architecture(AnyFlowFARPipeline, AnyFlowFARTransformer3DModel),
 }
 
-MODELS = {
+KINDS = {
     "wan_t2v_1.3B": "t2v",
     "wan_t2v_14B": "t2v",
     "wan_i2v_14B": "i2v",
@@ -97,6 +118,7 @@ MODELS = {
     "wan22_i2v_14B": "i2v_pair",
     "wan22_ti2v_5B": "ti2v",
     "wan22_vace_fun_14B": "vace_pair",
+    "wan22_animate_14B": "animate",
     "fastwan_t2v_1.3B": "t2v",
     "fastwan_t2v_14B": "t2v",
     "fastwan22_ti2v_5B": "ti2v",
@@ -108,74 +130,85 @@ MODELS = {
     "wan22_i2v_14B_lightning": "i2v_pair",
     "anyflow_t2v_1.3B": "anyflow",
     "anyflow_t2v_14B": "anyflow",
+    "anyflow_far_1.3B": "anyflow_far",
+    "anyflow_far_14B": "anyflow_far",
 }
 
 
-def build(model_id: str, folder: Path) -> None:
-    """Writes the tiny checkpoint of `model_id` into `folder`, the same bytes at each call, unlike any other model's.
+def pipeline(shape: Architecture) -> DiffusionPipeline:
+    """A whole pipeline of this architecture, with random weights."""
+    return shape.pipeline(**_components(shape))
 
-    The LoRA files of its recipe go into `folder/loras`. Raises KeyError for a model that is not in `MODELS`.
+
+PROOFS = {
+    "anyflow_far_1.3B": Proof(steps=2),  # each of its eight chunks takes them
+    "anyflow_far_14B": Proof(steps=2),
+}
+MODELS: Mapping[str, Callable[[], DiffusionPipeline]] = {
+    model_id: partial(pipeline, ARCHITECTURES[kind]) for model_id, kind in KINDS.items()
+}
+
+
+def write_loras(model_id: str, image_encoder: bool, folder: Path) -> None:
+    """Write the LoRA files of the model's recipe into `folder`, in their publisher's form.
+
+    With an `image_encoder`, they change the layers that read its tokens as well.
     """
-    shape = ARCHITECTURES[MODELS[model_id]]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(model_id.encode()))
-        shape.pipeline(**_components(shape)).save_pretrained(folder)
-        for lora in _recipe(model_id):
-            path = folder / "loras" / Path(lora["file"]).name
-            path.parent.mkdir(exist_ok=True)
-            save_file(_lora_tensors(lora["adapter"], shape), path)
-    _use_published_names(folder / "model_index.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    for lora in CATALOG.get(model_id).recipe_loras:
+        tensors = _lora_tensors(LORA_FORMS[lora["adapter"]], image_encoder)
+        save_file(tensors, folder / Path(lora["file"]).name)
 
 
-PUBLISHED_NAMES = {"tokenizer": "T5TokenizerFast", "image_processor": "CLIPImageProcessor"}
-
-
-def _use_published_names(index: Path) -> None:
-    """Names the classes as the hub's checkpoints do, which were saved by older versions, or with torchvision."""
-    parts = json.loads(index.read_text())
-    for part in PUBLISHED_NAMES.keys() & parts.keys():
-        if parts[part][1] is not None:
-            parts[part][1] = PUBLISHED_NAMES[part]
-    index.write_text(json.dumps(parts, indent=2))
-
-
-def _recipe(model_id: str) -> list[dict[str, Any]]:
-    models = tomllib.loads(CATALOGUE.read_text())["models"]
-    return next(model.get("recipe_loras", []) for model in models if model["id"] == model_id)
+LORAS: Mapping[str, Callable[[Path], None]] = {
+    model_id: partial(write_loras, model_id, ARCHITECTURES[kind].image_encoder)
+    for model_id, kind in KINDS.items()
+    if CATALOG.get(model_id).recipe_loras
+}
 
 
 def _components(shape: Architecture) -> dict[str, Any]:
     """The constructor's arguments. A component that the class does not know is left out, not given as None."""
     parts: dict[str, Any] = {
         "tokenizer": characters(),
-        "text_encoder": _text_encoder(),
-        "vae": _vae_16x() if shape.expand_timesteps else _vae_8x(),
-        "transformer": _denoiser(shape),
-        "scheduler": _scheduler(shape),
+        "text_encoder": text_encoder(),
+        "vae": vae_16x() if shape.expand_timesteps else vae_8x(),
+        "transformer": denoiser(shape.transformer, **shape.denoiser),
+        "scheduler": flow_map_scheduler() if shape.pipeline in FLOW_MAPS else unipc_scheduler(),
     }
     if shape.boundary_ratio is not None:
-        parts |= {"transformer_2": _denoiser(shape), "boundary_ratio": shape.boundary_ratio}
+        parts |= {
+            "transformer_2": denoiser(shape.transformer, **shape.denoiser),
+            "boundary_ratio": shape.boundary_ratio,
+        }
     if shape.expand_timesteps:
         parts["expand_timesteps"] = True
     if shape.image_encoder:
-        parts |= {"image_encoder": _image_encoder(), "image_processor": _image_processor()}
+        parts |= {"image_encoder": image_encoder(), "image_processor": image_processor()}
     return parts
 
 
-def _scheduler(shape: Architecture) -> UniPCMultistepScheduler | FlowMapEulerDiscreteScheduler:
-    if shape.pipeline is AnyFlowPipeline:
-        return FlowMapEulerDiscreteScheduler(shift=5.0)
+FLOW_MAPS = (AnyFlowPipeline, AnyFlowFARPipeline)
+
+
+def flow_map_scheduler() -> FlowMapEulerDiscreteScheduler:
+    """The scheduler of the AnyFlow models."""
+    return FlowMapEulerDiscreteScheduler(shift=5.0)
+
+
+def unipc_scheduler() -> UniPCMultistepScheduler:
+    """The scheduler of the Wan models and of most that grew out of them."""
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
 
 
-def _text_encoder() -> UMT5EncoderModel:
+def text_encoder() -> UMT5EncoderModel:
     config = UMT5Config(
         vocab_size=len(VOCABULARY), d_model=TEXT_SIZE, d_kv=8, d_ff=32, num_layers=1, num_heads=4, dropout_rate=0.0
     )
     return UMT5EncoderModel(config).eval()
 
 
-def _image_encoder() -> CLIPVisionModel:
+def image_encoder() -> CLIPVisionModel:
     config = CLIPVisionConfig(
         hidden_size=IMAGE_SIZE,
         intermediate_size=32,
@@ -188,7 +221,7 @@ def _image_encoder() -> CLIPVisionModel:
     return CLIPVisionModel(config).eval()
 
 
-def _image_processor() -> CLIPImageProcessorPil:
+def image_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
@@ -198,21 +231,28 @@ GAINS = {  # parameter's name ends in -> factor: makes every input show in the p
     "attn2.to_v.bias": 0.0,
     "attn2.to_v.weight": 160.0,
     "attn1.to_v.weight": 20.0,  # carries a picture from its own latent frame to the others
+    "face_adapter.0.to_v.weight": 6.0,
     "vace_blocks.0.proj_out.weight": 6.0,
     "vace_blocks.1.proj_out.weight": 6.0,
 }
 PICTURE_GAIN = 20.0
 
 
-def _denoiser(shape: Architecture) -> nn.Module:
-    """A random denoiser in which the text and the pictures count."""
-    model = shape.transformer(**{**DENOISER, **shape.denoiser}).eval()
+def denoiser(cls: type[nn.Module], **config: Any) -> nn.Module:
+    """A random denoiser of the Wan kind in which the text and the pictures count; `config` overrides `DENOISER`."""
+    model = amplify(cls(**{**DENOISER, **config}).eval(), GAINS)
+    with torch.no_grad():
+        _picture_weights(model).mul_(PICTURE_GAIN)
+    return model
+
+
+def amplify(model: nn.Module, gains: Mapping[str, float]) -> nn.Module:
+    """The same model, with every parameter whose name ends in a key of `gains` multiplied by its factor."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            for ending, gain in GAINS.items():
+            for ending, gain in gains.items():
                 if name.endswith(ending):
                     parameter.mul_(gain)
-        _picture_weights(model).mul_(PICTURE_GAIN)
     return model
 
 
@@ -228,12 +268,12 @@ def _picture_weights(model: Any) -> Tensor:
 CONTRAST = 100.0  # the constant channel over the colours: what makes the normalisation in the VAE almost linear
 
 
-def _vae_8x() -> AutoencoderKLWan:
+def vae_8x() -> AutoencoderKLWan:
     """A Wan 2.1 VAE whose first three latent channels are the mean colour of 8x8 pixels and four frames."""
     return _mosaic(_blank_vae())
 
 
-def _vae_16x() -> AutoencoderKLWan:
+def vae_16x() -> AutoencoderKLWan:
     """A Wan 2.2 VAE whose first three latent channels are the mean colour of 16x16 pixels and four frames."""
     return _mosaic(
         _blank_vae(z_dim=48, patch_size=2, in_channels=12, out_channels=12, is_residual=True, scale_factor_spatial=16)
@@ -333,15 +373,15 @@ LORA_FORMS = {
     "causvid": LoraForm(first_block=1),
     "lightning": LoraForm(alpha=True),
     "lightning_2": LoraForm(alpha=True),
+    "distill": LoraForm(),
 }
 
 
-def _lora_tensors(adapter: str, shape: Architecture) -> dict[str, Tensor]:
-    form = LORA_FORMS[adapter]
+def _lora_tensors(form: LoraForm, image_encoder: bool) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for block in range(form.first_block, DENOISER["num_layers"]):
         prefix = f"diffusion_model.blocks.{block}"
-        for layer, rows, columns in _lora_layers(shape):
+        for layer, rows, columns in _lora_layers(image_encoder):
             tensors |= _lora_layer(f"{prefix}.{layer}", rows, columns, form)
         if form.changes:
             tensors[f"{prefix}.diff_m"] = torch.zeros(1, 6, INNER_SIZE)
@@ -349,10 +389,10 @@ def _lora_tensors(adapter: str, shape: Architecture) -> dict[str, Tensor]:
     return tensors
 
 
-def _lora_layers(shape: Architecture) -> Iterator[tuple[str, int, int]]:
+def _lora_layers(image_encoder: bool) -> Iterator[tuple[str, int, int]]:
     """(name, rows, columns) of each layer of a block that the published files change."""
     projections = [f"self_attn.{name}" for name in "qkvo"] + [f"cross_attn.{name}" for name in "qkvo"]
-    if shape.image_encoder:
+    if image_encoder:
         projections += ["cross_attn.k_img", "cross_attn.v_img"]
     yield from ((name, INNER_SIZE, INNER_SIZE) for name in projections)
     yield "ffn.0", DENOISER["ffn_dim"], INNER_SIZE

@@ -1,0 +1,134 @@
+"""engine/footage.py: videos and sounds that come in."""
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import footage
+from engine.footage import BadFootage
+from engine.gpu import encode
+
+SIDE, LIMIT = 32, 10_000
+
+
+def levels(count: int) -> list[int]:
+    """A grey level for each frame, far enough from its neighbours to be told apart after coding."""
+    return [20 + 200 * i // max(1, count - 1) for i in range(count)]
+
+
+def film(folder: Path, frames: int = 12, fps: int = 12, side: int = SIDE) -> bytes:
+    path = folder / "film.mp4"
+    shades = np.array(levels(frames), np.uint8)[:, None, None, None]
+    encode.write_video(path, np.broadcast_to(shades, (frames, side, side, 3)), fps, None, crf=1)
+    return path.read_bytes()
+
+
+def tone(folder: Path, suffix: str = ".wav", seconds: float = 1.0, rate: int = 16000) -> bytes:
+    path = folder / f"tone{suffix}"
+    times = np.arange(int(seconds * rate)) / rate
+    wave = (0.5 * np.sin(2 * np.pi * 440 * times)).astype(np.float32)
+    encode.write_sound(path, encode.Sound(np.stack([wave, wave]), rate), None)
+    return path.read_bytes()
+
+
+def remuxed(data: bytes, container: str) -> bytes:
+    """The same packets in another container."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    return buffer.getvalue()
+
+
+def stored(folder: Path, data: bytes) -> Path:
+    """As the daemon stores inputs: by a name that says nothing."""
+    path = folder / "0123abcd"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
+def test_the_length_of_a_video_is_told(tmp_path: Path, container: str) -> None:
+    data = remuxed(film(tmp_path, frames=30, fps=12), container)
+    assert footage.check(data, "video", LIMIT) == pytest.approx(2.5, abs=0.1)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3"])
+def test_the_length_of_a_sound_is_told(tmp_path: Path, suffix: str) -> None:
+    assert footage.check(tone(tmp_path, suffix), "audio", LIMIT) == pytest.approx(1.0, abs=0.1)
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 64, picture(), PLAYLIST, b"ffconcat version 1.0\nfile '/etc/passwd'\n"])
+def test_what_is_no_video_is_refused_with_the_formats_that_are(data: bytes) -> None:
+    with pytest.raises(BadFootage, match=r"^is not an MP4, MOV, WebM or MKV video$"):
+        footage.check(data, "video", LIMIT)
+
+
+def test_a_video_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadFootage, match="is damaged or cut off"):
+        footage.check(film(tmp_path)[:200], "video", LIMIT)
+
+
+def test_a_sound_file_without_sound_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadFootage, match="holds no audio"):
+        footage.check(film(tmp_path), "audio", LIMIT)
+
+
+def test_a_video_with_too_many_pixels_is_refused_before_a_frame_is_decoded(tmp_path: Path) -> None:
+    with pytest.raises(BadFootage, match=r"^is 32x32, more than the limit of 1000 pixels a frame"):
+        footage.check(film(tmp_path), "video", 1000)
+
+
+def test_a_sound_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footage, "MAX_S", 1)
+    with pytest.raises(BadFootage, match=r"^is 2 seconds long, but must be longer than 0 and at most 1$"):
+        footage.check(tone(tmp_path, seconds=2), "audio", LIMIT)
+
+
+def shades(frames: list[Image.Image]) -> list[int]:
+    return [round(float(np.asarray(frame).mean())) for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("fps", "count", "expected"),
+    [
+        (12, 12, list(range(12))),  # as it is
+        (12, 5, list(range(5))),  # only so many
+        (12, 99, list(range(12))),  # no more than there are
+        (6, 99, list(range(0, 12, 2))),  # every other
+        (24, 99, [i // 2 for i in range(24)]),  # each twice
+    ],
+)
+def test_frames_are_those_that_are_shown_at_their_times(
+    tmp_path: Path, fps: int, count: int, expected: list[int]
+) -> None:
+    frames = footage.read_frames(stored(tmp_path, film(tmp_path)), fps, count)
+    wanted = [levels(12)[i] for i in expected]
+    assert len(frames) == len(wanted)
+    assert np.abs(np.array(shades(frames)) - wanted).max() <= 3
+    assert {frame.mode for frame in frames} == {"RGB"}
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_a_sound_is_read_as_stereo_at_the_rate_that_is_asked_for(tmp_path: Path, rate: int) -> None:
+    samples = footage.read_sound(stored(tmp_path, tone(tmp_path)), rate)
+    assert samples.dtype == np.float32
+    assert samples.shape[0] == 2
+    assert samples.shape[1] == pytest.approx(rate, rel=0.01)
+    assert 0.45 < np.abs(samples).max() < 0.55

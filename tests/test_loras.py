@@ -1,0 +1,217 @@
+"""LoRAs: found, checked against the model before anything is loaded, and switched without loading it again."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine import loras
+from engine.catalog import HERE, Catalog
+from engine.gpu.adapters import strength
+from engine.job import Lora
+from engine.loras import BadLora
+from tests.daemon import Daemon
+from tests.frames import read_video
+
+DEMO = Catalog.load().get("wan_demo")
+WEIGHTS = HERE / "demo"
+RANK, WIDTH, BLOCKS = 4, 128, 4
+QUICK = {"num_inference_steps": 4, "video_length": 9, "seed": 7}
+
+
+def layers(seed: int, *, width: int = WIDTH, blocks: int = BLOCKS, gain: float = 0.3) -> dict[str, torch.Tensor]:
+    """LoRA weights for all self-attention values of the embedded model."""
+    rng = torch.Generator().manual_seed(seed)
+    names = [f"transformer.blocks.{block}.attn1.to_v" for block in range(blocks)]
+    down = {f"{name}.lora_A.weight": torch.randn(RANK, width, generator=rng) * gain for name in names}
+    up = {f"{name}.lora_B.weight": torch.randn(width, RANK, generator=rng) * gain for name in names}
+    return down | up
+
+
+def written(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> Path:
+    path = folder / "wan" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    return path
+
+
+def chosen(folder: Path, *names: str, multipliers: str = "") -> tuple[Lora, ...]:
+    return loras.chosen(list(names), multipliers, DEMO, folder, WEIGHTS)
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+def test_the_files_of_the_models_family_are_told(tmp_path: Path) -> None:
+    written(tmp_path, "b", layers(1))
+    written(tmp_path, "a", layers(2))
+    (tmp_path / "wan" / "notes.txt").write_text("none")
+    assert loras.available(DEMO, tmp_path) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_name_is_taken_with_and_without_its_suffix(tmp_path: Path) -> None:
+    path = written(tmp_path, "a", layers(1))
+    assert chosen(tmp_path, "a") == chosen(tmp_path, "a.safetensors") == (Lora(path, ((1.0,),)),)
+
+
+@pytest.mark.parametrize("name", ["b", "../a", "/etc/passwd", "a/../a", "", "."])
+def test_a_file_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, name: str) -> None:
+    written(tmp_path, "a", layers(1))
+    sentence = f"activated_loras: '{name}' is not in the LoRA folder of family 'wan'; there are: a.safetensors"
+    with pytest.raises(BadLora, match=f"^{re.escape(sentence)}$"):
+        chosen(tmp_path, name)
+
+
+UNFIT = {
+    "too wide": (layers(1, width=192), "its layer transformer.blocks.0.attn1.to_v is 192x192"),
+    "too deep": (layers(1, blocks=BLOCKS + 1), f"it has blocks {BLOCKS}, and the model's last is {BLOCKS - 1}"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_lora_of_another_model_is_refused_naming_what_does_not_fit(tmp_path: Path, case: str) -> None:
+    tensors, reason = UNFIT[case]
+    written(tmp_path, "alien", tensors)
+    sentence = f"activated_loras: 'alien.safetensors' does not fit model 'wan_demo': {reason}"
+    with pytest.raises(BadLora, match=re.escape(sentence)):
+        chosen(tmp_path, "alien")
+
+
+def test_names_of_the_original_code_and_of_other_trainers_fit_too(tmp_path: Path) -> None:
+    for style in ("diffusion_model.blocks.{}.self_attn.v", "lora_unet_blocks_{}_self_attn_v"):
+        down = {f"{style.format(i)}.lora_down.weight": torch.zeros(RANK, WIDTH) for i in range(BLOCKS)}
+        up = {f"{style.format(i)}.lora_up.weight": torch.zeros(WIDTH, RANK) for i in range(BLOCKS)}
+        written(tmp_path, "styled", down | up)
+        assert len(chosen(tmp_path, "styled")) == 1
+
+
+BROKEN = {
+    "empty": (b"", "is no safetensors file"),
+    "cut off": (b"\xff\x00\x00\x00\x00\x00\x00\x00{", "is no safetensors file"),
+    "too large a header": (b"\xff" * 8, "is no safetensors file"),
+    "text": (b"<html>not found</html>", "is no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused(tmp_path: Path, case: str) -> None:
+    data, reason = BROKEN[case]
+    written(tmp_path, "a", layers(1)).write_bytes(data)
+    with pytest.raises(BadLora, match=reason):
+        chosen(tmp_path, "a")
+
+
+def test_a_checkpoint_is_no_lora(tmp_path: Path) -> None:
+    written(tmp_path, "whole", {"blocks.0.attn1.to_v.weight": torch.zeros(WIDTH, WIDTH)})
+    with pytest.raises(BadLora, match=r"holds no LoRA layers$"):
+        chosen(tmp_path, "whole")
+
+
+def test_half_a_lora_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "half", {name: tensor for name, tensor in layers(1).items() if "lora_A" in name})
+    with pytest.raises(BadLora, match=r"has no counterpart$"):
+        chosen(tmp_path, "half")
+
+
+# ---------------------------------------------------------------------------------------------------- multipliers
+
+
+@pytest.mark.parametrize(
+    ("text", "phases"),
+    [
+        ("", [((1.0,),), ((1.0,),)]),
+        ("0.5", [((0.5,),), ((1.0,),)]),
+        ("0.5 0.25", [((0.5,),), ((0.25,),)]),
+        ("# strong\n0.5\n# weak\n-0.25\n", [((0.5,),), ((-0.25,),)]),
+        ("0,0.5,1 1;0", [((0.0, 0.5, 1.0),), ((1.0,), (0.0,))]),
+    ],
+)
+def test_multipliers_are_read_as_wangp_reads_them(tmp_path: Path, text: str, phases: list[Any]) -> None:
+    for name in "ab":
+        written(tmp_path, name, layers(1))
+    assert [lora.phases for lora in chosen(tmp_path, "a", "b", multipliers=text)] == phases
+
+
+@pytest.mark.parametrize("text", ["1 2 3", "strong", "1;;2", "1,", "1 nan? 2"])
+def test_wrong_multipliers_are_refused(tmp_path: Path, text: str) -> None:
+    for name in "ab":
+        written(tmp_path, name, layers(1))
+    with pytest.raises(BadLora, match=r"^loras_multipliers: "):
+        chosen(tmp_path, "a", "b", multipliers=text)
+
+
+def test_several_values_are_spread_evenly_over_the_steps() -> None:
+    lora = Lora(Path("a"), ((0.0, 0.5, 1.0),))
+    assert [strength(lora, step, 6)["transformer"] for step in range(6)] == [0, 0, 0.5, 0.5, 1, 1]
+
+
+def test_the_phases_are_those_of_the_two_experts() -> None:
+    assert strength(Lora(Path("a"), ((1.0,), (0.25,))), 0, 4) == {"transformer": 1.0, "transformer_2": 0.25}
+
+
+# -------------------------------------------------------------------------------------------------- through HTTP
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("loras")
+    for name, seed in (("one", 1), ("two", 2)):
+        written(folder / "loras", name, layers(seed))
+    written(folder / "loras", "alien", layers(1, width=192))
+    with Daemon(folder) as daemon:
+        yield daemon
+
+
+def frames(studio: Daemon, **fields: Any) -> np.ndarray[Any, Any]:
+    return read_video(studio.made(studio.run(**QUICK, **fields)))
+
+
+def test_the_loras_for_a_model_are_listed(studio: Daemon) -> None:
+    data = studio.get("/loras?model=wan_demo").json()["data"]
+    names = ["alien.safetensors", "one.safetensors", "two.safetensors"]
+    assert data == {"model": "wan_demo", "family": "wan", "loras": names}
+
+
+def test_loras_of_an_unknown_model_are_404(studio: Daemon) -> None:
+    assert studio.get("/loras?model=wan_9").status_code == 404
+
+
+def test_a_lora_that_does_not_fit_is_400_and_nothing_is_queued(studio: Daemon) -> None:
+    answer = studio.post("/generate", {"prompt": "a", "activated_loras": ["alien"]})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("activated_loras: 'alien.safetensors' does not fit model 'wan_demo'")
+    assert studio.get("/queue").json()["data"]["total_tasks"] == 0
+
+
+def test_loras_are_switched_on_and_off_without_loading_the_model_again(studio: Daemon) -> None:
+    plain = frames(studio)
+    loaded = studio.log.read_text().count("loaded model")
+    one, two = (frames(studio, activated_loras=[name]) for name in ("one", "two"))
+    assert not np.array_equal(plain, one)
+    assert not np.array_equal(one, two)
+    assert np.array_equal(frames(studio, activated_loras=["one"]), one)
+    assert np.array_equal(frames(studio), plain)
+    assert studio.log.read_text().count("loaded model") == loaded
+
+
+def test_a_multiplier_of_nothing_is_no_lora(studio: Daemon) -> None:
+    assert np.array_equal(frames(studio, activated_loras=["one"], loras_multipliers="0"), frames(studio))
+
+
+def test_strengths_that_change_over_the_steps_are_neither_the_first_nor_the_last(studio: Daemon) -> None:
+    spread, first, last = (frames(studio, activated_loras=["one"], loras_multipliers=m) for m in ("0,1", "0", "1"))
+    assert not np.array_equal(spread, first)
+    assert not np.array_equal(spread, last)
+
+
+def test_the_settings_of_a_status_ask_for_the_same_loras(studio: Daemon) -> None:
+    first = studio.run(**QUICK, activated_loras=["one", "two"], loras_multipliers="0.5 0,1;0.25")
+    assert first["settings"]["activated_loras"] == ["one.safetensors", "two.safetensors"]
+    assert first["settings"]["loras_multipliers"] == "0.5 0,1;0.25"
+    again = studio.finish(studio.post("/generate", first["settings"]).json()["data"]["task_id"])
+    assert np.array_equal(read_video(studio.made(first)), read_video(studio.made(again)))

@@ -1,0 +1,1 @@
+"""Named by transformers on import; reading files is not among what the tests need."""
