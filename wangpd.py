@@ -1162,7 +1162,7 @@ def model_limits(model: Model) -> dict[str, Any]:
     return {
         "resolution_multiple": model.spatial_multiple,
         "max_side": model.max_side,
-        "video_length": dataclasses.asdict(model.frames),
+        "video_length": {name: getattr(model.frames, name) for name in ("step", "offset", "min", "max")},
         "fps": model.fps,
         "inputs": {name: model.takes(name) for name in INPUTS},
         "max_image_refs": model.inputs.get("max_reference_images", 0),
@@ -2358,6 +2358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(options: argparse.Namespace, config: Config, models: Catalog) -> int:
     """`wangpd models …`; returns the exit code: 0, 1 if a download failed, 2 for an unknown model."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `wangpd models | head` is no fault
     if not options.action:
         print("\n".join(model_table(selected(models, options.family, options.task), config, options.installed)))
         return 0

@@ -46,7 +46,7 @@ def check(data: bytes, kind: str, max_pixels: int) -> float:
 
     A frame of more than `max_pixels` is refused before it is decoded. Raises BadFootage and nothing else.
     """
-    with _opened(io.BytesIO(data), kind) as container:
+    with opened(io.BytesIO(data), kind) as container:
         stream = getattr(container.streams, kind)[0]
         if kind == "video" and stream.width * stream.height > max_pixels:
             size = f"{stream.width}x{stream.height}"
@@ -63,13 +63,13 @@ def read_frames(path: Path, fps: int, count: int) -> "list[Image]":
 
     Each is the frame that is shown at its time. Raises BadFootage.
     """
-    with path.open("rb") as file, _opened(file, "video") as container:
+    with path.open("rb") as file, opened(file, "video") as container:
         return [_image(frame) for frame in islice(_at_rate(container, fps), count)]
 
 
 def read_last_frames(path: Path, fps: int, count: int) -> "list[Image]":
     """The last `count` frames, else as `read_frames`."""
-    with path.open("rb") as file, _opened(file, "video") as container:
+    with path.open("rb") as file, opened(file, "video") as container:
         return [_image(frame) for frame in deque(_at_rate(container, fps), maxlen=count)]
 
 
@@ -89,22 +89,6 @@ def _image(frame: "VideoFrame") -> "Image":
     return picture
 
 
-def read_sound(path: Path, sample_rate: int) -> Any:
-    """The whole sound as an array, (2, N) float32 in -1..1, at `sample_rate` samples a second. Raises BadFootage.
-
-    For the generation process: it brings in numpy.
-    """
-    import av
-    import numpy as np
-
-    resampler = av.AudioResampler("fltp", "stereo", sample_rate)
-    with path.open("rb") as file, _opened(file, "audio") as container:
-        stream = container.streams.audio[0]
-        chunks = [part.to_ndarray() for frame in container.decode(stream) for part in resampler.resample(frame)]
-        chunks += [part.to_ndarray() for part in resampler.resample(None)]
-    return np.concatenate(chunks, axis=1)
-
-
 def _shown_until(frame: Any, stream: Any) -> float:
     """When the next frame follows, in seconds, a hair early: times are rounded to the stream's time base."""
     rate = float(stream.average_rate or 25)
@@ -120,7 +104,7 @@ def _seconds(container: "InputContainer", stream: Any) -> float:
 
 
 @contextmanager
-def _opened(file: BinaryIO, kind: str) -> "Iterator[InputContainer]":
+def opened(file: BinaryIO, kind: str) -> "Iterator[InputContainer]":
     """The container; whatever FFmpeg raises, here or inside the block, leaves as BadFootage."""
     import av
 

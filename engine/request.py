@@ -299,8 +299,11 @@ def default_settings(model: Model) -> dict[str, Any]:
     """What a request that names only a prompt gets, under the contract's field names."""
     task = model.tasks[0]
     hidden = {name for name in OPTIONAL_SETTINGS if not model.has_setting(name, task)}
-    hidden |= _NOT_OF_KIND[model.kind] | {"prompt"} | (set() if model.step_caches(task) else set(CACHE_SETTINGS))
-    shown = {key: value for key, value in _defaults(model, True).items() if key not in hidden and value is not None}
+    values = _defaults(model, True)
+    hidden |= _NOT_OF_KIND[model.kind] | {"prompt"}
+    if not values["skip_steps_cache_type"]:
+        hidden |= set(CACHE_SETTINGS)
+    shown = {key: value for key, value in values.items() if key not in hidden and value is not None}
     return {"prompt": "", **shown}
 
 

@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 import wangpd
 from engine import attention as kernels
 from engine.attention import KERNELS
+from engine.catalog import Catalog
 from engine.gpu import attention
 from engine.job import EngineError
 
+CATALOG = Catalog.load()
 QUERY = torch.randn(1, 64, 2, 16, generator=torch.Generator().manual_seed(0))
 MISSING = [name for name, kernel in KERNELS.items() if not kernel.installed]
 
@@ -106,6 +110,16 @@ def test_the_measurement_is_made_once_for_a_size(monkeypatch: pytest.MonkeyPatch
     for tokens in (1000, 1010, 5000):
         assert attention.set_kernel(pair(), "auto", CUDA, tokens) == "cudnn"
     assert measured == [512, 4096]
+
+
+def test_a_backend_that_one_model_needs_is_not_the_next_ones() -> None:
+    model = CATALOG.get("k5_lite_t2v_10s")
+    assert model.attention_backend == "flex"
+    tiny = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, ffn_dim=8, num_layers=1, text_dim=8)
+    attention.set_backend(tiny, "flex")
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    assert active.value == "native"
+    assert tiny.blocks[0].attn1.processor._attention_backend.value == "flex"
 
 
 def test_a_cpu_keeps_what_diffusers_takes_by_itself() -> None:

@@ -229,7 +229,7 @@ FAULTS = (
         "it is refused at submission, and told what would take it",
         (
             "contract::a_picture_that_the_model_does_not_take_is_400_with_those_that_do",
-            "wan_models::a_picture_that_a_model_needs_is_asked_for",
+            "wan_models::an_input_that_a_model_does_not_take_is_refused",
             "weights::a_task_for_a_model_that_is_not_installed_is_refused_with_the_command",
         ),
     ),
@@ -237,7 +237,7 @@ FAULTS = (
         "all steps are done, then the decoding runs out of memory",
         "tiles by the size of the card, and another try in the smallest tiles",
         (
-            "memory::tiles_follow_the_size_of_the_card",
+            "plan::tiles_are_for_cards_on_which_whole_frames_do_not_fit",
             "faults::a_decode_that_runs_out_of_memory_is_tried_again_in_tiles",
         ),
     ),

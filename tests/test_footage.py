@@ -123,12 +123,3 @@ def test_frames_are_those_that_are_shown_at_their_times(
     assert len(frames) == len(wanted)
     assert np.abs(np.array(shades(frames)) - wanted).max() <= 3
     assert {frame.mode for frame in frames} == {"RGB"}
-
-
-@pytest.mark.parametrize("rate", [16000, 44100])
-def test_a_sound_is_read_as_stereo_at_the_rate_that_is_asked_for(tmp_path: Path, rate: int) -> None:
-    samples = footage.read_sound(stored(tmp_path, tone(tmp_path)), rate)
-    assert samples.dtype == np.float32
-    assert samples.shape[0] == 2
-    assert samples.shape[1] == pytest.approx(rate, rel=0.01)
-    assert 0.45 < np.abs(samples).max() < 0.55

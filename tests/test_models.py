@@ -41,6 +41,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield daemon
 
 
+@pytest.mark.timeout(900)  # a dozen runs; on a busy machine those of the largest tiny models take minutes
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=[] if str(case) in QUICK else [pytest.mark.proof], id=str(case)) for case in CASES],

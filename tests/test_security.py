@@ -560,7 +560,9 @@ def test_a_model_with_pickled_weights_is_not_installed(checkpoint: Path, mark: P
     with Daemon(checkpoint.parent.parent) as daemon:
         answer = daemon.post("/generate", {"prompt": "a", "model_type": MODEL.id})
     assert answer.status_code == 400
-    assert answer.json()["detail"].startswith(f"model_type: '{MODEL.id}' is not installed; install it with: hf ")
+    assert answer.json()["detail"].startswith(
+        f"model_type: '{MODEL.id}' is not installed; install it with: wangpd models download "
+    )
     assert not mark.exists()
 
 

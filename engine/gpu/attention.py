@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 
 from engine.attention import AUTO, KERNELS
 from engine.job import EngineError
 
 log = logging.getLogger("wangpd.worker")
+NATIVE = "native"
 MOST_TOKENS = 32_768  # a longer sequence is not measured at its length: the order of the kernels does not change
 RUNS = 3
 DENOISERS = ("transformer", "transformer_2")
@@ -37,10 +38,16 @@ def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int) -> str:
     name = mode if mode != AUTO else _remembered(_heads(sized[0]), tokens, device)
     for part in sized:
         try:
-            part.set_attention_backend(KERNELS[name].backend)
+            set_backend(part, KERNELS[name].backend)
         except (RuntimeError, ValueError) as error:
             raise EngineError(f"attention_mode '{name}' does not work here: {error}", "no_attention") from None
     return name
+
+
+def set_backend(denoiser: Any, backend: str) -> None:
+    """Let this denoiser alone run with a backend; diffusers by itself would make it the default of all models too."""
+    with attention_backend(NATIVE):
+        denoiser.set_attention_backend(backend)
 
 
 def _heads(denoiser: Any) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -54,7 +55,13 @@ def _last_frames(job: Job, count: int) -> list[Image.Image]:
 
 
 def _sound(path: Path, _name: str, _job: Job, sample_rate: int) -> torch.Tensor:
-    return torch.from_numpy(footage.read_sound(path, sample_rate))  # (2, N) float32 in -1..1
+    """The whole sound, (2, N) float32 in -1..1, at `sample_rate` samples a second. Raises BadFootage."""
+    resampler = av.AudioResampler("fltp", "stereo", sample_rate)
+    with path.open("rb") as file, footage.opened(file, "audio") as container:
+        frames = container.decode(container.streams.audio[0])
+        chunks = [part.to_ndarray() for frame in frames for part in resampler.resample(frame)]
+        chunks += [part.to_ndarray() for part in resampler.resample(None)]
+    return torch.from_numpy(np.concatenate(chunks, axis=1))
 
 
 def _fitted(picture: Image.Image, name: str, job: Job) -> Image.Image:

@@ -14,9 +14,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.models.attention_dispatch import attention_backend
 
 from engine.catalog import Model, Pipeline
-from engine.gpu import caching, inputs, results, single_file
+from engine.gpu import attention, caching, inputs, results, single_file
 from engine.gpu.adapters import Adapters
 from engine.gpu.meter import Meter
 from engine.gpu.results import Clip
@@ -47,7 +48,7 @@ def load(model: Model, pipeline: Pipeline, weights: Weights, device: torch.devic
     if pipeline.tiled_vae:
         pipe.vae.enable_tiling()
     if model.attention_backend:
-        pipe.transformer.set_attention_backend(model.attention_backend)
+        attention.set_backend(pipe.transformer, model.attention_backend)
     if model.schedule:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **model.schedule)
     _fuse_recipe(pipe, model, weights)
@@ -158,7 +159,7 @@ def _run(pipe: Any, model: Model, job: Job, seeds: list[int], meter: Meter, *, a
     torch.manual_seed(seeds[0])  # some classes draw more than the noise, and not from their generator
     with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job):
         counter = StepCounter(pipe, job, pipeline, meter, set_strengths)
-        with counter.counting() as arguments:
+        with counter.counting() as arguments, attention_backend(model.attention_backend or attention.NATIVE):
             return pipe(**call_arguments(pipe, model, job, seeds), **arguments)
 
 

@@ -43,7 +43,8 @@ def build(model: Model, models_dir: Path) -> None:
     """
     owner = model.base or model.id
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of libraries that are built on their own deprecated parts
+        for kind in (FutureWarning, DeprecationWarning):  # of libraries that are built on deprecated parts
+            warnings.simplefilter("ignore", kind)
         if not (models_dir / owner).exists():
             torch.manual_seed(zlib.crc32(owner.encode()))
             MODELS[owner]().save_pretrained(models_dir / owner, variant=model.variant)
