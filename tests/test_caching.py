@@ -24,9 +24,9 @@ CATALOG = Catalog.load()
 DEMO = CATALOG.get("wan_demo")
 STEPS = 12
 PASSES = 2  # with and without the prompt
-# Least likeness to the frames of the full run, in dB; chance frames of this model are 12 dB apart.
+# Least likeness to the frames of the full run, in dB: 33 to 39 were seen. Those of another seed are 19 to 22 dB away.
 MOST_COMPUTED = {"mag": 0.6, "tea": 0.6, "fbc": 0.9, "taylorseer": 0.75}  # share of the steps at twice the speed
-LIKENESS = {"mag": 22.0, "tea": 22.0, "fbc": 22.0, "taylorseer": 22.0}
+LIKENESS = {"mag": 28.0, "tea": 28.0, "fbc": 28.0, "taylorseer": 28.0}
 
 
 def job(**changes: Any) -> Job:
