@@ -51,21 +51,16 @@ from engine.catalog import STEP_CACHES, Catalog, Model, UnknownModel
 from engine.downloads import Download, Downloads, NoDownload, Stage
 from engine.executor import Engine, EngineConfig
 from engine.inputs import Inputs
+from engine.job import Lora
 from engine.journal import Journal, JournalFault
 from engine.outputs import Entry, Outputs, Retention
 from engine.queue import Busy, Closed, EngineDown, Full, KeyReused, Limits, NoSuchTask, Receipt, TaskQueue, WrongState
-from engine.request import (
-    CONTRACT_DEFAULTS,
-    FURTHER_DEFAULTS,
-    BadRequest,
-    Media,
-    Resolved,
-    default_settings,
-)
+from engine.request import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, BadRequest, Media, Resolved, default_settings
 from engine.request import resolve as resolved_request
 from engine.request import settings as settings_of
 from engine.task import Status, Task
 from engine.tasks import INPUTS, TASKS
+from engine.weights import Weights
 
 log = logging.getLogger("wangpd")
 
@@ -240,6 +235,8 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
     folders = {name: (Path() if name in flags else base, values.get(name, KEYS[name].default)) for name in FOLDERS}
     if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
         values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
+    if fault := attention.fault(values.get("attention_mode", attention.AUTO)):
+        raise ConfigError(fault)
     return Config(
         **values
         | {name: Path(root, folder).absolute() for name, (root, folder) in folders.items()}
@@ -932,6 +929,7 @@ JSON_TYPE = "application/json"
 FORM_TYPE = "multipart/form-data"
 FORM_CHUNK_BYTES = 2**18
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Body = tuple[dict[str, Any], "hashlib._Hash"]  # values as they were sent, and what tells them from others
 
 
 def operation(
@@ -1345,28 +1343,33 @@ def resolve(app: web.Application, body: Mapping[str, Any], store: bool) -> Resol
     Raises BadRequest or UnknownModel, and has written nothing then.
     """
     model = app[CATALOG].get(body.get("model_type") or app[CONFIG].default_model)
-    require_weights(model, app[CONFIG])
+    found = require_weights(model, app[CONFIG])
     files = {name: several(body[name]) for name in INPUTS if body.get(name, []) != []}
     given = {name: checked_input(app, name, datas) for name, datas in files.items()}
     resolved = resolved_request(app[CATALOG], model, body, given)
-    if names := body.get("activated_loras"):
-        resolved = with_loras(app, resolved, model, names, body.get("loras_multipliers", ""))
+    if body.get("activated_loras"):
+        job = dataclasses.replace(resolved.job, loras=chosen_loras(app, model, resolved.job.task, found, body))
+        resolved = dataclasses.replace(resolved, job=job)
     for data in (data for datas in files.values() for data in datas if store):
         app[INPUT_FILES].store(data)
     unknown = tuple(f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
     return dataclasses.replace(resolved, warnings=(*unknown, *resolved.warnings))
 
 
-def with_loras(app: web.Application, resolved: Resolved, model: Model, names: list[str], multipliers: str) -> Resolved:
-    """The job with its LoRAs. Raises BadRequest for one that is not there or does not fit."""
-    found = weights.locate(model, app[CONFIG].models_dir)
-    if not model.pipelines[resolved.job.task].loras or found is None:
+def chosen_loras(
+    app: web.Application, model: Model, task: str, found: Weights | None, body: Mapping[str, Any]
+) -> tuple[Lora, ...]:
+    """The LoRAs of a request. Raises BadRequest for one that is not there or does not fit the weights."""
+    if not model.pipelines[task].loras:
         raise BadRequest(f"activated_loras: model '{model.id}' takes no LoRAs; leave them out")
+    if found is None:
+        remedy = weights.remedy(model, app[CONFIG].models_dir)
+        raise BadRequest(f"activated_loras: '{model.id}' is not installed, so nothing tells whether they fit; {remedy}")
+    names, multipliers = body["activated_loras"], body.get("loras_multipliers", "")
     try:
-        chosen = loras.chosen(names, multipliers, model, app[CONFIG].loras_dir, found.folder)
+        return loras.chosen(names, multipliers, model, app[CONFIG].loras_dir, found.folder)
     except loras.BadLora as error:
         raise BadRequest(str(error)) from None
-    return dataclasses.replace(resolved, job=dataclasses.replace(resolved.job, loras=chosen))
 
 
 def several(value: bytes | list[bytes]) -> tuple[bytes, ...]:
@@ -1377,11 +1380,13 @@ def several(value: bytes | list[bytes]) -> tuple[bytes, ...]:
 UNKNOWN = " unknown"  # not a name that a field can have
 
 
-def require_weights(model: Model, config: Config) -> None:
-    """Raises BadRequest with the command that helps if the weights are not here and may not be fetched."""
-    if not config.allow_download and weights.locate(model, config.models_dir) is None:
+def require_weights(model: Model, config: Config) -> Weights | None:
+    """The model's weights, or None if they are to be fetched. Raises BadRequest with what helps if they may not be."""
+    found = weights.locate(model, config.models_dir)
+    if found is None and not config.allow_download:
         remedy = weights.remedy(model, config.models_dir)
         raise BadRequest(f"model_type: '{model.id}' is not installed; {remedy}")
+    return found
 
 
 def checked_input(app: web.Application, name: str, datas: tuple[bytes, ...]) -> Media:
@@ -1840,11 +1845,18 @@ async def read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
         raise web.HTTPRequestEntityTooLarge(largest_bytes(request))
     try:
         async with asyncio.timeout(request.app[CONFIG].body_timeout_s):
-            values = await read(request, schema)
+            body = await read(request, schema)
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
     async with request.app[HEAVY]:
-        return await asyncio.to_thread(lambda: loaded(schema, values()))
+        checked, request[DIGEST] = await asyncio.to_thread(checked_body, body, schema)
+    return checked
+
+
+def checked_body(body: Callable[[], Body], schema: Schema) -> tuple[dict[str, Any], str]:
+    """The checked values and the SHA-256 of the body. Blocks."""
+    values, digest = body()
+    return loaded(schema, values), digest.hexdigest()
 
 
 def largest_bytes(request: web.Request) -> int:
@@ -1852,27 +1864,40 @@ def largest_bytes(request: web.Request) -> int:
     return request.app[CONFIG].max_body_mb * 2**20
 
 
-async def read_json(request: web.Request, _: Schema) -> Callable[[], dict[str, Any]]:
-    """What makes the values out of the body; parsing blocks."""
+async def read_json(request: web.Request, _: Schema) -> Callable[[], Body]:
+    """What makes a body out of the bytes that came; it blocks."""
     raw = await request.read()
-    request[DIGEST] = hashlib.sha256(raw).hexdigest()
-    return lambda: parsed(raw)
+    return lambda: (parsed(raw), hashlib.sha256(raw))
 
 
-async def read_form(request: web.Request, schema: Schema) -> Callable[[], dict[str, Any]]:
+async def read_form(request: web.Request, schema: Schema) -> Callable[[], Body]:
     """Likewise for a form: files as they are, repeated where the field is a list, and every other value as in JSON."""
+    try:
+        found = [part async for part in parts(request)]
+    except (ValueError, AssertionError, HttpProcessingError):
+        raise broken_form() from None
+    return lambda: form_body(found, schema)
+
+
+def broken_form() -> BadRequest:
+    """For a form that is cut off or malformed."""
+    return BadRequest("The form is malformed or cut off; send it again, as curl -F does")
+
+
+def form_body(found: list[tuple[str, bytes]], schema: Schema) -> Body:
+    """The values of the parts. Raises BadRequest."""
     values: dict[str, Any] = {}
     digest = hashlib.sha256()  # of the parts: the boundary between them is another one each time
-    try:
-        async for name, data in parts(request):
-            digest.update(b"%d %s %d " % (len(name), name.encode(), len(data)) + data)
-            field = schema.fields.get(name)
+    for name, data in found:
+        digest.update(b"%d %s %d " % (len(name), name.encode(), len(data)))
+        digest.update(data)
+        field = schema.fields.get(name)
+        try:
             value = form_value(field, data)
-            values[name] = [*values.get(name, []), value] if isinstance(field, fields.List) else value
-    except (ValueError, AssertionError, HttpProcessingError):  # a form that is cut off or malformed
-        raise BadRequest("The form is malformed or cut off; send it again, as curl -F does") from None
-    request[DIGEST] = digest.hexdigest()
-    return lambda: values
+        except ValueError:  # text that is no UTF-8
+            raise broken_form() from None
+        values[name] = [*values.get(name, []), value] if isinstance(field, fields.List) else value
+    return values, digest
 
 
 async def parts(request: web.Request) -> AsyncIterator[tuple[str, bytes]]:
@@ -1902,7 +1927,7 @@ def form_value(field: fields.Field[Any] | None, data: bytes) -> Any:
     return text
 
 
-READERS: Mapping[str, Callable[[web.Request, Schema], Awaitable[Callable[[], dict[str, Any]]]]] = {
+READERS: Mapping[str, Callable[[web.Request, Schema], Awaitable[Callable[[], Body]]]] = {
     JSON_TYPE: read_json,
     FORM_TYPE: read_form,
 }
@@ -2068,7 +2093,7 @@ def make_app(config: Config, models: Catalog | None = None) -> web.Application:
         client_max_size=config.max_body_mb * 2**20,
     )
     app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
-    app[CATALOG], app[HEAVY] = models or read_catalog(config), asyncio.Semaphore(HEAVY_AT_ONCE)
+    app[CATALOG], app[HEAVY] = read_catalog(config) if models is None else models, asyncio.Semaphore(HEAVY_AT_ONCE)
     app[OUTPUTS] = Outputs(config.save_path, config.state_path / "thumbnails", config.retention())
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
@@ -2410,13 +2435,11 @@ def progress_line(download: Download) -> str:
 
 
 def read_catalog(config: Config) -> Catalog:
-    """The models of the package and of `models_dir`. Raises ConfigError, also for what only the catalogue can tell."""
+    """The models of the package and of `models_dir`. Raises ConfigError, also if it has no default model."""
     try:
         models = Catalog.load(config.models_dir)
     except (OSError, ValueError) as error:
         raise ConfigError(f"models_dir: {error}") from None
-    if fault := attention.fault(config.attention_mode):
-        raise ConfigError(fault)
     if config.default_model not in models:
         raise ConfigError(f"default_model: {config.default_model!r} is not in the catalogue; see: wangpd models")
     return models

@@ -17,6 +17,7 @@ from engine.job import Lora
 from engine.loras import BadLora
 from tests.daemon import Daemon
 from tests.frames import read_video
+from tests.idle import idle_daemon
 
 DEMO = Catalog.load().get("wan_demo")
 WEIGHTS = HERE / "demo"
@@ -186,6 +187,15 @@ def test_a_lora_that_does_not_fit_is_400_and_nothing_is_queued(studio: Daemon) -
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith("activated_loras: 'alien.safetensors' does not fit model 'wan_demo'")
     assert studio.get("/queue").json()["data"]["total_tasks"] == 0
+
+
+def test_before_the_weights_are_here_nothing_tells_whether_a_lora_fits(tmp_path: Path) -> None:
+    with idle_daemon(tmp_path, allow_download=True) as daemon:
+        request = {"prompt": "a", "model_type": "wan_t2v_1.3B", "activated_loras": ["one"]}
+        answer = daemon.post("/generate", request)
+    sentence = "activated_loras: 'wan_t2v_1.3B' is not installed, so nothing tells whether they fit; install it with: "
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(sentence)
 
 
 def test_loras_are_switched_on_and_off_without_loading_the_model_again(studio: Daemon) -> None:
