@@ -68,5 +68,4 @@ TASKS: Mapping[str, Task] = {
     "v2v": _task("video_source", may="video_mask image_refs image_start image_end"),
     "a2a": _task("audio_source", may="audio_reference"),
     "vace": _task("", may="image_start image_end image_refs video_guide video_mask"),
-    "i2v_long": _task("image_start", ""),
 }

@@ -10,6 +10,19 @@ from engine.job import Job, Lora
 EXPERTS = ("transformer", "transformer_2")
 
 
+def load_file(pipe: Any, path: Path, name: str, target: str) -> None:
+    """Load a LoRA file as the adapter `name` of the denoiser `target`."""
+    second = {"load_into_transformer_2": True} if target == EXPERTS[1] else {}
+    pipe.load_lora_weights(
+        path.parent,
+        weight_name=path.name,
+        adapter_name=name,
+        use_safetensors=True,
+        local_files_only=True,
+        **second,
+    )
+
+
 class Adapters:
     """What is loaded on one pipeline's denoisers."""
 
@@ -40,16 +53,8 @@ class Adapters:
             return
         name = f"lora_{len(self._names)}"
         experts = [expert for expert in EXPERTS if getattr(pipe, expert, None) is not None]
-        for expert in experts or [""]:
-            second = {"load_into_transformer_2": True} if expert == EXPERTS[1] else {}
-            pipe.load_lora_weights(
-                path.parent,
-                weight_name=path.name,
-                adapter_name=name,
-                use_safetensors=True,
-                local_files_only=True,
-                **second,
-            )
+        for expert in experts or EXPERTS[:1]:
+            load_file(pipe, path, name, expert)
         self._names[path] = name
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from engine import footage, media
-from engine.catalog import Pipeline
+from engine.catalog import FORMS, Pipeline
 from engine.job import Job
 from engine.tasks import INPUTS
 
@@ -87,7 +87,7 @@ def _as_masked_video(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) ->
 
     A video without a mask leads the new one and is painted over everywhere.
     """
-    taken = ("image_start", "image_end", "video_source", "video_guide", "video_mask")
+    taken = FORMS[pipeline.start_image_as]
     others = _as_themselves(pipeline, job, {name: value for name, value in opened.items() if name not in taken})
     if len(others) == len(opened):
         return others

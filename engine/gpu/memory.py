@@ -38,11 +38,13 @@ def place(
     vae_config: int,
     *,
     work: Work | None = None,
+    parts: Parts | None = None,
     quantization: str = "none",
 ) -> Plan:
     """Put the pipeline, which lies in RAM, where it is to run, and return the plan of that.
 
-    `work` is the job to come; without one, the model's usual job. Raises EngineError if it fits nowhere.
+    `work` is the job to come; without one, the model's usual job. `parts` are those of `parts_of`, if they are known.
+    Raises EngineError if it fits nowhere.
     """
     plan = memory.plan(
         model,
@@ -51,7 +53,7 @@ def place(
         profile=profile,
         vae_config=vae_config,
         quantization=quantization,
-        parts=parts_of(pipe, model),
+        parts=parts or parts_of(pipe, model),
     )
     log.info("model %s: %s", model.id, plan.describe())
     carry_out(pipe, plan, device)

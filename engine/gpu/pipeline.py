@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import attention_backend
 
 from engine.catalog import Model, Pipeline
 from engine.gpu import attention, caching, inputs, results, single_file
-from engine.gpu.adapters import Adapters
+from engine.gpu.adapters import Adapters, load_file
 from engine.gpu.meter import Meter
 from engine.gpu.results import Clip
 from engine.gpu.steps import StepCounter
@@ -61,15 +61,7 @@ def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:
     if not recipe:
         return
     for lora, path in recipe:
-        second = {"load_into_transformer_2": True} if lora["target"] == "transformer_2" else {}
-        pipe.load_lora_weights(
-            path.parent,
-            weight_name=path.name,
-            adapter_name=lora["adapter"],
-            use_safetensors=True,
-            local_files_only=True,
-            **second,
-        )
+        load_file(pipe, path, lora["adapter"], lora["target"])
     pipe.set_adapters([lora["adapter"] for lora, _ in recipe], [lora["weight"] for lora, _ in recipe])
     pipe.fuse_lora(components=sorted({lora["target"] for lora, _ in recipe}))
     pipe.unload_lora_weights()

@@ -85,8 +85,9 @@ class Studio:
             self._unload()  # first: two may not fit
             pipe = pipeline.load(model, model.pipelines[task], self._weights(model), self._device)
             self._parts = memory.parts_of(pipe, model)  # before they are placed: what lies elsewhere is not counted
-            vae_config = self._config.vae_config
-            self._plan = memory.place(pipe, model, self._device, self._profile, vae_config, work=work)
+            self._plan = memory.place(
+                pipe, model, self._device, self._profile, self._config.vae_config, work=work, parts=self._parts
+            )
             if self._tiled:
                 memory.tile_vae(pipe, memory.SMALLEST_TILE)
             kernel = self._set_kernel(pipe, model, work.tokens)
