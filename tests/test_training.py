@@ -9,6 +9,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from tests.daemon import ROOT
+from tools.demo import latents, shapes, vae
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,17 @@ def test_what_it_leaves_makes_a_clip(folder: Path) -> None:
     clip = pipe("a red circle", height=32, width=48, num_frames=5, num_inference_steps=2, output_type="pt").frames
     assert clip.shape == (1, 5, 3, 32, 48)
     assert torch.isfinite(clip).all()
+
+
+def test_a_phase_of_squares_trains_the_decoder_on_what_psnr_counts() -> None:
+    torch.set_num_threads(1)
+    scale = latents.measure_scale()
+    model = vae.build_vae(scale)
+    crop = (5, 16, 16)
+    phase = vae.Phase(steps=1, lr=1e-3, crops=(crop,), pixels=1280, noise=0, squares=True)
+    sample = vae.draw_sample("one", crop, phase)
+    with torch.no_grad():
+        guess = vae.decode_unclamped(model, latents.encode(sample.scenes, sample.mask))
+        loss = vae.decoder_loss(model, scale, sample)
+    error = guess - shapes.paint(sample.scenes, sample.mask)
+    assert loss.item() == pytest.approx(error.square().mean().item(), rel=1e-4)

@@ -30,6 +30,8 @@ from tools.demo.sheet import write_sheet
 SEED = 20_000  # far from anything that training used
 WIDE = Settings(frames=33, height=64, width=96)
 DEFAULTS = Settings()
+LONG = Settings(frames=33)
+WINDOWS = 3  # of a long video; each goes on from the last frame of the one before
 SHEET_ROWS = 24
 
 
@@ -193,6 +195,51 @@ def _motion_only(traits: Traits) -> str:
     return "the object standing still" if traits.motion == "still" else f"the object moving {traits.motion}"
 
 
+def _slow_cases(count: int, seed: int) -> list[Case]:
+    """Held-out combinations that move, slowly."""
+    moving = [each._replace(slow=True) for each in _held_out(2 * count, random.Random(seed)) if each.motion != "still"]
+    return [Case(each, Request(plain_caption(each), seed + i)) for i, each in enumerate(moving[:count])]
+
+
+def _going_on(case: Case, clip: Frames) -> Case:
+    """The request for the next window."""
+    return case._replace(request=case.request._replace(image=Image.fromarray(clip[-1]), seed=case.request.seed + 100))
+
+
+def slow_motion(bench: Bench) -> Iterator[Figure]:
+    """Clips of the default length that are asked to be slow still move, and as asked."""
+    cases = _slow_cases(bench.clips // 3, SEED + 10_000)
+    readings = [reading for reading, _ in bench.read("slow", cases)]
+    yield from _accuracies("slowly", cases, readings, {"direction": 0.90})
+
+
+def long_videos(bench: Bench) -> Iterator[Figure]:
+    """Slow prompts over several windows: each window has to move as asked, and the next to begin where it ended."""
+    cases = _slow_cases(bench.clips // 8, SEED + 11_000)
+    windows: list[list[tuple[Reading, Frames]]] = []
+    for number in range(WINDOWS):
+        windows.append(bench.read(f"long-{number + 1}", cases, LONG))
+        cases = [_going_on(case, clip) for case, (_, clip) in zip(cases, windows[-1], strict=True)]
+    hits = [
+        [seen.direction == case.traits.motion for case, (seen, _) in zip(cases, window, strict=True)]
+        for window in windows
+    ]
+    yield Figure("three windows: windows that move as asked", _share([hit for window in hits for hit in window]))
+    yield Figure("three windows: videos that always do", _share([all(video) for video in zip(*hits, strict=True)]), 0.9)
+    yield from _accuracies("three windows, the last", cases, [seen for seen, _ in windows[-1]], {})
+    seams = [_seam([clip for _, clip in video]) for video in zip(*windows, strict=True)]
+    yield Figure("three windows: worst seam over normal change", float(np.median(seams)))
+
+
+def _seam(windows: list[Frames]) -> float:
+    """The largest change at a seam, over the median change between frames; the next window's own first frame, which
+    shows the same moment, is left out."""
+    video = np.concatenate([windows[0], *(window[1:] for window in windows[1:])]).astype(float)
+    changes = np.abs(np.diff(video, axis=0)).mean((1, 2, 3))
+    seams = np.cumsum([len(window) - 1 for window in windows])[:-1]
+    return float(changes[seams].max() / np.median(changes))
+
+
 def _open_colors(bench: Bench, title: str, negative: str) -> list[str]:
     """The colours that a prompt without a colour turns out in."""
     prompt, traits = "a circle moving right on a black background", Traits("", "circle", "right", "black")
@@ -234,6 +281,8 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "text": text_to_video,
     "image": image_to_video,
     "wide": wide_and_long,
+    "slow": slow_motion,
+    "long": long_videos,
     "wording": free_wording,
     "sizes": sizes,
     "negative": negative_prompt,

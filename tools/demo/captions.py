@@ -1,7 +1,8 @@
 """Scenes to words: the vocabulary, the many ways to say one thing, and the tokenizer.
 
-A caption never lies, but it leaves things out. What it leaves out is random, except the background: a caption that
-names none means black. Words of no meaning, unknown ones included, are strewn in so that they do no harm.
+A caption never lies, but it leaves things out. What it leaves out is random, but for two: a caption that names no
+background means black, and one that does not say slowly means fast. Words of no meaning, unknown ones included, are
+strewn in so that they do no harm.
 """
 
 from __future__ import annotations
@@ -38,21 +39,29 @@ WHOLE_MOTIONS = {
     "down": ("falling", "falls"),
     "still": ("still", "standing still", "stands still", "not moving", "static", "stationary", "that stays still"),
 }
+SLOWLY = "slowly"
 NOUNS = ("object", "shape", "thing")
 ARTICLES = ("a", "a", "a", "the", "one", "")
 GROUNDS = ("on a {} background", "on a {} background", "on {}", "over a {} background", "in front of a {} backdrop")
 OPENINGS = ("", "", "", "", "a video of", "an animation of", "a clip of", "show me", "video of", "please draw")
-CLOSINGS = ("", "", "", "", "slowly", "smoothly", "simple", "clean", "please", ".")
+CLOSINGS = ("", "", "", "", "smoothly", "simple", "clean", "please", ".")
 ASIDES = ("nice", "bright", "simple", "plain", "solid", "smooth", "flat", UNKNOWN, UNKNOWN, UNKNOWN)
 
 EMPTY_SHARE, FRAGMENT_SHARE, TAGS_SHARE, ASIDE_SHARE, DROP_SHARE, NAME_BLACK_SHARE = 0.10, 0.08, 0.15, 0.15, 0.07, 0.55
 
 
-def _motion_words(motion: str, rng: random.Random) -> str:
-    whole = WHOLE_MOTIONS.get(motion, ())
-    if whole and (motion not in HEADINGS or rng.random() < 0.25):
-        return rng.choice(whole)
-    return f"{rng.choice(VERBS)} {rng.choice(HEADINGS[motion])}"
+def _motion_words(traits: Traits, rng: random.Random) -> str:
+    whole = WHOLE_MOTIONS.get(traits.motion, ())
+    if whole and (traits.motion not in HEADINGS or rng.random() < 0.25):
+        return _paced([rng.choice(whole)], traits, rng)
+    return _paced([rng.choice(VERBS), rng.choice(HEADINGS[traits.motion])], traits, rng)
+
+
+def _paced(words: list[str], traits: Traits, rng: random.Random) -> str:
+    """`slowly` before, between or behind the words of a slow motion."""
+    if traits.slow:
+        words.insert(rng.randrange(len(words) + 1), SLOWLY)
+    return _join(*words)
 
 
 def _color_words(color: str, rng: random.Random) -> str:
@@ -81,7 +90,7 @@ def _sentence(traits: Traits, ground: str, rng: random.Random, drop: float) -> s
     rng.shuffle(adjectives)
     noun = _kept(rng.choice(SHAPE_WORDS[traits.shape]), rng, drop) or rng.choice(NOUNS)
     subject = _join(rng.choice(ARTICLES), *adjectives, noun)
-    motion = _kept(_motion_words(traits.motion, rng), rng, drop)
+    motion = _kept(_motion_words(traits, rng), rng, 0 if traits.slow else drop)
     place = rng.choice(GROUNDS).format(ground) if ground else ""
     parts = [_join(rng.choice(OPENINGS), subject), motion, place]
     if rng.random() < 0.35:
@@ -92,17 +101,20 @@ def _sentence(traits: Traits, ground: str, rng: random.Random, drop: float) -> s
 def _tags(traits: Traits, ground: str, rng: random.Random, drop: float) -> str:
     """`red, circle, right, white background` in any order."""
     heading = rng.choice(HEADINGS.get(traits.motion, WHOLE_MOTIONS.get(traits.motion, ())))
-    words = [_color_words(traits.color, rng), rng.choice(SHAPE_WORDS[traits.shape]), heading]
-    words = [_kept(word, rng, drop) for word in [*words, _size_words(traits.size, rng)]]
-    parts = [*words, f"{ground} background" if ground else ""]
+    words = [_color_words(traits.color, rng), rng.choice(SHAPE_WORDS[traits.shape]), _size_words(traits.size, rng)]
+    words = [_kept(word, rng, drop) for word in words]
+    motion = _kept(_paced([heading], traits, rng), rng, 0 if traits.slow else drop)
+    parts = [*words, motion, f"{ground} background" if ground else ""]
     rng.shuffle(parts)
     return _join(*parts, by=rng.choice((", ", " ")))
 
 
 def _fragment(traits: Traits, rng: random.Random) -> str:
-    """One trait alone, as a negative prompt says it."""
+    """One trait alone, as a negative prompt says it; of a slow clip its motion."""
+    motion = _motion_words(traits, rng)
+    if traits.slow:
+        return motion
     ground = f"{_ground_words(traits.background, rng)} background"
-    motion = _motion_words(traits.motion, rng)
     return rng.choice([_color_words(traits.color, rng), rng.choice(SHAPE_WORDS[traits.shape]), motion, ground])
 
 
@@ -123,13 +135,14 @@ def caption(traits: Traits, rng: random.Random, *, name_ground: bool = True, dro
 def plain_caption(traits: Traits) -> str:
     """The one form that people write first, for measuring and for contact sheets."""
     motion = "standing still" if traits.motion == "still" else f"moving {traits.motion}"
-    subject = _join("a", traits.size or "", traits.color, traits.shape)
-    return f"{subject} {motion} on a {traits.background} background"
+    words = ("a", traits.size or "", traits.color, traits.shape, SLOWLY if traits.slow else "", motion)
+    return f"{_join(*words)} on a {traits.background} background"
 
 
-def sample_captioned(rng: random.Random, plain: float) -> tuple[Traits, str]:
-    """A training pair, `plain` of them in the plain form. Guidance is possible because a share of them is empty."""
-    traits, draw = sample_traits(rng), rng.random()
+def sample_captioned(rng: random.Random, plain: float, slow: float) -> tuple[Traits, str]:
+    """A training pair, `plain` of them in the plain form, `slow` of what moves slow. Guidance is possible because a
+    share of the captions is empty."""
+    traits, draw = sample_traits(rng, slow), rng.random()
     if draw < EMPTY_SHARE:
         return traits, ""
     if draw < EMPTY_SHARE + FRAGMENT_SHARE:
@@ -145,7 +158,7 @@ def vocabulary() -> list[str]:
     tables = (SHAPE_WORDS, COLOR_WORDS, SIZE_WORDS, GRAY_WORDS, HEADINGS, WHOLE_MOTIONS)
     phrases = [phrase for table in tables for phrases in table.values() for phrase in phrases]
     phrases += [*VERBS, *NOUNS, *ARTICLES, *GROUNDS, *OPENINGS, *CLOSINGS, *ASIDES]
-    phrases += ["red", "green", "blue", "yellow", "white", "orange", "black", "background", ",", "."]
+    phrases += [SLOWLY, "red", "green", "blue", "yellow", "white", "orange", "black", "background", ",", "."]
     words = {word for phrase in phrases for word in re.findall(r"[a-z]+|[.,]", phrase.replace(UNKNOWN, ""))}
     return [PAD, END, UNKNOWN, *sorted(words)]
 

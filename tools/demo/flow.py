@@ -36,12 +36,16 @@ MIXED: dict[Clip, float] = {
     (9, 64, 64): 0.03,
 }
 MOSTLY_SQUARE: dict[Clip, float] = {**MIXED, SQUARE: 1.4}
+OFTEN_LONG: dict[Clip, float] = {**MIXED, SQUARE: 0.8, (33, 64, 64): 0.3, (33, 64, 96): 0.12}
+
+IMAGE_SHARE = 0.27  # of the steps are image-to-video
 
 
 @dataclass(frozen=True)
 class Stage:
     """`batch` clips of the square size a shard (longer and wider ones come in fewer), `plain` of them captioned in the
-    plainest form; `rates` is the learning rate at both ends, as a share of the full one."""
+    plainest form; `rates` is the learning rate at both ends, as a share of the full one. `image` of the steps are
+    image-to-video; of what moves, `slow` is slow, and twice that in those steps."""
 
     name: str
     steps: int
@@ -50,6 +54,8 @@ class Stage:
     plain: float = 0.2
     rates: tuple[float, float] = (1.0, 1.0)
     clips: dict[Clip, float] | None = None
+    slow: float = 0.0
+    image: float = IMAGE_SHARE
 
 
 STAGES = (
@@ -62,11 +68,14 @@ STAGES = (
     Stage("shape again", 1000, flow_shift=3, rates=(1.2, 0.02), clips=MIXED),
     Stage("larger shapes", 1350, flow_shift=3, plain=0.5, rates=(1.4, 0.26), clips=MOSTLY_SQUARE),
     Stage("three sizes", 1500, flow_shift=2.5, plain=0.6, rates=(0.9, 0.01), clips=MOSTLY_SQUARE),
+    Stage("slowly", 250, flow_shift=5, plain=0.5, rates=(0.8, 0.8), clips=OFTEN_LONG, slow=0.25, image=0.4),
+    Stage("slowly, shape", 600, flow_shift=2.5, plain=0.6, rates=(0.8, 0.01), clips=OFTEN_LONG, slow=0.25, image=0.4),
+    Stage("slowly again", 350, flow_shift=3.5, plain=0.6, rates=(0.9, 0.01), clips=OFTEN_LONG, slow=0.25, image=0.33),
 )
 QUICK_STAGES = (Stage("quick", 4, flow_shift=5, batch=4, clips=MIXED),)
 
-IMAGE_SHARE = 0.27  # of the steps are image-to-video
 CONDITION_NOISE = 0.05  # the encoder's latents are not quite the hand-made ones
+DECODED_NOISE = 0.17  # at most, by fineness: a frame that the decoder made, and that a window goes on from, is softer
 MUON_LR, ADAM_LR = 0.01, 2e-3
 WARMUP_STEPS = 50
 EMA_DECAY = 0.997
@@ -121,10 +130,10 @@ def sample_batch(scale: Scale, stage: Stage, step_seed: str, shard: int) -> Batc
     clips = stage.clips or {SQUARE: 1.0}
     shared = random.Random(step_seed)
     clip = shared.choices(list(clips), list(clips.values()))[0]
-    image = shared.random() < IMAGE_SHARE
+    image = shared.random() < stage.image
     rng = random.Random(f"{step_seed}-{shard}")
     count = max(1, round(stage.batch * _tokens(SQUARE) / _tokens(clip)))
-    pairs = [sample_captioned(rng, stage.plain) for _ in range(count)]
+    pairs = [sample_captioned(rng, stage.plain, stage.slow * (1 + image)) for _ in range(count)]
     scenes = [place(traits, rng, anywhere=image and rng.random() < 0.6) for traits, _ in pairs]
     clean = scale.normalize(latents.encode(scenes, shapes.masks(scenes, *clip)))
     return Batch(clean, [caption for _, caption in pairs], image)
@@ -148,7 +157,8 @@ def _noised(batch: Batch, noise: Tensor, sigmas: Tensor, rng: torch.Generator) -
     if not batch.image:
         return noisy, sigmas * TIMESTEPS
     given = batch.clean[:, :, :1]
-    noisy[:, :, :1] = given + CONDITION_NOISE * torch.randn(given.shape, generator=rng)
+    spread = CONDITION_NOISE + DECODED_NOISE * torch.rand(len(given), 1, generator=rng) * latents.FINENESS
+    noisy[:, :, :1] = given + spread[:, :, None, None, None] * torch.randn(given.shape, generator=rng)
     return noisy, _image_timesteps(sigmas * TIMESTEPS, batch.clean)
 
 

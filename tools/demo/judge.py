@@ -22,7 +22,7 @@ NOTHING = "none"
 BORDER = 2  # pixels
 FAINTEST = 60.0  # of 442: less than this from the background is no object
 SOLID = 0.5  # of the object's own contrast
-STILL_SHARE = 0.09  # of the shorter side: less travel than this is standing still
+STILL_SHARE = 0.05  # of the shorter side: less travel than this is standing still
 LOOKS = 6  # frames whose shape is compared
 
 # area = factor * radius², and how far the centroid is below the middle, in radii

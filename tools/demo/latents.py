@@ -71,6 +71,8 @@ def _basis() -> Tensor:
 AXES = _COLOR_AXES / _COLOR_AXES.norm(dim=1, keepdim=True)
 BASIS = _basis()
 AXIS_OF_CHANNEL = torch.tensor([axis for _, axis in _TERMS])
+# How fine a detail of one moment a channel is: 0 for the means and for what moves, 1 for slopes, 2 for the finest.
+FINENESS = torch.tensor([0.0 if t else float(y + x) for (t, y, x), _ in _TERMS])
 IS_MEAN = torch.tensor([float(order == (0, 0, 0)) for order, _ in _TERMS])
 
 

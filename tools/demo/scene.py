@@ -29,17 +29,20 @@ BACKGROUND_SHARES = (0.44, 0.28, 0.28)
 SIZES: dict[str, tuple[float, float]] = {"small": (21, 24), "large": (32, 36)}
 ANY_SIZE = (26, 30)
 
+SLOW_START = 0.1  # of the room: where a slow text clip starts at most, so that its way goes on in later windows
+
 HELD_OUT_ONE_IN = 7
 
 
 class Traits(NamedTuple):
-    """What a prompt can ask for; `size` may be None, which means any."""
+    """What a prompt can ask for; `size` may be None, which means any. What stands still is never `slow`."""
 
     color: str
     shape: str
     motion: str
     background: str
     size: str | None = None
+    slow: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Scene:
     """Traits with every number decided.
 
     `reach` is the share of the free room that the shape travels, `along` where in the rest it starts, and
-    `across` its place on the other axis, all 0 to 1.
+    `across` its place on the other axis, all 0 to 1. What is slow has a speed instead of a reach, and `along` is where
+    in all of the room it starts.
     """
 
     traits: Traits
@@ -75,19 +79,21 @@ def combinations(*, held: bool) -> list[Traits]:
     return [traits for traits in every if allowed(traits) and held_out(traits) is held]
 
 
-def sample_traits(rng: random.Random) -> Traits:
-    """Draw traits that are trained on."""
+def sample_traits(rng: random.Random, slow: float = 0.0) -> Traits:
+    """Draw traits that are trained on; of what moves, the share `slow` moves slowly."""
     while True:
         ground = rng.choices(list(BACKGROUNDS), BACKGROUND_SHARES)[0]
         size = rng.choice([*SIZES, None, None])
         traits = Traits(rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(MOTIONS)), ground, size)
         if allowed(traits) and not held_out(traits):
-            return traits
+            # Without slow clips nothing more is drawn: the latents' scale comes from a fixed set of scenes.
+            return traits._replace(slow=traits.motion != "still" and slow > 0 and rng.random() < slow)
 
 
 def place(traits: Traits, rng: random.Random, *, anywhere: bool = False) -> Scene:
-    """Decide the numbers. A text clip crosses most of the frame; `anywhere` also starts in the middle of it,
-    as the picture of an image-to-video request may."""
+    """Decide the numbers. A text clip crosses most of the frame, or if it is slow starts at the beginning of its way;
+    `anywhere` also starts in the middle of it, as the picture of an image-to-video request may."""
     low, high = SIZES.get(traits.size or "", ANY_SIZE)
     reach = rng.uniform(0.4 if anywhere else 0.8, 1.0)
-    return Scene(traits, rng.uniform(low, high), reach, rng.random(), rng.random())
+    latest = SLOW_START if traits.slow and not anywhere else 1.0
+    return Scene(traits, rng.uniform(low, high), reach, latest * rng.random(), rng.random())

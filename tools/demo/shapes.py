@@ -16,6 +16,7 @@ MARGIN = 1.1  # of a radius: half the width of the widest shape
 SQUARE_HALF = 0.9
 TRIANGLE_SLOPE = 0.55  # half base over height
 LONGEST_TRAVEL = 0.9  # of the shorter side
+SLOW_SPEED = 0.32  # pixels a frame, in a 64 pixel frame: three windows of 33 frames cross it
 TOP_SPEED = 2.0  # pixels a frame, in a 64 pixel frame: a latent is 4 frames, and what crosses it in one is a blur
 
 
@@ -29,6 +30,8 @@ def centres(scene: Scene, frames: int, height: int, width: int) -> Tensor:
     margin = MARGIN * radius(scene, height, width) + 0.5
     room = torch.tensor([width - 2 * margin, height - 2 * margin])
     heading = torch.tensor(MOTIONS[scene.traits.motion], dtype=torch.float32)
+    if scene.traits.slow:
+        return margin + _slow_path(scene, frames, room, SLOW_SPEED * min(height, width) / REFERENCE_SIDE * heading)
     longest = min(LONGEST_TRAVEL, TOP_SPEED * (frames - 1) / REFERENCE_SIDE) * min(height, width)
     travel = (scene.reach * room).clamp(max=longest) * heading
     slack = room - travel.abs()
@@ -37,6 +40,13 @@ def centres(scene: Scene, frames: int, height: int, width: int) -> Tensor:
     if scene.traits.motion == "still":
         start = margin + room * torch.tensor([scene.along, scene.across])
     return start + torch.linspace(0, 1, frames)[:, None] * travel
+
+
+def _slow_path(scene: Scene, frames: int, room: Tensor, speed: Tensor) -> Tensor:
+    """At constant speed to the end of the room, and there it stays: (frames, 2) from the room's corner."""
+    ahead = torch.where(speed < 0, 1 - scene.along, scene.along)
+    start = room * torch.where(speed == 0, scene.across, ahead)
+    return (start + torch.arange(frames)[:, None] * speed).clamp(min=0).minimum(room)
 
 
 def _circle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Phase:
     """`crops` are used in turn, as many clips of each as fit in `pixels`.
 
     `noise` is the largest deviation of what is added to normalized latents: the decoder learns to clean up what the
-    transformer leaves.
+    transformer leaves. `squares` trains the decoder on squared error alone, which is what PSNR counts.
     """
 
     steps: int
@@ -49,6 +49,7 @@ class Phase:
     crops: tuple[Crop, ...]
     pixels: int = 4 * 5 * 32 * 32
     noise: float = 0.4
+    squares: bool = False
 
 
 # Crops around the shape train as well as whole frames and cost far less.
@@ -62,11 +63,14 @@ DECODER = (
     Phase(steps=400, lr=2e-3, crops=LONG_CROPS, pixels=2 * 17 * 32 * 32, noise=0.1),
     Phase(steps=1600, lr=2.5e-3, crops=WIDE_CROPS, pixels=2 * 17 * 32 * 32, noise=0.2),
     Phase(steps=700, lr=2e-3, crops=WIDE_CROPS, pixels=2 * 17 * 32 * 32, noise=0.1),
+    Phase(steps=2000, lr=2e-3, crops=WIDE_CROPS, pixels=2 * 17 * 32 * 32, noise=0.05, squares=True),
 )
 ENCODER = (
     Phase(steps=1800, lr=3e-3, crops=SHORT_CROPS),
     Phase(steps=1500, lr=2e-3, crops=SHORT_CROPS),
     Phase(steps=600, lr=1e-3, crops=SHORT_CROPS),
+    Phase(steps=700, lr=1e-3, crops=WIDE_CROPS),
+    Phase(steps=1000, lr=1.5e-3, crops=WIDE_CROPS, pixels=2 * 17 * 32 * 32),
 )
 
 Loss = Callable[[AutoencoderKLWan, Scale, "Sample"], Tensor]
@@ -78,7 +82,7 @@ class Sample(NamedTuple):
     scenes: list[Scene]
     mask: Tensor  # (N, F, H, W)
     rng: torch.Generator
-    noise: float
+    phase: Phase
 
 
 def decode_unclamped(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
@@ -111,11 +115,13 @@ def reconstruction_loss(guess: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
 def decoder_loss(vae: AutoencoderKLWan, scale: Scale, sample: Sample) -> Tensor:
     """Video from latents with noise of a random strength."""
     z = scale.normalize(latents.encode(sample.scenes, sample.mask))
-    strength = sample.noise * torch.rand(len(z), 1, 1, 1, 1, generator=sample.rng)
+    strength = sample.phase.noise * torch.rand(len(z), 1, 1, 1, 1, generator=sample.rng)
     z = scale.restore(z + strength * torch.randn(z.shape, generator=sample.rng))
-    truth = shapes.paint(sample.scenes, sample.mask)
-    device = vae.device
-    return reconstruction_loss(decode_unclamped(vae, z.to(device)), truth.to(device), sample.mask.to(device))
+    guess = decode_unclamped(vae, z.to(vae.device))
+    truth = shapes.paint(sample.scenes, sample.mask).to(vae.device)
+    if sample.phase.squares:
+        return (guess - truth).square().mean()
+    return reconstruction_loss(guess, truth, sample.mask.to(vae.device))
 
 
 def encoder_loss(vae: AutoencoderKLWan, scale: Scale, sample: Sample) -> Tensor:
@@ -180,7 +186,7 @@ def draw_sample(key: str, crop: Crop, phase: Phase) -> Sample:
     paths = [shapes.centres(scene, *WHOLE) for scene in scenes]
     crops = [_crop(mask, path, crop, rng) for mask, path in zip(shapes.masks(scenes, *WHOLE), paths, strict=True)]
     noise_seed = random.Random(key).getrandbits(60)
-    return Sample(scenes, torch.stack(crops), torch.Generator().manual_seed(noise_seed), phase.noise)
+    return Sample(scenes, torch.stack(crops), torch.Generator().manual_seed(noise_seed), phase)
 
 
 def train_half(half: str, folder: Path, scale: Scale, *, seed: int, phases: tuple[Phase, ...], device: str) -> None:
