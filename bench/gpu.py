@@ -11,16 +11,24 @@ tokens and T words takes 12Nd² + 4Ndf + 4N²d + 4NTd + 4Td².
 
 import argparse
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its engine.py is not the package
 
-from engine.catalog import Catalog
+import torch  # noqa: E402
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel  # noqa: E402
+
+from engine.catalog import Catalog  # noqa: E402
+from engine.gpu import attention, memory, quantization  # noqa: E402
+from engine.memory import Plan, Way  # noqa: E402
+from engine.quantization import fault  # noqa: E402
 
 WORDS = 512
 PEAK_TFLOPS: Mapping[str, float] = {"H100": 989, "H200": 989, "A100": 312, "4090": 165, "L40": 181, "5090": 210}
@@ -77,7 +85,7 @@ SHAPES = {
     "wan_t2v_14B": Shape(40, 40, 13824, 16, 832, 480, 81, 8, "H100: diffusers 9.77 s a step, LightX2V 5.18"),
     "wan22_ti2v_5B": Shape(30, 24, 14336, 48, 1280, 704, 121, 16, "4090: 10.7 s a step; H200: 1.8", WAN22_VAE),
 }
-TINY = {"tiny": Shape(2, 1, 64, 16, 64, 64, 9, 8, "none", {"base_dim": 8})}
+TINY = {"tiny": Shape(2, 1, 64, 16, 32, 32, 5, 8, "none", {"base_dim": 8})}
 
 
 def transformer(shape: Shape, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:
@@ -125,12 +133,21 @@ def timed(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
 
 
 @torch.no_grad()
-def step(model: Any, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """One denoising step with guidance: two forward passes."""
+def step(
+    model: Any, shape: Shape, device: torch.device, dtype: torch.dtype, before: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """One denoising step with guidance: two forward passes, and what is to be done before them."""
     latents = torch.randn(1, shape.channels, *shape.latents, device=device, dtype=dtype)
     text = torch.randn(1, WORDS, 4096, device=device, dtype=dtype)
     when = torch.tensor([500], device=device)
-    return timed(lambda: [model(latents, when, text, return_dict=False) for _ in range(2)], device)
+
+    def work() -> None:
+        if before:
+            before()
+        for _ in range(2):
+            model(latents, when, text, return_dict=False)
+
+    return timed(work, device)
 
 
 @torch.no_grad()
@@ -142,26 +159,79 @@ def decode(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
 
 
 BACKENDS = ("native", "_native_flash", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
+KINDS = ("int8", "fp8", "nf4")
+# Pinned memory last: torch keeps what it has pinned. A step of a swapped model begins with its way to the card.
+WAYS = {
+    "resident": Way("resident", "card"),
+    "swapped": Way("swapped", "swapped"),
+    "by layer": Way("sequential", "streamed"),
+    "streamed, not pinned": Way("streamed", "streamed"),
+    "streamed, pinned": Way("streamed", "streamed", pinned=True),
+}
+
+Row = tuple[str, Callable[[], dict[str, float]]]
 
 
-def rows(shape: Shape, device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
-    """Name and figures of each way to run one shape; one that is not installed or does not fit says so in its name."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def step_by_backend(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+    """A step with each attention kernel, and one that is compiled."""
     model = transformer(shape, device, dtype)
-    for backend in BACKENDS:
-        try:
-            model.set_attention_backend(backend)
-            yield f"step, attention {backend}", step(model, shape, device, dtype)
-        except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-            yield f"step, attention {backend}: {str(error).splitlines()[0][:60]}", {}
-    model.set_attention_backend("native")
-    if device.type == "cuda":
+
+    def run(backend: str) -> dict[str, float]:
+        attention.set_backend(model, backend)
+        return step(model, shape, device, dtype)
+
+    def compiled() -> dict[str, float]:
+        attention.set_backend(model, attention.NATIVE)
         model.compile_repeated_blocks(fullgraph=True)
-        yield "step, blocks compiled", step(model, shape, device, dtype)
-    del model
-    gc.collect()
+        return step(model, shape, device, dtype)
+
+    for backend in BACKENDS:
+        yield f"step, attention {backend}", partial(run, backend)
+    if device.type == "cuda":
+        yield "step, blocks compiled", compiled
+
+
+def step_by_kind(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """A step with quantised weights."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if sentence := fault(kind, device.type, capability):
+        raise RuntimeError(sentence)
+    model = transformer(shape, device, dtype)
+    with torch.no_grad():
+        quantization.quantize(model, kind, device)
+    return step(model.to(device), shape, device, dtype)
+
+
+def step_by_way(way: Way, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """A step of a denoiser that lies where a memory plan may put it."""
+    model = transformer(shape, device, dtype).to("cpu")
+    pipe = WanPipeline(None, None, AutoencoderKLWan(**shape.vae), FlowMatchEulerDiscreteScheduler(), model)
+    plan = Plan(way, 0, memory.size_bytes(model), 0, 0, step_s=0, job_s=0, card_bytes=0)
+    memory.carry_out(pipe, plan, device)
+    return step(model, shape, device, dtype, before=pipe.maybe_free_model_hooks if way.placement == "swapped" else None)
+
+
+def rows(shape: Shape, device: torch.device) -> Iterator[Row]:
+    """Name of each way to run one shape, and what measures it."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    yield from step_by_backend(shape, device, dtype)
+    for kind in KINDS:
+        yield f"step, {kind} weights", partial(step_by_kind, kind, shape, device, dtype)
+    for name, way in WAYS.items():
+        yield f"step, {name}", partial(step_by_way, way, shape, device, dtype)
     for name, precision in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
-        yield f"VAE decode, {name}", decode(shape, device, precision)
+        yield f"VAE decode, {name}", partial(decode, shape, device, precision)
+
+
+def tried(work: Callable[[], dict[str, float]]) -> tuple[str, dict[str, float]]:
+    """What went wrong, if anything, and the figures. Most often it is not installed or does not fit the card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        return "", work()
+    except (RuntimeError, ValueError, ImportError, NotImplementedError, AssertionError) as error:
+        return f": {(str(error) or type(error).__name__).splitlines()[0][:90]}", {}
 
 
 def peak_tflops(device: torch.device) -> float | None:
@@ -170,13 +240,15 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def print_table(name: str, shape: Shape, device: torch.device) -> None:
+def print_table(title: str, shape: Shape, device: torch.device) -> None:
     """The rows of one shape as Markdown."""
     peak = peak_tflops(device)
-    print(f"\n### {name}: {shape.width}x{shape.height}, {shape.frames} frames, {shape.tokens} tokens, ", end="")
+    print(f"\n### {title}: {shape.width}x{shape.height}, {shape.frames} frames, {shape.tokens} tokens, ", end="")
     print(f"{2 * shape.tflop:.0f} TFLOP a step. Published: {shape.anchor}\n")
     print("| what | s | share of the peak | GiB |\n|---|---|---|---|")
-    for what, found in rows(shape, device):
+    for name, work in rows(shape, device):
+        failure, found = tried(work)
+        what = name + failure
         share = 2 * shape.tflop / found["s"] / peak if found and peak and what.startswith("step") else None
         cells = [what, *(f"{found[key]:.3f}" if key in found else "-" for key in ("s",))]
         cells += [f"{share:.0%}" if share else "-", f"{found['GiB']:.1f}" if "GiB" in found else "-"]

@@ -188,7 +188,8 @@ def plan(
     they were found, else the catalogue's. Where nothing fits, the least is returned (`fits` is False) if a profile was
     demanded or the estimate may be wrong; else EngineError says what is missing.
     """
-    case = _Case(parts or Parts.of(model), Shape.of(model), work, machine, Way("resident", "card"))
+    way = Way("resident", "card", quantization=quantization if quantization in QUANTIZED else "none")
+    case = _Case(parts or Parts.of(model), Shape.of(model), work, machine, way)
     if not machine.free_vram_bytes:
         return case.in_ram()
     plans = [replace(case, way=way).plan() for way in _ways(profile, quantization, vae_config)]
@@ -238,10 +239,10 @@ class _Case:
 
     def in_ram(self) -> Plan:
         """The plan for a machine without a card."""
-        weights = self.parts.denoisers + self.parts.encoders + self.parts.vae
+        weights = self._denoisers() + self.parts.encoders + self.parts.vae
         ram = PROCESS_RAM_BYTES + weights + round(max(self.activation_bytes(), self.decode_bytes()))
         step_s = self.compute_s()
-        return Plan(self.way, self.parts.denoisers, 0, 0, ram, step_s, self.job_s(step_s, 0), card_bytes=0)
+        return Plan(self.way, self._denoisers(), 0, 0, ram, step_s, self.job_s(step_s, 0), card_bytes=0)
 
     # ---- memory of the card
 
@@ -288,7 +289,7 @@ class _Case:
         return max(0, min(int(room), self._denoisers()))
 
     def _denoisers(self) -> int:
-        return round(self.parts.denoisers * QUANTIZED[self.way.quantization])
+        return round(self.parts.denoisers * QUANTIZED[self.way.quantization] / QUANTIZED[self.parts.quantization])
 
     def _blocks_bytes(self) -> float:
         """Of the blocks that are on the card only for a moment; of layers, if they come from mapped files."""

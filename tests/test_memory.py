@@ -104,8 +104,8 @@ def hooked(denoiser: WanTransformer3DModel) -> list[int]:
 
 def room_for(denoiser: WanTransformer3DModel, blocks: int) -> int:
     """Bytes of `blocks` blocks and of all that is in none."""
-    block = memory._bytes(denoiser.blocks[0])
-    return memory._bytes(denoiser) - (BLOCKS - blocks) * block
+    block = memory.size_bytes(denoiser.blocks[0])
+    return memory.size_bytes(denoiser) - (BLOCKS - blocks) * block
 
 
 @pytest.mark.parametrize("pinned", [True, False])

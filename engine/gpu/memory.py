@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from engine import memory
 from engine.catalog import Model
+from engine.gpu import decoding
 from engine.job import Job
 from engine.machine import Machine, free_ram_bytes
 from engine.memory import Plan
@@ -117,30 +118,63 @@ def _seconds(probe: Callable[[], None]) -> float:
 def parts_of(pipe: Any, model: Model) -> Parts:
     """The weights that the pipeline really holds, in the dtypes that they have."""
     denoisers, encoders, others = _denoisers(pipe), _encoders(pipe), _others(pipe)
-    counts = [sum(weight.numel() for weight in module.parameters()) for module in denoisers]
-    vae = getattr(pipe, "vae", None)
     return Parts(
-        denoisers=sum(map(_bytes, denoisers)),
-        encoders=sum(map(_bytes, encoders)),
-        vae=sum(map(_bytes, others)),
+        denoisers=sum(map(size_bytes, denoisers)),
+        encoders=sum(map(size_bytes, encoders)),
+        vae=sum(map(size_bytes, others)),
         denoiser_count=max(1, len(denoisers)),
-        parameters=max(counts, default=0),
-        vae_width=getattr(vae, "dtype", torch.bfloat16).itemsize / 2,
+        parameters=max(map(_parameters, denoisers), default=0),
+        vae_width=decoding.width_of(pipe),
         changed=bool(model.recipe_loras),
     )
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in (*module.parameters(), *module.buffers()))
+def size_bytes(module: nn.Module) -> int:
+    """Bytes of the module's weights as they are stored."""
+    return sum(map(tensor_bytes, (*module.parameters(), *module.buffers())))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor as it is stored: a quantised one passes itself off as what it widens to."""
+    return sum(part.numel() * part.element_size() for part in inner_tensors(tensor) or [tensor])
+
+
+def inner_tensors(tensor: Any) -> list[torch.Tensor]:
+    """What a tensor of torchao is made of; nothing for any other."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
+def _parameters(module: nn.Module) -> int:
+    """Numbers of the module's weights. Packed ones, several in a byte, are all of linear layers."""
+    wide = sum(weight.numel() for weight in module.parameters() if weight.is_floating_point())
+    linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    packed = [part for part in linear if not _is_wide(part._parameters.get("weight"))]
+    return wide + sum(part.in_features * part.out_features for part in packed)
+
+
+def _is_wide(weight: torch.Tensor | None) -> bool:
+    return weight is not None and weight.is_floating_point()
 
 
 def _components(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """Component → what runs at every step."""
+    return {name: part for name, part in _components(pipe).items() if is_denoiser(name)}
+
+
+def is_denoiser(component: str) -> bool:
+    """True for transformer, transformer_2, unconditional_transformer, unet …"""
+    return "transformer" in component or "unet" in component
+
+
 def _denoisers(pipe: Any) -> list[nn.Module]:
-    """What runs at every step: transformer, transformer_2, unconditional_transformer, unet …"""
-    return [part for name, part in _components(pipe).items() if "transformer" in name or "unet" in name]
+    return list(denoisers(pipe).values())
 
 
 def _encoders(pipe: Any) -> list[nn.Module]:
@@ -169,7 +203,7 @@ def _streamed(pipe: Any, plan: Plan, device: torch.device) -> None:
         part.to(device)
     share = plan.resident_bytes / max(1, plan.resident_bytes + plan.streamed_bytes)
     for denoiser in _denoisers(pipe):
-        _stream_blocks(denoiser, round(share * _bytes(denoiser)), device, plan.way.pinned)
+        _stream_blocks(denoiser, round(share * size_bytes(denoiser)), device, plan.way.pinned)
     _place_encoders(pipe, plan, device)
 
 
@@ -210,8 +244,8 @@ def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pin
     """Keep `resident_bytes` of the denoiser on the device and stream the rest of its blocks."""
     lists = {name: list(part) for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
     blocks = [block for blocks in lists.values() for block in blocks]
-    sizes = [_bytes(block) for block in blocks]
-    places = memory.streamed_blocks(sizes, resident_bytes - (_bytes(denoiser) - sum(sizes)))
+    sizes = [size_bytes(block) for block in blocks]
+    places = memory.streamed_blocks(sizes, resident_bytes - (size_bytes(denoiser) - sum(sizes)))
     streamed = {blocks[place] for place in places}
     with _showing(denoiser, {name: [b for b in blocks if b not in streamed] for name, blocks in lists.items()}):
         denoiser.to(device)
