@@ -50,6 +50,10 @@ FORMS: Mapping[str, frozenset[str]] = {
     "masked_tensors": frozenset({"image_start", "image_end", "video_source", "video_mask"}),
 }
 
+# Forms in which any frames can be given, and how many are where nobody says: a latent frame of most VAEs holds four.
+MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})
+MASKED_OVERLAP = 5
+MOST_FADED = 17  # frames over which a window that knows only its first frame may fade in
 
 # Tables of which an entry with a base names only what differs; of any other key its own value replaces the base's.
 JOINED = frozenset({"defaults", "inputs", "extra_call", "dtypes"})
@@ -104,6 +108,15 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """The task that goes on from a video's last `overlap` frames; up to `most` can be given."""
+
+    task: str
+    overlap: int
+    most: int
+
+
+@dataclass(frozen=True)
 class FrameRule:
     """Valid lengths are `offset + n * step`, from `min` to `max`.
 
@@ -128,6 +141,11 @@ class FrameRule:
         low, high = (-(-(self.min - self.offset) // self.step), (self.max - self.offset) // self.step)
         n = (2 * (frames - self.offset) + self.step) // (2 * self.step)
         return self.offset + self.step * max(low, min(high, n))
+
+    def shortest_of(self, frames: int) -> int:
+        """The shortest valid length of at least `frames`, or the longest there is."""
+        n = -(-(max(frames, self.min) - self.offset) // self.step)
+        return min(self.offset + self.step * n, self.nearest(self.max))
 
     def longest_within(self, frames: int) -> int:
         """The longest valid length of at most `frames`, or the shortest there is."""
@@ -176,7 +194,6 @@ class Model:
     caches: Sequence[str] = ()
     mag_calibration: str = ""
     tea_calibration: str = ""
-    sliding_window: str = "none"
     window_frames: int = 0  # of one window, where the class itself makes a long video in windows
     transformer_count: int = 1
     transformer_bf16_bytes: int = 0  # of all denoisers together
@@ -207,7 +224,32 @@ class Model:
     def features(self) -> dict[str, bool]:
         """What really works for this model."""
         caches = {name for task in self.pipelines for name in self.step_caches(task)}
-        return {"sliding_window": False, "tea_cache": "tea" in caches, "mag_cache": "mag" in caches}
+        return {
+            "sliding_window": self._cuts_by_itself or any(map(self.continuation, self.pipelines)),
+            "tea_cache": "tea" in caches,
+            "mag_cache": "mag" in caches,
+        }
+
+    @property
+    def _cuts_by_itself(self) -> bool:
+        return bool(self.window_frames) or any(pipeline.section_frames for pipeline in self.pipelines.values())
+
+    def continuation(self, task: str) -> Continuation | None:
+        """How this model goes on from its own last frames, or None if it can't.
+
+        A class that cuts long videos by itself needs no help, and sound can't be joined at a seam.
+        """
+        pipeline = self.pipelines[task]
+        if self.kind != "video" or self._cuts_by_itself or pipeline.sample_rate:
+            return None
+        if pipeline.start_image_as in MASKED_FORMS:
+            return Continuation(task, MASKED_OVERLAP, most=self.frames.max)
+        extending = self.pipelines.get("v2v")
+        if extending and extending.continues_from and "video_source" in self.inputs_of("v2v"):
+            return Continuation("v2v", extending.continues_from, most=extending.continues_from)
+        if task in ("t2v", "i2v", "flf2v") and "i2v" in self.pipelines:
+            return Continuation("i2v", 1, most=MOST_FADED)
+        return None
 
     def step_caches(self, task: str) -> tuple[str, ...]:
         """The step caches that give right frames in this task, under the names of a request."""

@@ -58,13 +58,13 @@ def check(data: bytes, kind: str, max_pixels: int) -> float:
         return seconds
 
 
-def read_frames(path: Path, fps: int, count: int) -> "list[Image]":
-    """The first `count` frames (fewer if the video is shorter) at `fps` frames a second, mode RGB.
+def read_frames(path: Path, fps: int, count: int, start: int = 0) -> "list[Image]":
+    """`count` frames from frame `start` on (fewer if the video is shorter) at `fps` frames a second, mode RGB.
 
     Each is the frame that is shown at its time. Raises BadFootage.
     """
     with path.open("rb") as file, opened(file, "video") as container:
-        return [_image(frame) for frame in islice(_at_rate(container, fps), count)]
+        return [_image(frame) for frame in islice(_at_rate(container, fps), start, start + count)]
 
 
 def read_last_frames(path: Path, fps: int, count: int) -> "list[Image]":

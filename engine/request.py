@@ -6,12 +6,13 @@ A Job then needs no default and no chance, and nothing is queued that the model 
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engine.catalog import OPTIONAL_SETTINGS, Catalog, Model
+from engine import sliding
+from engine.catalog import OPTIONAL_SETTINGS, Catalog, FrameRule, Model
 from engine.job import Job
 from engine.tasks import INPUTS, TASKS
 
@@ -39,6 +40,9 @@ FURTHER_DEFAULTS: Mapping[str, Any] = {
     "skip_steps_cache_type": "",
     "skip_steps_multiplier": 1.75,
     "skip_steps_start_step_perc": 0.0,
+    "sliding_window_size": None,  # as long as the model's usual video
+    "sliding_window_overlap": None,
+    "sliding_window_color_correction_strength": 1.0,
 }
 CACHE_SETTINGS = ("skip_steps_cache_type", "skip_steps_multiplier", "skip_steps_start_step_perc")
 MOST_MAG_STEPS = 50  # the calibrations are of that many at most
@@ -77,6 +81,11 @@ def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapp
     values = _values(model, task, sent, warnings)
     _check_duration(model, values["duration_seconds"])
     width, height = _size(model, task, values["resolution"])
+    window, overlap = sliding.chosen(model, task, values, warnings)
+    rule = replace(model.frames, max=MAX_FRAMES) if window else model.frames
+    source = _source_frames(model, task, given)
+    frames = _frames(model, rule, values["video_length"], source=source, sent=sent, warnings=warnings)
+    is_long = 0 < window < frames
     job = Job(
         model=model.id,
         task=task,
@@ -84,7 +93,10 @@ def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapp
         negative_prompt=values["negative_prompt"],
         width=width,
         height=height,
-        frames=_frames(model, values["video_length"], _source_frames(model, task, given), sent, warnings),
+        frames=frames,
+        window_frames=window if is_long else 0,
+        window_overlap=overlap if is_long else 0,
+        color_correction=values["sliding_window_color_correction_strength"] if is_long else 0.0,
         fps=model.fps,
         steps=values["num_inference_steps"],
         guidance_scale=values["guidance_scale"],
@@ -223,9 +235,15 @@ def _source_frames(model: Model, task: str, given: Mapping[str, Media]) -> int |
 
 
 def _frames(
-    model: Model, video_length: int | str, source: int | None, sent: Mapping[str, Any], warnings: list[str]
+    model: Model,
+    rule: FrameRule,
+    video_length: int | str,
+    *,
+    source: int | None,
+    sent: Mapping[str, Any],
+    warnings: list[str],
 ) -> int:
-    """The length in frames; a duration such as "5s" counts at the model's frame rate, to the nearest length.
+    """The length in frames; a duration such as "5s" counts at the model's frame rate, to the nearest length of `rule`.
 
     With a `source` video of so many frames, that is the most there can be.
     """
@@ -236,21 +254,21 @@ def _frames(
     duration = isinstance(video_length, str)
     wanted = round(float(str(video_length)[:-1]) * model.fps) if duration else int(video_length)
     if not 1 <= wanted <= MAX_FRAMES:
-        rule = f"makes {wanted} frames at {model.fps} a second, but must make 1 to {MAX_FRAMES}"
-        raise BadRequest(f"video_length: '{video_length}' {rule}")
+        limits = f"makes {wanted} frames at {model.fps} a second, but must make 1 to {MAX_FRAMES}"
+        raise BadRequest(f"video_length: '{video_length}' {limits}")
     if source is not None and source < wanted:
-        return _frames_of_source(model, wanted, source, sent, warnings)
-    frames = model.frames.nearest(wanted)
-    if abs(frames - wanted) >= (model.frames.step if duration else 1):
-        rule = f"{model.frames.step}k+{model.frames.offset}"
+        return _frames_of_source(rule, wanted, source, sent, warnings)
+    frames = rule.nearest(wanted)
+    if abs(frames - wanted) >= (rule.step if duration else 1):
+        lengths = f"{rule.step}k+{rule.offset}"
         warnings.append(
-            f"video_length: {wanted} was changed to {frames}, the nearest that model '{model.id}' can make ({rule})"
+            f"video_length: {wanted} was changed to {frames}, the nearest that model '{model.id}' can make ({lengths})"
         )
     return frames
 
 
-def _frames_of_source(model: Model, wanted: int, source: int, sent: Mapping[str, Any], warnings: list[str]) -> int:
-    frames = model.frames.longest_within(source)
+def _frames_of_source(rule: FrameRule, wanted: int, source: int, sent: Mapping[str, Any], warnings: list[str]) -> int:
+    frames = rule.longest_within(source)
     if "video_length" in sent:
         warnings.append(f"video_length: {wanted} was changed to {frames}, the video that was sent has {source} frames")
     return frames
@@ -279,6 +297,9 @@ def settings(job: Job, seed: int | None = None) -> dict[str, Any]:
         "lyrics": job.lyrics or None,
         **_lora_settings(job),
         **({name: getattr(job, name) for name in CACHE_SETTINGS} if job.skip_steps_cache_type else {}),
+        "sliding_window_size": job.window_frames or None,
+        "sliding_window_overlap": job.window_overlap or None,
+        "sliding_window_color_correction_strength": job.color_correction if job.window_frames else None,
         "seed": job.seed if seed is None else seed,
         "batch_size": job.batch_size,
         "repeat_generation": job.repeat_generation,
@@ -303,6 +324,10 @@ def default_settings(model: Model) -> dict[str, Any]:
     hidden |= _NOT_OF_KIND[model.kind] | {"prompt"}
     if not values["skip_steps_cache_type"]:
         hidden |= set(CACHE_SETTINGS)
+    if model.continuation(task) is None:
+        hidden |= set(sliding.SETTINGS)
+    elif values["sliding_window_size"] is None:
+        values["sliding_window_size"] = sliding.usual_size(model)
     shown = {key: value for key, value in values.items() if key not in hidden and value is not None}
     return {"prompt": "", **shown}
 

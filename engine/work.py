@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from engine.catalog import Model
 from engine.job import Job
 from engine.request import default_settings
+from engine.sliding import windows
 
 NUMBER_BYTES = {"float32": 2.0}  # dtype → size against bf16
 ATTENTION_WIDTH = 28  # layers x width is the parameters to the power 2/3, divided by this: within 15% for ten families
@@ -80,6 +81,7 @@ class Parts:
     denoiser_count: int = 1
     parameters: int = 0  # of one denoiser
     vae_width: float = 1.0  # bytes of its numbers against bf16
+    quantization: str = "none"  # of the denoisers, whose bytes are counted as they are then
     changed: bool = False  # after loading: the denoisers' weights are no longer a file's pages, which RAM may drop
 
     @classmethod
@@ -101,8 +103,8 @@ class Parts:
 class Work:
     """What one job asks for. `frames` is 0 for sound.
 
-    A run is one call of the pipeline and makes `batch` results in `steps` denoising steps for each of its `sections`;
-    a step takes `passes` forwards, or one with everything twice if they are `joined`.
+    A run is one call of the pipeline, for a window if there are several, and makes `batch` results in `steps` denoising
+    steps for each of its `sections`; a step takes `passes` forwards, or one with everything twice if they are `joined`.
     """
 
     width: int
@@ -119,10 +121,11 @@ class Work:
     @classmethod
     def of(cls, model: Model, job: Job) -> "Work":
         """What `job` asks of `model`."""
-        batch = job.batch_size if model.pipelines[job.task].batch else 1
-        work = cls._of_size(model, job.task, (job.width, job.height, job.frames), job.duration_s)
+        batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
+        size = (job.width, job.height, job.window_frames or job.frames)
+        work = cls._of_size(model, job.task, size, job.duration_s)
         guided = _is_guided(model, job.task, job.guidance_scale)
-        runs = job.repeat_generation * job.batch_size // batch
+        runs = job.repeat_generation * job.batch_size // batch * len(windows(job, model.frames))
         return replace(work, steps=work.steps * job.steps, passes=1 + guided, batch=batch, runs=runs)
 
     @classmethod

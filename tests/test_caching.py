@@ -47,7 +47,7 @@ def pipe() -> Any:
 def frames(pipe: Any, wanted: Job, model: Model = DEMO) -> NDArray[np.float64]:
     (clip,) = pipeline.render(pipe, model, wanted, Meter(Board(), 1))
     assert clip.frames is not None
-    return clip.frames.numpy().astype(float)
+    return torch.cat(list(clip.frames)).numpy().astype(float)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def levels(frames: list[Image.Image]) -> list[int]:
 
 
 def roles(wanted: Job, sample_rate: int = 0) -> dict[str, object]:
-    return inputs.roles(CATALOG.get(wanted.model).pipelines[wanted.task], wanted, sample_rate)
+    return inputs.roles(CATALOG.get(wanted.model).pipelines[wanted.task], inputs.Call(wanted, [1]), sample_rate)
 
 
 def test_a_picture_is_cropped_to_the_frame_and_never_stretched(tmp_path: Path) -> None:

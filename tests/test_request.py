@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import catalog
+from engine import catalog, sliding
 from engine.catalog import Catalog, FrameRule, Model
 from engine.request import CONTRACT_DEFAULTS, BadRequest, Media, Resolved, resolve
 from engine.tasks import TASKS
@@ -86,7 +86,7 @@ def test_a_duration_counts_at_the_models_rate_to_the_nearest_length(duration: st
 
 
 def test_a_duration_that_is_cut_is_told() -> None:
-    result = resolved("wan_demo", video_length="100s")
+    result = resolved("wan_demo", video_length="100s", sliding_window_size=0)
     assert result.job.frames == 509
     assert result.warnings == (
         "video_length: 800 was changed to 509, the nearest that model 'wan_demo' can make (4k+1)",
@@ -127,6 +127,7 @@ def test_what_was_not_sent_takes_the_models_default(model: Model) -> None:
     task = model.tasks[0]
     result = resolve(CATALOG, model, {"prompt": "a cat", "task": task}, given_inputs(*possible(model, task)[0]))
     there = {name for name in model.defaults if name not in catalog.OPTIONAL_SETTINGS or model.has_setting(name, task)}
+    there -= {*sliding.SETTINGS}  # they only show in a long video (test_sliding.py)
     assert {name: value(result, name) for name in there} == {name: model.defaults[name] for name in there}
 
 

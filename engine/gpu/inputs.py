@@ -4,47 +4,76 @@ How start picture, end picture and source video reach a class is its form (`star
 other input has a parameter of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from engine import footage, media
-from engine.catalog import FORMS, Pipeline
+from engine.catalog import FORMS, MASKED_FORMS, Pipeline
 from engine.job import Job
 from engine.tasks import INPUTS
 
 MID_GREY = (128, 128, 128)  # what a masked control video holds where a frame is to be generated
 KEEP, GENERATE = 0, 255
+LEAD = "lead"  # beside the inputs of a masked video: the frames that it begins with
 
 
-def roles(pipeline: Pipeline, job: Job, sample_rate: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Call:
+    """One call of a pipeline: `job`, which makes a result for each of `seeds`.
+
+    A window of a longer video begins with the frames of `lead`, each (H, W, 3) uint8, if it is not the first, and its
+    first frame is frame `start` of the videos that were sent.
+    """
+
+    job: Job
+    seeds: Sequence[int]
+    lead: Sequence[NDArray[np.uint8]] = ()
+    start: int = 0
+
+
+def roles(pipeline: Pipeline, call: Call, sample_rate: int) -> dict[str, Any]:
     """Role → value for everything that was sent; what fills the frame is cropped to it and never stretched.
 
     Sound comes at `sample_rate` samples a second.
     """
-    opened = {name: _opened(name, paths, job, sample_rate) for name, paths in job.inputs.items()}
+    job = call.job
+    opened = {name: _opened(name, paths, call, sample_rate) for name, paths in job.inputs.items()}
     if pipeline.continues_from and "video_source" in opened:
         opened["video_source"] = _last_frames(job, pipeline.continues_from)
-    return _FORMS[pipeline.start_image_as](pipeline, job, opened)
+    return _FORMS[pipeline.start_image_as](pipeline, job, opened | _led(pipeline, call))
 
 
-def _opened(name: str, paths: tuple[Path, ...], job: Job, sample_rate: int) -> Any:
-    values = [_OPENERS[INPUTS[name].kind](path, name, job, sample_rate) for path in paths]
+def _led(pipeline: Pipeline, call: Call) -> dict[str, Any]:
+    """The frames that a window begins with, as the input that carries them."""
+    lead = [Image.fromarray(frame) for frame in call.lead]
+    if not lead:
+        return {}
+    if pipeline.start_image_as in MASKED_FORMS:
+        return {LEAD: lead}
+    return {"video_source": lead} if pipeline.continues_from else {"image_start": lead[0]}
+
+
+def _opened(name: str, paths: tuple[Path, ...], call: Call, sample_rate: int) -> Any:
+    values = [_OPENERS[INPUTS[name].kind](path, name, call, sample_rate) for path in paths]
     return values if INPUTS[name].several else values[0]
 
 
-def _picture(path: Path, name: str, job: Job, _: int) -> Image.Image:
+def _picture(path: Path, name: str, call: Call, _: int) -> Image.Image:
     picture = media.open_image(path)
-    return picture if INPUTS[name].several else _fitted(picture, name, job)
+    return picture if INPUTS[name].several else _fitted(picture, name, call.job)
 
 
-def _video(path: Path, name: str, job: Job, _: int) -> list[Image.Image]:
-    return [_fitted(frame, name, job) for frame in footage.read_frames(path, job.fps, job.frames)]
+def _video(path: Path, name: str, call: Call, _: int) -> list[Image.Image]:
+    frames = footage.read_frames(path, call.job.fps, call.job.frames, call.start)
+    return [_fitted(frame, name, call.job) for frame in frames]
 
 
 def _last_frames(job: Job, count: int) -> list[Image.Image]:
@@ -54,7 +83,7 @@ def _last_frames(job: Job, count: int) -> list[Image.Image]:
     return [_fitted(frame, "video_source", job) for frame in held + frames]
 
 
-def _sound(path: Path, _name: str, _job: Job, sample_rate: int) -> torch.Tensor:
+def _sound(path: Path, _name: str, _call: Call, sample_rate: int) -> torch.Tensor:
     """The whole sound, (2, N) float32 in -1..1, at `sample_rate` samples a second. Raises BadFootage."""
     resampler = av.AudioResampler("fltp", "stereo", sample_rate)
     with path.open("rb") as file, footage.opened(file, "audio") as container:
@@ -71,7 +100,7 @@ def _fitted(picture: Image.Image, name: str, job: Job) -> Image.Image:
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
-_OPENERS: Mapping[str, Callable[[Path, str, Job, int], Any]] = {"image": _picture, "video": _video, "audio": _sound}
+_OPENERS: Mapping[str, Callable[[Path, str, Call, int], Any]] = {"image": _picture, "video": _video, "audio": _sound}
 
 
 def _as_themselves(pipeline: Pipeline, _: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,13 +116,13 @@ def _as_masked_video(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) ->
 
     A video without a mask leads the new one and is painted over everywhere.
     """
-    taken = FORMS[pipeline.start_image_as]
+    taken = FORMS[pipeline.start_image_as] | {LEAD}
     others = _as_themselves(pipeline, job, {name: value for name, value in opened.items() if name not in taken})
     if len(others) == len(opened):
         return others
     size = (job.width, job.height)
     pictures = {0: opened.get("image_start"), job.frames - 1: opened.get("image_end")}
-    stills = {at: picture for at, picture in pictures.items() if picture}
+    stills = {at: picture for at, picture in pictures.items() if picture} | dict(enumerate(opened.get(LEAD, ())))
     video = opened.get("video_guide") or opened.get("video_source") or [Image.new("RGB", size, MID_GREY)]
     masks = opened.get("video_mask") or [Image.new("L", size, GENERATE)]
     keep = Image.new("L", size, KEEP)

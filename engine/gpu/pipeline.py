@@ -5,10 +5,11 @@ What differs from class to class is the catalogue's table of parameter names; th
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -17,30 +18,38 @@ import transformers
 from diffusers.models.attention_dispatch import attention_backend
 
 from engine.catalog import Model, Pipeline
-from engine.gpu import attention, caching, inputs, results, single_file
+from engine.gpu import attention, caching, compiling, decoding, inputs, prompts, results, single_file, sliding
 from engine.gpu.adapters import Adapters, load_file
+from engine.gpu.inputs import Call
 from engine.gpu.meter import Meter
 from engine.gpu.results import Clip
 from engine.gpu.steps import StepCounter
 from engine.job import SEED_RANGE, EngineError, Job, Phase
+from engine.sliding import windows
 from engine.weights import Weights
 
 # The meter reports progress, and a fault is an exception: bars and hints would only fill the log.
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 DENOISERS = ("transformer", "transformer_2", "unet")
+LATENT = "latent"
 
 
-def load(model: Model, pipeline: Pipeline, weights: Weights, device: torch.device) -> Any:
+def load(
+    model: Model, pipeline: Pipeline, weights: Weights, device: torch.device, ready: Mapping[str, Any] = NOTHING
+) -> Any:
     """The model's pipeline, in the catalogue's dtypes on a GPU and in float32 on a CPU. It lies in RAM.
 
+    `ready` are denoisers that are there already, with the recipe in them; their weights are not read.
     Only safetensors are read: a pickled checkpoint could run code.
     """
     options: dict[str, Any] = {"variant": model.variant} if model.variant else {}
     options |= {name: _part(folder, model, name, device) for name, folder in weights.parts.items()}
     if weights.files:
-        options |= single_file.components(_class(pipeline), weights, partial(_dtype_of, model, device))
+        options |= single_file.components(_class(pipeline), weights, partial(dtype_of, model, device))
+    options |= ready
     pipe = _class(pipeline).from_pretrained(
         weights.folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True, **options
     )
@@ -51,7 +60,8 @@ def load(model: Model, pipeline: Pipeline, weights: Weights, device: torch.devic
         attention.set_backend(pipe.transformer, model.attention_backend)
     if model.schedule:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **model.schedule)
-    _fuse_recipe(pipe, model, weights)
+    if not ready:
+        _fuse_recipe(pipe, model, weights)
     return pipe
 
 
@@ -76,11 +86,11 @@ def _part(folder: Path, model: Model, name: str, device: torch.device) -> Any:
     config = json.loads((folder / "config.json").read_text())
     own = config.get("_class_name")
     cls = getattr(diffusers, own) if own else getattr(transformers, config["architectures"][0])
-    dtype = _dtype_of(model, device, name)
+    dtype = dtype_of(model, device, name)
     return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
 
 
-def _dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:
+def dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:
     dtypes = _dtypes(model, device)
     return dtypes.get(name, dtypes["default"]) if isinstance(dtypes, dict) else dtypes
 
@@ -107,6 +117,7 @@ def sibling(pipe: Any, pipeline: Pipeline) -> Any:
     known = {**pipe.config, **pipe.components}
     other = cls(**{name: known[name] for name in inspect.signature(cls).parameters if name in known})
     other.set_progress_bar_config(disable=True)
+    prompts.inherit(pipe, other)
     return other
 
 
@@ -115,21 +126,38 @@ def render(pipe: Any, model: Model, job: Job, meter: Meter, adapters: Adapters |
 
     Reports encoding, each denoising step and decoding to `meter`, from where a cancel raises Cancelled.
     """
-    pipeline = model.pipelines[job.task]
-    passes = seeds_of_passes(job, pipeline.batch)
-    adapters = adapters or Adapters()
+    passes = seeds_of_passes(job, model.pipelines[job.task].batch)
+    pieces = windows(job, model.frames)
+    runs = iter(range(len(passes) * len(pieces)))
+    loras = adapters or Adapters()
+
+    def run(call: Call) -> Iterator[Clip]:
+        meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
+        meter.begin_run(next(runs), len(passes) * len(pieces), job.steps)
+        return _run(pipe, model, call, meter, loras)
+
     with _reported(pipe, meter):
-        for number, seeds in enumerate(passes):
-            meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
-            meter.begin_run(number, len(passes), job.steps)
-            output = _run(pipe, model, job, seeds, meter, adapters=adapters)
-            yield from results.clips(output, pipeline, seeds, sample_rate(pipe, pipeline), job.frames)
+        for seeds in passes:
+            if job.window_frames:
+                yield Clip(seeds[0], sliding.frames(model, job, seeds[0], lambda call: _only_frames(run(call))))
+            else:
+                yield from run(Call(job, seeds))
+
+
+def _only_frames(clips: Iterator[Clip]) -> torch.Tensor:
+    """(F, H, W, 3) uint8 of a call that makes one video."""
+    (clip,) = clips
+    assert clip.frames is not None
+    return torch.cat(list(clip.frames))
 
 
 def seeds_of_passes(job: Job, batch: bool) -> list[list[int]]:
-    """The seeds of each pass through the pipeline: `batch_size` at once where the class can, else one by one."""
+    """The seeds of each pass through the pipeline: `batch_size` at once where the class can, else one by one.
+
+    A long video is made for itself: each of its windows goes on from the one before.
+    """
     seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
-    size = job.batch_size if batch else 1
+    size = job.batch_size if batch and not job.window_frames else 1
     return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
@@ -138,9 +166,10 @@ def sample_rate(pipe: Any, pipeline: Pipeline) -> int:
     return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
 
 
-def _run(pipe: Any, model: Model, job: Job, seeds: list[int], meter: Meter, *, adapters: Adapters) -> Any:
-    """One call of the pipeline, and its output as the class gives it."""
-    pipeline = model.pipelines[job.task]
+def _run(pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters) -> Iterator[Clip]:
+    """One call of the pipeline, and the clips that it makes."""
+    job, pipeline = call.job, model.pipelines[call.job.task]
+    pipe = sibling(pipe, pipeline)
     if job.flow_shift is not None and "shift_param" in model.scheduler:
         shift = {model.scheduler["shift_param"]: job.flow_shift}
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **shift)
@@ -148,11 +177,21 @@ def _run(pipe: Any, model: Model, job: Job, seeds: list[int], meter: Meter, *, a
         _guide(pipe, job.guidance_scale)
     if pipeline.side_attribute:
         setattr(pipe, pipeline.side_attribute, _latent_side(pipe, job))
-    torch.manual_seed(seeds[0])  # some classes draw more than the noise, and not from their generator
+    torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
     with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job):
+        compiling.suit(pipe, job)
         counter = StepCounter(pipe, job, pipeline, meter, set_strengths)
         with counter.counting() as arguments, attention_backend(model.attention_backend or attention.NATIVE):
-            return pipe(**call_arguments(pipe, model, job, seeds), **arguments)
+            output = pipe(**call_arguments(pipe, model, call), **arguments)
+    if pipeline.output_type == LATENT:
+        return _decoded(pipe, output.frames, call)
+    return results.clips(output, pipeline, call.seeds, sample_rate(pipe, pipeline), job.frames)
+
+
+def _decoded(pipe: Any, latents: torch.Tensor, call: Call) -> Iterator[Clip]:
+    """The clips of Wan's latents, (B, C, F, H, W); their frames are decoded when they are asked for."""
+    for i, seed in enumerate(call.seeds):
+        yield Clip(seed, decoding.pieces(pipe, latents[i : i + 1], call.job.frames))
 
 
 def _guide(pipe: Any, scale: float) -> None:
@@ -167,10 +206,10 @@ def _latent_side(pipe: Any, job: Job) -> float:
     return float((job.width * job.height) ** 0.5 / pipe.vae_scale_factor * (1 + 1e-9))
 
 
-def call_arguments(pipe: Any, model: Model, job: Job, seeds: list[int]) -> dict[str, Any]:
-    """The keyword arguments of the pipeline's `__call__` for this job and these seeds."""
-    pipeline = model.pipelines[job.task]
-    roles = {**_plain_roles(model, job), **inputs.roles(pipeline, job, sample_rate(pipe, pipeline))}
+def call_arguments(pipe: Any, model: Model, call: Call) -> dict[str, Any]:
+    """The keyword arguments of the pipeline's `__call__`."""
+    job, seeds, pipeline = call.job, call.seeds, model.pipelines[call.job.task]
+    roles = {**_plain_roles(model, job), **inputs.roles(pipeline, call, sample_rate(pipe, pipeline))}
     # A CPU generator draws the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     roles |= {"seed": generators[0], "output_type": pipeline.output_type}

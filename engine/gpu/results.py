@@ -1,6 +1,6 @@
 """What a pipeline returns, as clips: whichever field it is in, tensors, arrays or pictures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,12 @@ SOUND = ("audios", "audio", "sound")
 class Clip:
     """One finished file's content. `layer` counts the files that share a seed, from 0.
 
-    frames: (F, H, W, 3 or 4) uint8 on the CPU, or None; sound: (channels, N) float32 in -1..1 on the CPU, or None, at
-    `sample_rate` samples a second.
+    frames: pieces of (F, H, W, 3 or 4) uint8 on the CPU, which may be made only when they are asked for, or None;
+    sound: (channels, N) float32 in -1..1 on the CPU, or None, at `sample_rate` samples a second.
     """
 
     seed: int
-    frames: torch.Tensor | None = None
+    frames: Iterable[torch.Tensor] | None = None
     sound: torch.Tensor | None = None
     sample_rate: int = 0
     layer: int = 0
@@ -39,7 +39,7 @@ def clips(output: Any, pipeline: Pipeline, seeds: Sequence[int], sample_rate: in
         for layer, video in enumerate(_layers(videos[i])):
             frames = pixels(video)
             kept = frames[-most_frames:] if pipeline.keeps_end else frames[:most_frames]
-            yield Clip(seed, kept, sound, sample_rate, layer)
+            yield Clip(seed, [kept], sound, sample_rate, layer)
 
 
 def _field(output: Any, names: Sequence[str], pipeline: Pipeline) -> Any:
