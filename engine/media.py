@@ -94,11 +94,16 @@ def thumbnail(path: Path, width: int) -> bytes:
     if kind not in _PICTURES:
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")
     try:
-        return _jpeg(_narrowed(_PICTURES[kind](path, width), width))
+        return reduced(_PICTURES[kind](path, width), width)
     except FileNotFoundError:
         raise
     except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
         raise NoPreview(f"'{path.name}' can't be decoded, so it has no preview") from None
+
+
+def reduced(image: "Image", width: int) -> bytes:
+    """Return a JPEG of the picture, at most `width` pixels wide."""
+    return _jpeg(_narrowed(image, width))
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from engine import media
 from engine.job import EngineError
 
 THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
+PREVIEW_WIDTH: Final = 320  # of a thumbnail where nobody asks for another width
 
 # A change within the same tick of the file system's clock leaves a time stamp as it was: 10 ms on Linux file systems,
 # 1 or 2 s on FAT and some network shares. What was touched this recently may be changing still.
@@ -218,6 +219,12 @@ class ThumbnailCache:
                 self._count(len(data))
             finally:
                 part.unlink(missing_ok=True)
+
+    def put_poster(self, path: Path, jpeg: bytes) -> None:
+        """Keep the thumbnail of a file that is whole now, in the width that a preview has where none is asked for."""
+        with suppress(OSError):
+            about = path.lstat()
+            self.put(_key(path.name, about.st_mtime_ns, about.st_size, PREVIEW_WIDTH), jpeg)
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{key}.jpg"

@@ -324,9 +324,9 @@ def test_a_task_that_is_deleted_while_it_runs_ends_as_cancelled_and_leaves_nothi
 @every_phase
 def test_a_worker_that_is_killed_fails_its_task_alone(house: Daemon, phase: str) -> None:
     task_id = held(house, phase)
-    waiting = house.submit(**QUICK)["task_id"]
     (pid,) = workers(house)
     os.kill(pid, signal.SIGKILL)
+    waiting = house.submit(**QUICK)["task_id"]
     state = house.finish(task_id)
     relieved(house)
     assert state["status"] == "failed"

@@ -13,6 +13,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Final, Literal, NamedTuple
@@ -48,6 +50,12 @@ _SOUND_OPTIONS: Final[Mapping[str, list[str]]] = {
     ".mp3": ["-c:a", "libmp3lame", "-q:a", "0", "-f", "mp3"],
 }
 
+# x264's presets mean nothing to NVENC; its constant quality is about as good as x264's CRF of the same number.
+_CODECS: Final[Mapping[str, str]] = {
+    "x264": "-c:v libx264 -preset {preset} -crf {crf}",
+    "nvenc": "-c:v h264_nvenc -preset p5 -rc vbr -cq {crf} -b:v 0",
+}
+
 _REMEDIES: Final[Mapping[str, str]] = {
     "No space left on device": "free space on the output disk and retry the task",
     "Disk quota exceeded": "raise the quota or delete old outputs, and retry the task",
@@ -70,28 +78,44 @@ def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: st
 
 def write_video(
     path: Path,
-    frames: Pixels,  # (F, H, W, 3) uint8, RGB
+    frames: Iterable[Pixels],  # each (H, W, 3) uint8, RGB; taken one by one
     fps: int,
     settings: Mapping[str, Any] | None,
     *,
     crf: int = 18,
     preset: str = "veryfast",
+    encoder: str = "x264",
     sound: Sound | None = None,
 ) -> None:
     """Write an H.264 yuv420p MP4 that plays everywhere: BT.709, its index in front, `settings` in the comment tag.
 
     An odd width or height gains one column or row, a copy of the last. The file's mtime is the time of completion.
-    `sound` becomes its AAC track. Raises EngineError with code "save_failed"; nothing is left in the folder then.
+    `sound` becomes its AAC track. Raises EngineError with code "save_failed", or what `frames` raises; nothing is left
+    in the folder then.
     """
-    height, width = (side + side % 2 for side in frames.shape[1:3])
+    coming = iter(frames)
+    first = next(coming)
+    height, width = (side + side % 2 for side in first.shape[:2])
     picture = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0".split()
-    codec = f"-c:v libx264 -preset {preset} -crf {crf}".split()
+    codec = _CODECS[encoder].format(preset=preset, crf=crf).split()
     end = ["-map", "1:v", "-vf", _BT709, *codec, "-movflags", "+faststart", "-f", "mp4"]
     with ExitStack() as stack:
         if sound is not None:
             picture += [*_raw_sound(sound), "-i", stack.enter_context(_spooled(_bytes_of(sound)))]
             end = ["-map", "2:a", "-c:a", "aac", "-b:a", "192k", *end]
-        _encode(path, (_even(frame).tobytes() for frame in frames), settings, picture, end)
+        _encode(path, (_even(frame).tobytes() for frame in chain([first], coming)), settings, picture, end)
+
+
+@cache
+def works(encoder: str) -> bool:
+    """True if this machine can encode with it: NVENC needs a card that has it (an H100 has none) and a driver."""
+    codec = _CODECS[encoder].format(preset="veryfast", crf=18)
+    trial = f"-v error -f lavfi -i color=size=256x256:rate=1 -frames:v 1 -pix_fmt yuv420p {codec} -f null -"
+    try:
+        done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *trial.split()], capture_output=True, check=False)
+    except (OSError, RuntimeError):  # the first real file will tell
+        return False
+    return done.returncode == 0
 
 
 def write_sound(path: Path, sound: Sound, settings: Mapping[str, Any] | None) -> None:

@@ -1,0 +1,83 @@
+"""Work beside the generation: while a file is encoded, the next frames are already made."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MOST_WAITING_BYTES = 2**30  # of frames in memory that nobody has encoded yet
+
+
+class Broken(Exception):
+    """The pieces of a file could not all be made."""
+
+
+class _Handover(Generic[T]):
+    """Pieces on their way from who makes them to who writes them."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[T, int]] = deque()
+        self._waiting_bytes = 0
+        self._changed = threading.Condition()
+        self._state = "open"  # ended: there are no more; broken: nor will there be; left: nobody takes any
+
+    def put(self, piece: T, size_bytes: int) -> bool:
+        """Hand a piece over, once those that wait leave room; False if nobody takes it any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting_bytes < MOST_WAITING_BYTES or self._state == "left")
+            self._waiting.append((piece, size_bytes))
+            self._waiting_bytes += size_bytes
+            self._changed.notify_all()
+            return self._state != "left"
+
+    def close(self, state: str) -> None:
+        """Say that this is all (ended), that the rest can't be made (broken), or that nobody takes any more (left)."""
+        with self._changed:
+            self._state = state
+            self._changed.notify_all()
+
+    def taken(self) -> Iterator[T]:
+        """The pieces as they come. Raises Broken."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._state != "open")
+                if self._state == "broken":
+                    raise Broken
+                if not self._waiting:
+                    return
+                piece, size_bytes = self._waiting.popleft()
+                self._waiting_bytes -= size_bytes
+                self._changed.notify_all()
+            yield piece
+
+
+class Background:
+    """Writes one file after the other in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "background")
+
+    def feed(
+        self, pieces: Iterable[T], write: Callable[[Iterator[T]], R], size_bytes: Callable[[T], int]
+    ) -> "Future[R]":
+        """Hand `pieces` to `write` in the thread, each as soon as it is made; returns when the last one is handed over.
+
+        What the making or the writing raises is raised here, and the file is given up.
+        """
+        handover = _Handover[T]()
+        written = self._thread.submit(write, handover.taken())
+        written.add_done_callback(lambda _: handover.close("left"))
+        try:
+            for piece in pieces:
+                if not handover.put(piece, size_bytes(piece)):
+                    written.result()
+        except BaseException:
+            handover.close("broken")
+            wait([written])
+            raise
+        handover.close("ended")
+        return written
