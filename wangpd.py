@@ -46,14 +46,15 @@ from aiohttp_apispec import (
 from apispec import APISpec
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
 
-from engine import attention, downloads, footage, loras, media, weights
+from engine import attention, compilation, downloads, footage, loras, media, quantization, weights
 from engine.catalog import STEP_CACHES, Catalog, Model, UnknownModel
 from engine.downloads import Download, Downloads, NoDownload, Stage
+from engine.estimate import Estimate, estimate
 from engine.executor import Engine, EngineConfig
 from engine.inputs import Inputs
-from engine.job import Lora
+from engine.job import EngineError, Job, Lora
 from engine.journal import Journal, JournalFault
-from engine.outputs import Entry, Outputs, Retention
+from engine.outputs import PREVIEW_WIDTH, Entry, Outputs, Retention
 from engine.queue import Busy, Closed, EngineDown, Full, KeyReused, Limits, NoSuchTask, Receipt, TaskQueue, WrongState
 from engine.request import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, BadRequest, Media, Resolved, default_settings
 from engine.request import resolve as resolved_request
@@ -93,6 +94,16 @@ def between(low: float, high: float) -> validate.Validator:
     return validate.Range(low, high, error="{input} must be between {min} and {max}")
 
 
+def each(check: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
+    """The rule that holds for each value of a list."""
+
+    def checked(values: Sequence[Any]) -> None:
+        for value in values:
+            check(value)
+
+    return checked
+
+
 @dataclass(frozen=True)
 class Config:
     """Every key of `wangpd.toml`. Relative paths are relative to that file."""
@@ -102,7 +113,9 @@ class Config:
     )
     port: int = key(7860, "Port to listen on; 0 takes a free one and logs it.", between(0, 65535))
     save_path: Path = key(Path("outputs"), "Folder of the finished files; it alone decides what is listed and served.")
-    state_path: Path = key(Path("state"), "Folder of the queue's journal, the input pictures and the thumbnails.")
+    state_path: Path = key(
+        Path("state"), "Folder of the queue's journal, the input pictures, the thumbnails and the engine's caches."
+    )
     loras_dir: Path = key(Path("loras"), "Folder of LoRA files, one folder a family of models.")
     models_dir: Path = key(Path("models"), "Folder of the models' weights, one folder a model, named by its id.")
     allow_download: bool = key(False, "Fetch missing weights from the Hugging Face hub when a task needs them.")
@@ -111,6 +124,13 @@ class Config:
         "auto", "Where to generate: auto, cuda, cuda:1, mps or cpu; auto takes the best that is there.",
         validate.Regexp(r"auto$|cpu$|mps$|cuda(:\d+)?$", error="{input!r} must be auto, cuda, cuda:N, mps or cpu"),
     )  # fmt: skip
+    devices: tuple[str, ...] = key(
+        (), "Several devices, a worker each, such as cuda:0 and cuda:1; they share the queue. None: device alone.",
+        each(validate.Regexp(r"cpu$|cuda:\d+$", error="{input!r} must be cuda:N or cpu")),
+    )  # fmt: skip
+    warm_start: bool = key(
+        False, "Start the worker with the daemon and load the model that was last in use, else default_model."
+    )
     profile: float = key(
         0.0,
         "GPU memory: 0 chooses, 1 denoiser resident, 2 and 4 by block, 3 by part, 5 by layer, 4.5 unpinned.",
@@ -122,11 +142,23 @@ class Config:
         one_of(attention.AUTO, *attention.KERNELS),
     )
     transformer_quantization: str = key(
-        "none", "Quantised weights: none, so bf16 on a GPU and float32 on a CPU.", one_of("none")
+        "none",
+        "Weights of the denoisers: none as they are, int8, fp8, nf4, a user's own gguf; auto is int8 where it helps.",
+        one_of(*quantization.KINDS),
     )
     vae_config: int = key(
         0, "VAE tiles on a GPU: 1, 2, 3 for 512, 256, 128 pixels; 0 chooses by the card.", one_of(0, 1, 2, 3)
     )
+    compile: bool = key(
+        False, "Compile the denoisers' blocks: 1.3 to 1.4 times the speed on a GPU, after a slow first task."
+    )
+    convert_float32: bool = key(
+        True, "Rewrite float32 weights once in the dtype they are computed in, into models_dir/.converted."
+    )
+    prompt_cache_mb: int = key(
+        1024, "MiB on disk of what text encoders made of prompts, to reuse; 0: every prompt is read anew.",
+        between(0, 10**9),
+    )  # fmt: skip
     mmaudio_enabled: int = key(0, "Sound made to fit a video: 0, since diffusers has no MMAudio.", one_of(0))
     image_format: str = key("png", "Format of pictures: png, jpeg or webp.", one_of("png", "jpeg", "webp"))
     audio_format: str = key("wav", "Format of sound: wav, flac or mp3.", one_of("wav", "flac", "mp3"))
@@ -134,6 +166,14 @@ class Config:
     video_preset: str = key(
         "veryfast", "Speed of the video encoder: x264's presets; slower ones make smaller files.",
         one_of("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"),
+    )  # fmt: skip
+    video_encoder: str = key(
+        "x264", "Encoder of videos: x264, or nvenc for a card's own; where that is missing, x264 all the same.",
+        one_of("x264", "nvenc"),
+    )  # fmt: skip
+    vae_precision: str = key(
+        "auto", "Bits in which the VAE decodes: auto (16 on CUDA where that is safe), 16 or 32.",
+        one_of("auto", "16", "32"),
     )  # fmt: skip
     embed_settings: bool = key(True, "Write a file's settings and seed into the file, as JSON.")
     max_queue: int = key(1000, "Tasks that may wait; one more is answered 503.", between(1, 1_000_000))
@@ -193,9 +233,10 @@ class Config:
     api_only: bool = key(False, "Accepted for WanGP's sake: wangpd has no other mode than its API.")
     shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config tells
 
-    def engine(self) -> EngineConfig:
-        """The part that the generation process needs."""
-        return EngineConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)})
+    def engines(self) -> list[EngineConfig]:
+        """The part that a generation process needs, for each of them."""
+        common = EngineConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)})
+        return [dataclasses.replace(common, device=device) for device in self.devices or (self.device,)]
 
     def limits(self) -> Limits:
         """The part that the queue needs."""
@@ -235,13 +276,23 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
     folders = {name: (Path() if name in flags else base, values.get(name, KEYS[name].default)) for name in FOLDERS}
     if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
         values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
-    if fault := attention.fault(values.get("attention_mode", attention.AUTO)):
+    if fault := _missing(values):
         raise ConfigError(fault)
     return Config(
         **values
         | {name: Path(root, folder).absolute() for name, (root, folder) in folders.items()}
         | {"shown_save_path": shown}
     )
+
+
+def _missing(values: Mapping[str, Any]) -> str:
+    """What a key asks for and this machine can't do, with what helps; "" if there is nothing."""
+    kind = values.get(quantization.KEY, quantization.NONE)
+    devices = values.get("devices") or [values.get("device", "auto")]
+    faults = [attention.fault(values.get("attention_mode", attention.AUTO))]
+    if values.get("compile"):
+        faults += [compilation.fault(device) for device in devices]
+    return next(filter(None, faults + [quantization.fault(kind, device) for device in devices]), "")
 
 
 FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
@@ -513,6 +564,21 @@ class GenerateSettings(Schema):
     skip_steps_start_step_perc = optional(
         Real, "Percent of the steps, from the first, that are always computed.", between(0, 100), default=0
     )
+    sliding_window_size = optional(
+        Whole,
+        "Frames that are made at once; a longer video is made window by window, as far as the model can go on from its"
+        " own frames. 0: the whole video at once. Left out, as long as the model's usual video.",
+        between(0, 1000),
+    )
+    sliding_window_overlap = optional(
+        Whole, "Frames that a window shares with the one before. Left out, what suits the model.", between(1, 97)
+    )
+    sliding_window_color_correction_strength = optional(
+        Real,
+        "How far each window takes over the colours of the one before: 0 not, 1 wholly.",
+        between(0, 1),
+        default=FURTHER_DEFAULTS["sliding_window_color_correction_strength"],
+    )
     task = optional(
         Text, "What the model shall do, where the inputs leave more than one choice.", validate.OneOf(list(TASKS))
     )
@@ -622,7 +688,7 @@ class MoveRequest(Schema):
 
 class PreviewQuery(Schema):
     width = Digits(
-        load_default=320,
+        load_default=PREVIEW_WIDTH,
         validate=between(32, 1920),
         metadata={"description": "Width in pixels; a smaller source is not enlarged."},
     )
@@ -708,6 +774,9 @@ class Settings(Schema):
     skip_steps_cache_type = described(fields.String, "Step cache; empty: none.")
     skip_steps_multiplier = described(fields.Float, "How many times faster the denoising shall be.")
     skip_steps_start_step_perc = described(fields.Float, "Percent of the steps that are always computed.")
+    sliding_window_size = described(fields.Integer, "Most frames of a window.")
+    sliding_window_overlap = described(fields.Integer, "Frames that a window shares with the one before.")
+    sliding_window_color_correction_strength = described(fields.Float, "How far colours are taken over.")
     seed = told(fields.Integer, "-1: one is drawn.")
     batch_size = told(fields.Integer, "Files a run.")
     repeat_generation = told(fields.Integer, "Runs.")
@@ -729,6 +798,14 @@ class ModelInfo(ModelEntry):
     licence = told(fields.String, "Licence of the weights.")
 
 
+class Cost(Schema):
+    """What a job will take, by arithmetic: good to about a third."""
+
+    memory_bytes = told(fields.Integer, "Most memory in use at once: of the card, or RAM without one.")
+    seconds = told(fields.Float, "Seconds of its own work: by history where there is one, else by the plan.")
+    plan = told(fields.String, "Where the weights will lie, in a line.")
+
+
 class Submitted(Schema):
     task_id = nullable(fields.Integer, "Grows with every task and is never used twice; null for a dry run.")
     position = nullable(fields.Integer, "1: it is processed or next; null for a dry run.")
@@ -737,6 +814,11 @@ class Submitted(Schema):
     warnings = told(fields.List, "What was changed or ignored.", cls_or_instance=fields.String())
     status_url = nullable(fields.String, "Where to ask how far it is; null for a dry run.")
     settings = fields.Dict(metadata={"description": "Everything as it was resolved; only in a dry run."})
+    estimate = fields.Nested(
+        Cost,
+        allow_none=True,
+        metadata={"description": "What it will take; null until a worker has measured the device; only in a dry run."},
+    )
     estimated_seconds = fields.Float(
         allow_none=True, metadata={"description": "Seconds of its own work; null with no history; only in a dry run."}
     )
@@ -748,12 +830,12 @@ class QueuedTask(Schema):
     status = told(fields.String, "`processing`, `cancelling` or `queued`.")
     length = told(fields.Integer, "Frames.")
     steps = told(fields.Integer, "Denoising steps.")
-    position = told(fields.Integer, "1: it is processed or next.")
+    position = told(fields.Integer, "1: it is processed or next; others count on from all that are processed.")
 
 
 class QueueState(Schema):
     total_tasks = told(fields.Integer, "Tasks that have not ended.")
-    current_task_id = nullable(fields.Integer, "The one that runs.")
+    current_task_id = nullable(fields.Integer, "The one that runs; of several, the one that started first.")
     is_processing = told(fields.Boolean, "One runs.")
     paused = told(fields.Boolean, "No waiting task is started.")
     tasks = told(fields.List, "In their order.", cls_or_instance=fields.Nested(QueuedTask))
@@ -878,6 +960,9 @@ class ServerConfig(Schema):
     mmaudio_enabled = told(fields.Integer, KEYS["mmaudio_enabled"].metadata["why"])
     default_model = told(fields.String, KEYS["default_model"].metadata["why"])
     device = told(fields.String, KEYS["device"].metadata["why"])
+    devices = told(fields.List, KEYS["devices"].metadata["why"], cls_or_instance=fields.String())
+    warm_start = told(fields.Boolean, KEYS["warm_start"].metadata["why"])
+    memory_plan = nullable(fields.String, "Where the loaded model's weights lie, a line a device; null without one.")
     image_format = told(fields.String, KEYS["image_format"].metadata["why"])
     allow_download = told(fields.Boolean, KEYS["allow_download"].metadata["why"])
     embed_settings = told(fields.Boolean, KEYS["embed_settings"].metadata["why"])
@@ -1026,7 +1111,7 @@ def version() -> str:
 CONFIG = web.AppKey("config", Config)
 TOKEN = web.AppKey("token", bytes)  # empty: no login is asked for
 CATALOG = web.AppKey("catalog", Catalog)
-ENGINE = web.AppKey("engine", Engine)
+ENGINES = web.AppKey("engines", list[Engine])
 JOURNAL = web.AppKey("journal", Journal)
 QUEUE = web.AppKey("queue", TaskQueue)
 OUTPUTS = web.AppKey("outputs", Outputs)
@@ -1103,7 +1188,8 @@ async def ready(request: web.Request) -> web.Response:
 def remarks(app: web.Application) -> list[str]:
     """What a person should look at, though work goes on."""
     aside = app[JOURNAL].set_aside
-    return [f"The queue's journal could not be read and was moved to {aside.name}; its tasks are lost"] if aside else []
+    lost = [f"The queue's journal could not be read and was moved to {aside.name}; its tasks are lost"] if aside else []
+    return [*lost, *app[QUEUE].remarks()]
 
 
 @routes.get(f"{API}/models")
@@ -1137,7 +1223,7 @@ def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
         "kind": model.kind,
         "tasks": list(model.tasks),
         "installed": weights.locate(model, app[CONFIG].models_dir) is not None,
-        "loaded": app[ENGINE].loaded(model.id),
+        "loaded": app[QUEUE].loaded(model.id),
         "limits": model_limits(model),
     }
 
@@ -1324,12 +1410,47 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
         "position": None,
         "estimated_wait": queue.estimated_wait_s(),
         "estimated_seconds": queue.estimate_s(job),
+        "estimate": cost(app, job),
         "seed": job.seed,
         "warnings": list(resolved.warnings),
         "status_url": None,
         "settings": settings_of(job),
     }
     return answered("Dry run: nothing was queued", data)
+
+
+def cost(app: web.Application, job: Job) -> dict[str, Any] | None:
+    """What the job will take; None if no device was measured, or if it fits on none."""
+    try:
+        found = estimated(app, job)
+    except EngineError:
+        return None
+    if found is None:
+        return None
+    known_s = app[QUEUE].estimate_s(job)
+    return {**vars(found), "seconds": round(found.seconds, 1) if known_s is None else known_s}
+
+
+def estimated(app: web.Application, job: Job) -> Estimate | None:
+    """The estimate by the memory plan. Raises EngineError if the job seems to fit nowhere."""
+    config = app[CONFIG]
+    return estimate(
+        app[CATALOG].get(job.model),
+        job,
+        app[QUEUE].machines,
+        profile=config.profile,
+        quantization=config.transformer_quantization,
+        vae_config=config.vae_config,
+    )
+
+
+def doubts(app: web.Application, job: Job) -> tuple[str, ...]:
+    """Why a job may fail for want of memory. A warning and no refusal: an estimate may be wrong."""
+    try:
+        estimated(app, job)
+    except EngineError as error:
+        return (str(error),)
+    return ()
 
 
 def link(app: web.Application, path: str) -> str:
@@ -1353,7 +1474,7 @@ def resolve(app: web.Application, body: Mapping[str, Any], store: bool) -> Resol
     for data in (data for datas in files.values() for data in datas if store):
         app[INPUT_FILES].store(data)
     unknown = tuple(f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
-    return dataclasses.replace(resolved, warnings=(*unknown, *resolved.warnings))
+    return dataclasses.replace(resolved, warnings=(*unknown, *resolved.warnings, *doubts(app, resolved.job)))
 
 
 def chosen_loras(
@@ -1382,6 +1503,8 @@ UNKNOWN = " unknown"  # not a name that a field can have
 
 def require_weights(model: Model, config: Config) -> Weights | None:
     """The model's weights, or None if they are to be fetched. Raises BadRequest with what helps if they may not be."""
+    if refusal := quantization.refusal(config.transformer_quantization, model):
+        raise BadRequest(refusal)
     found = weights.locate(model, config.models_dir)
     if found is None and not config.allow_download:
         remedy = weights.remedy(model, config.models_dir)
@@ -1416,7 +1539,7 @@ def length_s(data: bytes, kind: str, max_pixels: int) -> float:
 @operation("Queue", "What runs and what waits", envelope(QueueState))
 async def queue_state(request: web.Request) -> web.Response:
     queue = request.app[QUEUE]
-    tasks = queue.listing()
+    tasks, count = queue.listing(), len(queue.at_work)
     entries = [
         {
             "id": task.id,
@@ -1424,9 +1547,9 @@ async def queue_state(request: web.Request) -> web.Response:
             "status": task.status,
             "length": task.job.frames,
             "steps": task.job.steps,
-            "position": position,
+            "position": place if place > count else 1,
         }
-        for position, task in enumerate(tasks, start=1)
+        for place, task in enumerate(tasks, start=1)
     ]
     running = queue.current
     data = {
@@ -1691,8 +1814,9 @@ async def preview(request: web.Request) -> web.StreamResponse:
 @routes.get(f"{API}/config")
 @operation("Configuration", "The configuration, less what is nobody's business", envelope(ServerConfig))
 async def server_config(request: web.Request) -> web.Response:
-    config = request.app[CONFIG]
-    shown = {name: getattr(config, name) for name in ServerConfig().fields}
+    config, plans = request.app[CONFIG], request.app[QUEUE].plans
+    shown = {name: getattr(config, name) for name in ServerConfig().fields if name in KEYS}
+    shown["memory_plan"] = "\n".join(plans) or None
     profile = int(config.profile) if config.profile.is_integer() else config.profile  # 1, as WanGP writes it
     return answered("Server configuration", {**shown, "profile": profile, "save_path": config.shown_save_path})
 
@@ -2097,13 +2221,13 @@ def make_app(config: Config, models: Catalog | None = None) -> web.Application:
     app[OUTPUTS] = Outputs(config.save_path, config.state_path / "thumbnails", config.retention())
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
-    app[ENGINE] = Engine(config.engine(), config.cancel_grace_s)
+    app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
-    app[QUEUE] = TaskQueue(app[JOURNAL], app[ENGINE], app[CATALOG], app[OUTPUTS], config.limits())
+    app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], config.limits())
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.extend([engine_lifetime, downloads_lifetime, queue_lifetime])
+    app.cleanup_ctx.extend([engines_lifetime, downloads_lifetime, queue_lifetime])
     return app
 
 
@@ -2121,11 +2245,17 @@ def read_token(config: Config) -> bytes:
     return token
 
 
-async def engine_lifetime(app: web.Application) -> AsyncIterator[None]:
-    """The generation process ends with the daemon, whatever it does."""
+async def engines_lifetime(app: web.Application) -> AsyncIterator[None]:
+    """The generation processes end with the daemon, whatever they do."""
     app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
     yield
-    app[ENGINE].close()
+    close_engines(app)
+
+
+def close_engines(app: web.Application) -> None:
+    """End all generation processes. Blocks briefly."""
+    for engine in app[ENGINES]:
+        engine.close()
 
 
 async def downloads_lifetime(app: web.Application) -> AsyncIterator[None]:
@@ -2141,10 +2271,22 @@ async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
     if app[JOURNAL].set_aside:
         log.error("the journal could not be read and was moved to %s; the queue starts empty", app[JOURNAL].set_aside)
     async with app[QUEUE].running(app[CONFIG].stop_grace_s):
-        sweeping = asyncio.create_task(sweep(app))
+        beside = [asyncio.create_task(work(app)) for work in (sweep, warm_up)]
         yield
-        sweeping.cancel()
+        for work in beside:
+            work.cancel()
     await app[JOURNAL].close()
+
+
+async def warm_up(app: web.Application) -> None:
+    """With `warm_start`, have the model loaded that was last in use, or the default one, if it is installed."""
+    if not app[CONFIG].warm_start:
+        return
+    wanted = (app[QUEUE].last_model, app[CONFIG].default_model)
+    for model in (app[CATALOG].get(model_id) for model_id in wanted if model_id in app[CATALOG]):
+        if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
+            app[QUEUE].warm_up(model)
+            return
 
 
 async def sweep(app: web.Application) -> None:
@@ -2181,9 +2323,13 @@ class Supervisor:
 
     def status(self) -> str:
         """What `systemctl status` shows."""
-        running, tasks = self._queue.current, self._queue.listing()
-        work = f"task {running.id} runs" if running else "paused" if self._queue.paused else "idle"
-        return "STATUS=" + "; ".join([f"{work}, {len(tasks) - bool(running)} waiting", *self._remarks()])
+        running, tasks = self._queue.at_work, self._queue.listing()
+        work = self._work(running) or ("paused" if self._queue.paused else "idle")
+        return "STATUS=" + "; ".join([f"{work}, {len(tasks) - len(running)} waiting", *self._remarks()])
+
+    def _work(self, running: Sequence[Task]) -> str:
+        ids = ", ".join(str(task.id) for task in running)
+        return f"task {ids} runs" if len(running) == 1 else f"tasks {ids} run" if running else ""
 
     async def watch(self) -> None:
         """Say again and again that the event loop turns."""
@@ -2311,7 +2457,7 @@ LISTEN_FAULTS: Mapping[int, str] = {
 def on_signal(stop: asyncio.Event, app: web.Application) -> None:
     """First: no new work, and an orderly end. Again: the end."""
     if stop.is_set():
-        app[ENGINE].close()
+        close_engines(app)
         os._exit(1)
     app[QUEUE].close()
     stop.set()

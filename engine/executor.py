@@ -7,22 +7,24 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from engine.catalog import Model
 from engine.gpu import worker
-from engine.job import NO_TASK, Board, Cancelled, EngineError, Job, Phase, Result, fingerprint
+from engine.job import NO_TASK, Board, Cancelled, EngineError, Job, OutputFile, Phase, Result, fingerprint
+from engine.machine import Machine
 
 log = logging.getLogger("wangpd.engine")
 T = TypeVar("T")
 LOADING_PATIENCE = 6  # times the patience of other phases
 WATCH_S = 1.0  # how often the board is looked at for progress
+SAVED_S = 0.02  # and for files that are whole
 SPAWN = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
 
 
@@ -32,6 +34,7 @@ class EngineConfig:
 
     save_path: Path
     models_dir: Path
+    state_path: Path = Path("state")
     device: str = "auto"
     allow_download: bool = False
     embed_settings: bool = True
@@ -39,9 +42,15 @@ class EngineConfig:
     audio_format: Literal["wav", "flac", "mp3"] = "wav"
     video_crf: int = 18
     video_preset: str = "veryfast"
+    video_encoder: str = "x264"
+    vae_precision: str = "auto"
     profile: float = 0
     attention_mode: str = "auto"
+    transformer_quantization: str = "none"
     vae_config: int = 0
+    compile: bool = False
+    convert_float32: bool = True
+    prompt_cache_mb: int = 0
     log_level: str = "info"
 
 
@@ -56,6 +65,26 @@ class Progress:
     steps: int
 
 
+@dataclass
+class _Saving:
+    """A job that is made, and whose files are being written by the process of `board`."""
+
+    board: Board
+    result: Result
+    progress: Progress
+    cancelled: bool
+
+    @property
+    def settled(self) -> bool:
+        """The files are written, or given up."""
+        return self.board.saved >= self.result.pending
+
+    def require_well(self) -> None:
+        """Raises EngineError if they could not be written."""
+        if self.board.unsaved == self.result.pending:
+            raise EngineError(self.board.fault.decode(errors="replace"), "save_failed")
+
+
 class Engine:
     """Runs one job at a time in a process of its own, which a fault, a cancel or `unload` may end at any moment.
 
@@ -68,16 +97,61 @@ class Engine:
         self._executor: ProcessPoolExecutor | None = None
         self._board = Board()
         self._task: int | None = None
+        self._saving: dict[int, _Saving] = {}
         self._killing: asyncio.TimerHandle | None = None
         self._hung_s: float | None = None  # how long the process that was ended had made no progress
 
-    async def run(self, task_id: int, job: Job, model: Model, patience_s: float = math.inf) -> Result:
-        """Run `job` to its end.
+    async def run(
+        self,
+        task_id: int,
+        job: Job,
+        model: Model,
+        patience_s: float = math.inf,
+        free: Callable[[], object] = lambda: None,
+    ) -> Result:
+        """Run `job` to its end. `free` is called when the next one may be run: the files are still being written then.
 
         Raises EngineError with a sentence, or Cancelled once the work has really stopped. A process that died, or that
-        made no progress for `patience_s` seconds and was ended, costs this task only: the next run gets a fresh one.
+        made no progress for `patience_s` seconds and was ended, costs this task only, and one whose files it was still
+        writing: the next run gets a fresh one.
         """
-        return await self._call(task_id, patience_s, worker.generate, task_id, job, model)
+        result = await self._call(task_id, patience_s, worker.generate, task_id, job, model)
+        if not result.pending:
+            return result
+        runs = max(1, self._board.runs)
+        progress = Progress(Phase.SAVING, runs - 1, runs, job.steps, job.steps)
+        saving = _Saving(self._board, result, progress, cancelled=self._board.cancel == task_id)
+        self._saving[task_id] = saving
+        try:
+            free()
+            return await self._saved(saving, patience_s)
+        finally:
+            del self._saving[task_id]
+
+    async def _saved(self, saving: _Saving, patience_s: float) -> Result:
+        """The result once its files are whole. Who cancels meanwhile wants the last one no more."""
+        since = time.monotonic()
+        while not saving.settled and self._lives(saving.board):
+            await asyncio.sleep(SAVED_S)
+            if time.monotonic() - since > patience_s:
+                self._kill()
+        if saving.cancelled:
+            for file in saving.result.files[-1:]:
+                (self._config.save_path / file.filename).unlink(missing_ok=True)
+            raise Cancelled("while its files were written")
+        if not saving.settled:
+            raise _died("while saving")
+        saving.require_well()
+        timings = {**saving.result.timings, "saving": time.monotonic() - since}
+        files = await asyncio.to_thread(self._whole, saving.result.files)
+        return replace(saving.result, files=files, timings=timings, pending=0)
+
+    def _lives(self, board: Board) -> bool:
+        return any(child.pid == board.pid for child in multiprocessing.active_children())
+
+    def _whole(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
+        """The files with their sizes; 0 for one that somebody has deleted already."""
+        return tuple(replace(file, size_bytes=_size_bytes(self._config.save_path / file.filename)) for file in files)
 
     async def load(self, model: Model) -> None:
         """Make `model` warm. Raises EngineError."""
@@ -115,7 +189,12 @@ class Engine:
                 return
 
     def _patience_s(self, patience_s: float) -> float:
-        """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them."""
+        """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them.
+
+        In the first step, blocks may be compiled.
+        """
+        if self._config.compile and self._board.phase == Phase.DENOISING and not self._board.step:
+            return LOADING_PATIENCE * patience_s
         if self._board.phase != Phase.LOADING:
             return patience_s
         return math.inf if self._config.allow_download else LOADING_PATIENCE * patience_s
@@ -123,6 +202,25 @@ class Engine:
     def loaded(self, model_id: str) -> bool:
         """True if the process holds this model, so that a task of it loads nothing."""
         return self._board.loaded == fingerprint(model_id)
+
+    @property
+    def device(self) -> str:
+        """Where it works, as configured."""
+        return self._config.device
+
+    @property
+    def plan(self) -> str:
+        """Where the weights of the loaded model lie, in a line; empty without one."""
+        return self._board.plan.decode(errors="replace") if self._board.loaded else ""
+
+    @property
+    def machine(self) -> Machine | None:
+        """What the process has measured of its device; None until then."""
+        board = self._board
+        if not board.flops_per_s:
+            return None
+        free = int(board.free_vram_bytes), int(board.free_ram_bytes)
+        return Machine(*free, board.link_bytes_per_s, board.flops_per_s)
 
     def _started(self) -> ProcessPoolExecutor:
         if self._executor is None:
@@ -148,25 +246,33 @@ class Engine:
                 " is only slow, raise step_timeout_s in wangpd.toml.",
                 "hung",
             )
-        return EngineError(
-            f"The generation process died {where}. Most often it ran out of memory: try a smaller resolution or"
-            " video_length, and see the log.",
-            "worker_died",
-        )
+        return _died(where)
 
     def progress(self, task_id: int) -> Progress | None:
         """How far `task_id` is, or None if it is not the one that runs."""
         board = self._board
+        if saving := self._saving.get(task_id):
+            return saving.progress
         if self._task != task_id or board.task != task_id:
             return None
         return Progress(Phase(board.phase), board.run, board.runs, board.step, board.total)
 
     def cancel(self, task_id: int) -> None:
-        """End `task_id` if it runs: by the board within a step, or after the grace by ending its process."""
+        """End `task_id` if it runs: by the board within a step, or after the grace by ending its process.
+
+        The process is not ended for the sake of files that are being written while it makes the next ones.
+        """
+        if (saving := self._saving.get(task_id)) and not saving.cancelled:
+            saving.cancelled = True
+            asyncio.get_running_loop().call_later(self._grace_s, self._kill_idle, task_id)
         if self._task == task_id and self._board.cancel != task_id:  # asked twice, the grace does not begin anew
             self._board.cancel = task_id
             self._stop_timer()
             self._killing = asyncio.get_running_loop().call_later(self._grace_s, self._kill)
+
+    def _kill_idle(self, task_id: int) -> None:
+        if task_id in self._saving and self._task is None:
+            self._kill()
 
     def _stop_timer(self) -> None:
         if self._killing:
@@ -192,7 +298,7 @@ class Engine:
 
     def unload(self) -> bool:
         """End the idle process, and with it give back all memory. False if there is none, or if it works."""
-        if self._task is not None or self._executor is None:
+        if self._task is not None or self._saving or self._executor is None:
             return False
         self._discard()
         return True
@@ -203,6 +309,21 @@ class Engine:
         for child in multiprocessing.active_children():  # also one that is being spawned, and has not said its pid
             child.kill()
         self._discard(wait=True)  # else the pool's thread would find its pipes closed by the interpreter's end
+
+
+def _died(where: str) -> EngineError:
+    return EngineError(
+        f"The generation process died {where}. Most often it ran out of memory: try a smaller resolution or"
+        " video_length, and see the log.",
+        "worker_died",
+    )
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def end_group(pid: int) -> None:

@@ -77,15 +77,22 @@ class RemoteFile:
         return min(self.part.stat().st_size, self.size_bytes) if self.part.is_file() else 0
 
 
-def fetch(model: Model, models_dir: Path, reserve_bytes: int = 0, report: Report = lambda *_: None) -> Weights:
+def fetch(
+    model: Model,
+    models_dir: Path,
+    reserve_bytes: int = 0,
+    report: Report = lambda *_: None,
+    wait: bool = False,
+) -> Weights:
     """Fetch from the hub what is not here, safetensors only, and return where everything lies.
 
     Before the first byte, the disk must have room for all of it and `reserve_bytes` more. It may take hours, and goes
-    on where it was broken off: until it is whole, it never looks installed. Raises FetchError.
+    on where it was broken off: until it is whole, it never looks installed. If another process fetches it already,
+    `wait` for that one. Raises FetchError.
     """
     try:
         models_dir.mkdir(parents=True, exist_ok=True)
-        with _alone(model, models_dir):
+        with _alone(model, models_dir, wait):
             files = [file for source in weights.missing(model, models_dir) for file in _listed(source)]
             _require_room(files, models_dir, reserve_bytes)
             _get_all(files, report)
@@ -98,11 +105,12 @@ def fetch(model: Model, models_dir: Path, reserve_bytes: int = 0, report: Report
 
 
 @contextmanager
-def _alone(model: Model, models_dir: Path) -> Iterator[None]:
+def _alone(model: Model, models_dir: Path, wait: bool) -> Iterator[None]:
     """Hold the model's folder: two that write the same file would spoil it."""
     with (models_dir / f".{model.base or model.id}.lock").open("a") as lock:
+        how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back however the process ends
+            fcntl.flock(lock, how)  # the kernel gives it back however the process ends
         except BlockingIOError:
             raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
         yield

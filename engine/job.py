@@ -12,6 +12,8 @@ from pathlib import Path
 
 SEED_RANGE = 2**63  # torch takes more, JSON clients do not
 NO_TASK = -1  # on the board while a model is loaded for no task; 0 would look cancelled
+PLAN_BYTES = 512
+FAULT_BYTES = 512
 
 
 class Phase(IntEnum):
@@ -41,6 +43,14 @@ class Board(ctypes.Structure):
         ("step", ctypes.c_int64),  # denoising steps done in this run
         ("total", ctypes.c_int64),  # denoising steps of this run
         ("loaded", ctypes.c_int64),  # `fingerprint` of the model that the worker holds, or 0
+        ("plan", ctypes.c_char * PLAN_BYTES),  # where its weights lie, UTF-8; to be read only while `loaded` is not 0
+        ("free_vram_bytes", ctypes.c_double),  # these four are an engine.machine.Machine, from before the first model
+        ("free_ram_bytes", ctypes.c_double),
+        ("link_bytes_per_s", ctypes.c_double),
+        ("flops_per_s", ctypes.c_double),  # written last of them: 0 until all are there
+        ("saved", ctypes.c_int64),  # tasks whose files have all been written, or given up; see Result.pending
+        ("unsaved", ctypes.c_int64),  # the number of the last of them whose files could not be written
+        ("fault", ctypes.c_char * FAULT_BYTES),  # and why, UTF-8
         ("cancel", ctypes.c_int64),
     )
 
@@ -52,6 +62,14 @@ class Board(ctypes.Structure):
     step: int
     total: int
     loaded: int
+    plan: bytes
+    free_vram_bytes: float
+    free_ram_bytes: float
+    link_bytes_per_s: float
+    flops_per_s: float
+    saved: int
+    unsaved: int
+    fault: bytes
     cancel: int
 
 
@@ -114,6 +132,9 @@ class Job:
     skip_steps_cache_type: str = ""  # one of engine.catalog.CACHES, or none
     skip_steps_multiplier: float = 1.75
     skip_steps_start_step_perc: float = 0.0
+    window_frames: int = 0  # the most of a sliding window; 0: the whole video at once
+    window_overlap: int = 0
+    color_correction: float = 0.0  # 0 to 1, of each window after the one before
     loras: tuple[Lora, ...] = ()
     inputs: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
@@ -135,9 +156,14 @@ class OutputFile:
 @dataclass(frozen=True)
 class Result:
     """What a finished job hands back. `timings` are seconds by phase name (`loading`, `encoding` …), `plan` says in a
-    line where the weights lay."""
+    line where the weights lay.
+
+    From the worker it comes as soon as the next job can be made: its files are still being written, without their
+    sizes, and are whole once `Board.saved` has reached `pending`.
+    """
 
     files: tuple[OutputFile, ...]
     timings: Mapping[str, float]
     peak_memory_bytes: int
     plan: str = ""
+    pending: int = 0

@@ -1,19 +1,24 @@
-"""The task queue: an asyncio structure on the event loop, its states, and the runner that feeds the engine."""
+"""The task queue: an asyncio structure on the event loop, its states, and the runner that feeds the engines."""
 
 import asyncio
 import contextlib
+import heapq
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from engine.catalog import Catalog, Model, UnknownModel
-from engine.executor import Progress
 from engine.job import NO_TASK, Cancelled, EngineError, Job, Phase, Result
 from engine.journal import Journal, JournalFault, Reply
+from engine.lanes import ENGINE_FAULTS, Lane, Lanes, Runner
+from engine.machine import Machine
 from engine.speeds import Speeds
 from engine.task import Status, Task
+from engine.work import Work
 
 log = logging.getLogger("wangpd.queue")
 
@@ -30,8 +35,6 @@ SHARES: Mapping[Phase, tuple[float, float]] = {
 
 SAVE_AGAIN_S = 5.0
 FOLLOW_S = 0.2
-ENGINE_FAULT_S = 60.0  # how long no work is taken after the engine could not even start
-ENGINE_FAULTS = frozenset({"no_device", "engine_unavailable"})
 SLOW_STEPS = 20  # usual denoising steps without progress that make a hang
 
 
@@ -56,33 +59,11 @@ class EngineDown(Exception):
 
 
 class Busy(Exception):
-    """A task runs, and this would end it."""
+    """An engine works, and this would end its work."""
 
 
 class KeyReused(Exception):
     """The idempotency key was used for another request."""
-
-
-class Runner(Protocol):
-    """What the queue needs of an Engine."""
-
-    async def run(self, task_id: int, job: Job, model: Model, patience_s: float) -> Result:
-        """Run one job. Raises EngineError or Cancelled."""
-
-    async def load(self, model: Model) -> None:
-        """Make a model warm. Raises EngineError."""
-
-    def loaded(self, model_id: str) -> bool:
-        """True if a model is warm."""
-
-    def unload(self) -> bool:
-        """Give all memory back. False if there was nothing to give, or if it works."""
-
-    def cancel(self, task_id: int) -> None:
-        """End the job that runs."""
-
-    def progress(self, task_id: int) -> Progress | None:
-        """How far it is."""
 
 
 class Files(Protocol):
@@ -126,24 +107,31 @@ class TaskQueue:
     """
 
     def __init__(
-        self, journal: Journal, engine: Runner, catalog: Catalog, files: Files, limits: Limits | None = None
+        self,
+        journal: Journal,
+        engines: Sequence[Runner],
+        catalog: Catalog,
+        files: Files,
+        limits: Limits | None = None,
     ) -> None:
-        self._journal, self._engine, self._catalog, self._files = journal, engine, catalog, files
+        self._journal, self._catalog, self._files = journal, catalog, files
+        self._lanes = Lanes(engines)
         self._limits = limits or Limits()
         self._speeds = Speeds({})
+        self._machines: dict[str, Machine] = {}  # device → what was measured there
         self._waiting: dict[int, Task] = {}  # in order
-        self._current: Task | None = None
+        self._running: dict[int, Task] = {}  # in order of start; a lane may be free before its task has ended
+        self._started: list[int] = []  # order of start of those that run, or that were put back and not moved since
         self._submitting = 0
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._closed = False
         self.paused = False
-        self.faults: dict[str, str] = {}  # what keeps the queue from working now, a sentence each
-        self._fault_at = 0.0  # of the engine, by time.monotonic()
+        self._journal_fault = ""
         self._runner: asyncio.Task[None]
-        self._put_back = False  # the running task is to wait again: the daemon is shutting down
-        self._to_load: Model | None = None
-        self._loading = False
+        self._put_back = False  # running tasks are to wait again: the daemon is shutting down
+        self._to_load: list[Model] = []  # one for each lane that shall load it
+        self._last_model = ""  # id of the one that was last in use
 
     # -- life
 
@@ -151,7 +139,7 @@ class TaskQueue:
     async def running(self, stop_s: float) -> AsyncIterator[None]:
         """Take up what the journal holds, run it and whatever is submitted, until the block ends.
 
-        Then the running task is stopped within `stop_s` seconds and put back, as if it had never started.
+        Then the running tasks are stopped within `stop_s` seconds and put back, as if they had never started.
         """
         await self._restore()
         self._runner = asyncio.create_task(self._run(), name="queue runner")
@@ -162,9 +150,13 @@ class TaskQueue:
 
     async def _restore(self) -> None:
         self._speeds = Speeds(await self._journal.fact("speeds", {}))
+        machines = await self._journal.fact("machines", {})
+        self._machines = {device: Machine(**machine) for device, machine in machines.items()}
+        self._last_model = await self._journal.fact("model", "")
         self.paused = await self._journal.fact("paused", False)
         unfinished = await self._journal.unfinished()
         started = [task for task in unfinished if task.status is not Status.QUEUED]
+        started.sort(key=lambda task: task.started_at or 0)
         for task in started:
             await self._take_up(task)
         order = [task for task in (*started, *unfinished) if task.status is Status.QUEUED]
@@ -192,7 +184,7 @@ class TaskQueue:
         await self._journal.save(task)
 
     async def stop(self, stop_s: float) -> None:
-        """Take no new work, and stop the running task within `stop_s` seconds; it is put back then."""
+        """Take no new work, and stop the running tasks within `stop_s` seconds; they are put back then."""
         self.interrupt()
         await asyncio.wait([self._runner], timeout=stop_s)
         self._runner.cancel()
@@ -210,13 +202,12 @@ class TaskQueue:
         self._wake.set()
 
     def interrupt(self) -> None:
-        """Take no new work, and begin to stop the running task, which will be put back."""
+        """Take no new work, and begin to stop the running tasks, which will be put back."""
         self.close()
-        if self._current and not self._put_back:
+        if not self._put_back:
             self._put_back = True
-            self._engine.cancel(self._current.id)
-        if self._loading:
-            self._engine.cancel(NO_TASK)
+            for task_id in (*self._running, NO_TASK):
+                self._lanes.cancel(task_id)
 
     # -- what clients ask for
 
@@ -229,7 +220,7 @@ class TaskQueue:
         """
         self.require_open()
         answer = {
-            "position": len(self._waiting) + self._submitting + bool(self._current) + 1,
+            "position": len(self._waiting) + self._submitting + len(self._running) + 1,
             "estimated_wait": self.estimated_wait_s(),
             "seed": job.seed,
             "warnings": list(warnings),
@@ -265,8 +256,8 @@ class TaskQueue:
             raise Closed("wangpd is shutting down and takes no new work")
         if len(self._waiting) + self._submitting >= self._limits.max_queue:
             raise Full(f"The queue is full: {self._limits.max_queue} tasks wait (max_queue)")
-        if "engine" in self.faults and time.monotonic() - self._fault_at < ENGINE_FAULT_S:
-            raise EngineDown(self.faults["engine"])
+        if not self._lanes.up():
+            raise EngineDown(self._lanes.fault)
 
     async def get(self, task_id: int) -> Task:
         """The task with this id, ended or not. Raises NoSuchTask."""
@@ -277,21 +268,24 @@ class TaskQueue:
 
     def active(self, task_id: int) -> Task | None:
         """The task with this id if it has not ended."""
-        if self._current and self._current.id == task_id:
-            return self._current
-        return self._waiting.get(task_id)
+        return self._running.get(task_id) or self._waiting.get(task_id)
 
     def listing(self) -> list[Task]:
-        """The tasks that have not ended: the running one, then those that wait, in their order."""
-        return [*([self.current] if self.current else []), *self._waiting.values()]
+        """The tasks that have not ended: those that run, then those that wait, in their order."""
+        return [*self.at_work, *self._waiting.values()]
+
+    @property
+    def at_work(self) -> list[Task]:
+        """The tasks that run, in the order in which they started."""
+        return [task for task in self._running.values() if not task.status.ended]
 
     @property
     def current(self) -> Task | None:
-        """The task that runs."""
-        return None if self._current and self._current.status.ended else self._current
+        """The task that runs; of several, the one that started first."""
+        return next(iter(self.at_work), None)
 
     async def remove(self, task_id: int) -> Status:
-        """Take a waiting task out, or begin to cancel the running one; returns its new status.
+        """Take a waiting task out, or begin to cancel a running one; returns its new status.
 
         Raises NoSuchTask, or WrongState if it has ended.
         """
@@ -301,15 +295,15 @@ class TaskQueue:
         task = await self.get(task_id)
         if task.status.ended:
             raise WrongState(f"Task {task_id} has already ended ({task.status}); there is nothing to remove")
-        if task is not self._current:
+        if task_id not in self._running:
             return await self.remove(task_id)  # it went back to waiting while the journal was asked
         task.status = Status.CANCELLING
-        self._engine.cancel(task_id)
+        self._lanes.cancel(task_id)
         await self._journal.save(task)
         return task.status
 
     async def clear(self) -> int:
-        """Take out all waiting tasks and return how many there were; the running one goes on."""
+        """Take out all waiting tasks and return how many there were; those that run go on."""
         removed = list(self._waiting.values())
         await self._drop(removed)
         return len(removed)
@@ -336,20 +330,20 @@ class TaskQueue:
         self._waiting = first | self._waiting
 
     async def pause(self, paused: bool) -> None:
-        """Start no waiting task, or start them again; remembered over a restart. The running task goes on."""
+        """Start no waiting task, or start them again; remembered over a restart. Running tasks go on."""
         await self._journal.set_fact("paused", paused)
         self.paused = paused
         self._wake.set()
 
     async def move(self, task_id: int, position: int) -> int:
-        """Put a waiting task at `position` and return where it is: never before the running one, or past the end.
+        """Put a waiting task at `position` and return where it is: never before those that run, or past the end.
 
         Raises NoSuchTask, WrongState if it does not wait, or JournalFault, and then it is where it was.
         """
         if task_id not in self._waiting:
             task = await self.get(task_id)
             raise WrongState(f"Task {task_id} is {task.status}; only a waiting task can be moved")
-        before, ahead = list(self._waiting), 1 + bool(self._current)
+        before, ahead = list(self._waiting), 1 + len(self._running)
         others = [other for other in before if other != task_id]
         place = min(max(position - ahead, 0), len(others))
         self._arrange([*others[:place], task_id, *others[place:]])
@@ -358,6 +352,7 @@ class TaskQueue:
         except JournalFault:
             self._arrange(before)
             raise
+        self._started = [other for other in self._started if other != task_id]
         return place + ahead
 
     async def retry(self, task_id: int) -> Receipt:
@@ -376,18 +371,24 @@ class TaskQueue:
         return [self.active(task.id) or task for task in tasks], total
 
     def load(self, model: Model) -> bool:
-        """Make `model` warm as soon as the engine is free; True if it is already."""
-        if self._engine.loaded(model.id):
+        """Make `model` warm as soon as an engine is free; True if it is already."""
+        if self._lanes.loaded(model.id):
             return True
-        self._to_load = model
+        self._to_load = [model]
         self._wake.set()
         return False
 
+    def warm_up(self, model: Model) -> None:
+        """Make `model` warm in every lane; not while tasks wait, for they bring their own."""
+        if self.paused or not self._waiting:
+            self._to_load = [model] * len(self._lanes)
+            self._wake.set()
+
     def unload(self) -> bool:
-        """Give back all memory of the card; False if there was nothing to give. Raises Busy if a task runs."""
-        if self._current or self._loading:
+        """Give back all memory of the cards; False if there was nothing to give. Raises Busy if an engine works."""
+        if self._running or self._lanes.busy:
             raise Busy("The engine works; wait for the task, or cancel it first")
-        return self._engine.unload()
+        return self._lanes.unload()
 
     async def wait(self, task_id: int, timeout_s: float) -> Task:
         """The task once it has ended, or as it is after `timeout_s`. Raises NoSuchTask."""
@@ -399,35 +400,36 @@ class TaskQueue:
     # -- what it looks like from outside
 
     def position(self, task: Task) -> int | None:
-        """1 for the task that runs or is next; None once it has ended."""
+        """1 for a task that runs or is next, the others count on from those that run; None once it has ended."""
         if task.status.ended:
             return None
-        if task is self._current:
+        if task.id in self._running:
             return 1
         places = {task_id: place for place, task_id in enumerate(self._waiting, start=1)}
         place = places.get(task.id)
-        return place and place + bool(self._current)
+        return place and place + len(self._running)
 
     def steps_done(self, task: Task) -> tuple[int, int]:
         """Denoising steps done and to do, over all runs of the task; the first only grows."""
         total = task.job.steps * self._runs(task.job)
         if task.status is Status.COMPLETED:
             return total, total
-        if progress := self._engine.progress(task.id):
+        if progress := self._lanes.progress(task.id):
             task.steps_done = max(task.steps_done, progress.run * progress.steps + progress.step)
         return task.steps_done, total
 
     def _runs(self, job: Job) -> int:
         """Passes through the pipeline; the files of a batch are made in one, where the class can."""
         model = self._catalog.get(job.model) if job.model in self._catalog else None
-        together = model and job.task in model.pipelines and model.pipelines[job.task].batch
-        return job.repeat_generation * (1 if together else job.batch_size)
+        if model and job.task in model.pipelines:
+            return Work.of(model, job).runs
+        return job.repeat_generation * job.batch_size
 
     def progress_percent(self, task: Task) -> float:
         """0 to 100; it only grows, and is 100 once the task is completed."""
         if task.status is Status.COMPLETED:
             return 100.0
-        progress = self._engine.progress(task.id)
+        progress = self._lanes.progress(task.id)
         if progress and progress.runs:
             start, share = SHARES[progress.phase]
             part = progress.step / progress.steps if progress.phase is Phase.DENOISING and progress.steps else 0.0
@@ -437,7 +439,7 @@ class TaskQueue:
 
     def phase(self, task: Task) -> str | None:
         """`loading`, `encoding` … while the task runs."""
-        progress = self._engine.progress(task.id)
+        progress = self._lanes.progress(task.id)
         return progress.phase.name.lower() if progress and progress.phase else None
 
     def eta_s(self, task: Task) -> float | None:
@@ -446,91 +448,152 @@ class TaskQueue:
             return None
         percent = self.progress_percent(task)
         estimate = self.estimate_s(task.job)
-        if task is self._current and percent >= 5 and task.started_at:
+        if task.id in self._running and percent >= 5 and task.started_at:
             return round((time.time() - task.started_at) * (100 - percent) / percent, 1)
         return None if estimate is None else round(estimate * (1 - percent / 100), 1)
 
     def estimate_s(self, job: Job) -> float | None:
         """Seconds of its own work that `job` will take; None if nothing is known."""
-        estimate = self._speeds.estimate_s(job, self._engine.loaded(job.model))
+        estimate = self._speeds.estimate_s(job, self._lanes.loaded(job.model))
         return None if estimate is None else round(estimate, 1)
 
     def estimated_wait_s(self) -> float | None:
-        """Seconds until a task that is submitted now would start; None while some task ahead has no history."""
-        ahead = [self.eta_s(task) for task in self.listing()]
-        return None if None in ahead else round(sum(eta for eta in ahead if eta is not None), 1)
+        """Seconds until a task that is submitted now would start; None if a task without history decides it."""
+        free_at = [0.0] * (len(self._lanes.up()) or len(self._lanes))
+        for task in self.listing():
+            eta = self.eta_s(task)
+            heapq.heapreplace(free_at, free_at[0] + (math.inf if eta is None else eta))
+        return None if math.isinf(free_at[0]) else round(free_at[0], 1)
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """What keeps the queue from working now, a sentence each."""
+        found = {"journal": self._journal_fault, "engine": self._lanes.fault}
+        return {name: sentence for name, sentence in found.items() if sentence}
+
+    def remarks(self) -> list[str]:
+        """What keeps some of the engines from working, a sentence each, while others do."""
+        return self._lanes.remarks()
+
+    def loaded(self, model_id: str) -> bool:
+        """True if a model is warm: a task of it loads nothing where it is."""
+        return self._lanes.loaded(model_id)
+
+    @property
+    def last_model(self) -> str:
+        """Id of the model that was last in use, also before a restart; empty if there was none."""
+        return self._last_model
+
+    @property
+    def plans(self) -> list[str]:
+        """Where the weights of each warm model lie, in a line."""
+        return [lane.engine.plan for lane in self._lanes if lane.engine.plan]
+
+    @property
+    def machines(self) -> list[Machine]:
+        """What was ever measured of the devices in use."""
+        return [self._machines[lane.engine.device] for lane in self._lanes if lane.engine.device in self._machines]
 
     # -- the runner
 
     async def _run(self) -> None:
-        while task := await self._next():
-            self._current = task
-            try:
-                await self._process(task)
-            except Exception:  # a fault of one task must not end the queue
-                log.exception("task %d could not be brought to its end", task.id)
-            finally:
-                self._current = None
-                await self._announce()
+        async with asyncio.TaskGroup() as group:  # at its end it waits for those that still run
+            while not self._closed:
+                if work := self._next():
+                    group.create_task(work)
+                else:
+                    await self._idle()
 
-    async def _next(self) -> Task | None:
-        """The first waiting task, as soon as there is one and the queue is not paused; None when it is closed."""
-        while not self._closed:
-            if self._waiting and not self.paused:
-                return self._waiting.pop(next(iter(self._waiting)))
-            if self._to_load:
-                await self._load()
-            else:
-                await self._idle()
+    def _next(self) -> Coroutine[Any, Any, None] | None:
+        """What a free lane shall do now: the first waiting task unless the queue is paused, or make a model warm."""
+        if self._waiting and not self.paused:
+            task = next(iter(self._waiting.values()))
+            lane = self._lanes.take(task, task.job.model)
+            return self._work(lane, self._taken(task)) if lane else None
+        if self._to_load:
+            model = self._to_load[0]
+            lane = self._lanes.take(model, model.id)
+            return self._load(lane, self._to_load.pop(0)) if lane else None
         return None
 
-    async def _load(self) -> None:
-        assert self._to_load
-        model, self._to_load, self._loading = self._to_load, None, True
+    def _taken(self, task: Task) -> Task:
+        """Let a waiting task be one that runs."""
+        del self._waiting[task.id]
+        self._started = [*(other for other in self._started if other in self._running), task.id]
+        self._running[task.id] = task
+        return task
+
+    async def _work(self, lane: Lane, task: Task) -> None:
+        """Bring a task to its end, or back to those that wait. Its lane is free by then, at times before it."""
         try:
-            await self._engine.load(model)
+            await self._process(lane, task)
+        except Exception:  # a fault of one task must not end the queue
+            log.exception("task %d could not be brought to its end", task.id)
+            self._running.pop(task.id, None)
+        else:
+            if task.status.ended:  # else it was put back, and may run in another lane by now
+                self._running.pop(task.id, None)
+        finally:
+            self._release(lane, task)
+            await self._announce()
+
+    def _release(self, lane: Lane, holder: Task | Model) -> None:
+        """Let `lane` take the next task, though `holder` may not have come to its end yet."""
+        lane.release(holder)
+        self._wake.set()
+
+    async def _load(self, lane: Lane, model: Model) -> None:
+        try:
+            await lane.engine.load(model)
+            lane.fault = ""
+            await self._remember(lane, model.id)
         except Exception as error:  # whatever it was, the queue goes on
             log.error("model %s could not be loaded: %s", model.id, error)
+            if getattr(error, "code", "") in ENGINE_FAULTS:
+                lane.fail(str(error))
         finally:
-            self._loading = False
+            self._release(lane, model)
 
     async def _idle(self) -> None:
-        """Wait for something to do; give the memory back when it takes too long."""
+        """Wait for something to do; give the memory of a lane back when it takes too long."""
         self._wake.clear()
+        idle_s = self._limits.idle_unload_s
         try:
-            await asyncio.wait_for(self._wake.wait(), self._limits.idle_unload_s or None)
+            await asyncio.wait_for(self._wake.wait(), self._lanes.rest_s(idle_s))
         except TimeoutError:
-            if self._engine.unload():
-                log.info("idle for %.0f s: the generation process was ended", self._limits.idle_unload_s)
+            for device in self._lanes.unload_idle(idle_s or math.inf):
+                log.info("%s: idle for %.0f s: the generation process was ended", device, idle_s)
 
-    async def _process(self, task: Task) -> None:
+    async def _process(self, lane: Lane, task: Task) -> None:
         task.status, task.started_at, task.attempts = Status.PROCESSING, time.time(), task.attempts + 1
         task.progress, task.steps_done = 0.0, 0
         await self._persist(task)
-        warm = self._engine.loaded(task.job.model)
+        warm = lane.engine.loaded(task.job.model)
         try:
             await asyncio.to_thread(self._files.prepare)
             model = self._catalog.get(task.job.model)
             if task.status is Status.CANCELLING or self._put_back:  # before the engine knew of it
                 raise Cancelled
-            result = await self._run_followed(task, model)
+            result = await self._run_followed(lane, task, model)
         except Cancelled:
             await self._stopped(task)
         except (EngineError, UnknownModel) as error:
-            await self._failed(task, getattr(error, "code", "unknown_model"), str(error))
+            await self._failed(lane, task, getattr(error, "code", "unknown_model"), str(error))
         except Exception as error:
             log.exception("task %d: fault in the daemon", task.id)
-            await self._failed(task, "internal_error", f"{type(error).__name__} in the daemon; its log says more.")
+            sentence = f"{type(error).__name__} in the daemon; its log says more."
+            await self._failed(lane, task, "internal_error", sentence)
         else:
-            await self._completed(task, result, warm)
+            await self._completed(lane, task, result, warm)
         with contextlib.suppress(JournalFault):
             await self._journal.prune(self._limits.history_count, self._limits.history_s)
 
-    async def _run_followed(self, task: Task, model: Model) -> Result:
+    async def _run_followed(self, lane: Lane, task: Task, model: Model) -> Result:
         """Run it, and keep in the task how far it got: the engine forgets with the end."""
         following = asyncio.create_task(self._follow(task))
         try:
-            return await self._engine.run(task.id, task.job, model, self._patience_s(task.job))
+            free = partial(self._release, lane, task)
+            return await lane.engine.run(task.id, task.job, model, self._patience_s(task.job), free)
         finally:
             following.cancel()
 
@@ -540,9 +603,14 @@ class TaskQueue:
             self.steps_done(task)
             await asyncio.sleep(FOLLOW_S)
 
-    async def _failed(self, task: Task, code: str, sentence: str) -> None:
+    async def _failed(self, lane: Lane, task: Task, code: str, sentence: str) -> None:
         if code in ENGINE_FAULTS:
-            self.faults["engine"], self._fault_at = sentence, time.monotonic()
+            lane.fail(sentence)
+            others = [other for other in self._lanes.up() if other is not lane]
+            if others and task.status is not Status.CANCELLING:
+                log.error("%s takes no tasks for a while, others do: %s", lane.engine.device, sentence)
+                await self._wait_again(task)
+                return
         await self._tidy(task, self._files.remove_parts)
         await self._finish(task, Status.FAILED, code, sentence)
 
@@ -557,11 +625,12 @@ class TaskQueue:
         """How long a job may show no progress: slow models earn more than the floor by what they have shown before."""
         return max(self._limits.step_timeout_s, SLOW_STEPS * self._speeds.step_s(job))
 
-    async def _completed(self, task: Task, result: Result, warm: bool) -> None:
+    async def _completed(self, lane: Lane, task: Task, result: Result, warm: bool) -> None:
         task.files, task.timings, task.plan = result.files, result.timings, result.plan
         task.peak_memory_bytes = result.peak_memory_bytes
-        self.faults.pop("engine", None)
+        lane.fault = ""
         await self._learn(task, result, warm)
+        await self._remember(lane, task.job.model)
         # A cancel that came after the last file was whole: "cancelling" was said, so "cancelled" must follow.
         await self._finish(task, Status.CANCELLED if task.status is Status.CANCELLING else Status.COMPLETED)
 
@@ -571,6 +640,20 @@ class TaskQueue:
             await self._journal.set_fact("speeds", self._speeds.facts())
         except Exception:  # an estimate is no promise: it must not cost a task its end
             log.warning("task %d: its times could not be kept", task.id, exc_info=True)
+
+    async def _remember(self, lane: Lane, model_id: str) -> None:
+        """Keep what a later start will want to know: the model in use, and what its process measured."""
+        machine, device = lane.engine.machine, lane.engine.device
+        try:
+            if model_id != self._last_model:
+                self._last_model = model_id
+                await self._journal.set_fact("model", model_id)
+            if machine and machine != self._machines.get(device):
+                self._machines[device] = machine
+                facts = {name: vars(known) for name, known in self._machines.items()}
+                await self._journal.set_fact("machines", facts)
+        except JournalFault:  # as with the times
+            log.warning("what %s measured could not be kept", device, exc_info=True)
 
     async def _stopped(self, task: Task) -> None:
         """Its work has ended before its time: by a client, or by a shutdown that puts it back.
@@ -582,8 +665,14 @@ class TaskQueue:
         if not back or task.status is Status.CANCELLING:  # a client may have cancelled it meanwhile
             await self._finish(task, Status.CANCELLED)
             return
+        await self._wait_again(task)
+
+    async def _wait_again(self, task: Task) -> None:
+        """Put a running task back before all that wait, as if it had never started; those before it stay before it."""
         task.status, task.started_at, task.attempts = Status.QUEUED, None, task.attempts - 1
-        self._current, self._waiting = None, {task.id: task, **self._waiting}
+        del self._running[task.id]
+        self._waiting[task.id] = task
+        self._arrange(self._started)
         await self._persist(task)
         with contextlib.suppress(JournalFault):  # a task that ran comes first in any case
             await self._journal.reorder(list(self._waiting))
@@ -598,10 +687,10 @@ class TaskQueue:
         while True:
             try:
                 await self._journal.save(task)
-                self.faults.pop("journal", None)
+                self._journal_fault = ""
                 return
             except JournalFault as fault:
-                self.faults["journal"] = str(fault)
+                self._journal_fault = str(fault)
                 log.error("task %d: %s", task.id, fault)
                 await asyncio.sleep(SAVE_AGAIN_S)
 

@@ -74,6 +74,18 @@ def be_quick(_task_id: int, _job: Job, _model: Model) -> Result:
     return DONE
 
 
+def tell_cards(_task_id: int, _job: Job, _model: Model) -> Result:
+    """Be done, with the cards that this process sees in the place of the plan."""
+    return Result((), {}, 0, os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+def need_the_cpu(_task_id: int, _job: Job, _model: Model) -> Result:
+    """Be done on a CPU, and find no other device."""
+    if worker._config.device != "cpu":
+        raise EngineError("There is no such card.", "no_device")
+    return DONE
+
+
 def take_a_moment(task_id: int, job: Job, _model: Model) -> Result:
     """Be done after a second, unless it is cancelled."""
     meter = arrived(task_id, job)
@@ -148,9 +160,9 @@ def fail(task_id: int, job: Job, model: Model) -> Result:
     return REAL_GENERATE(task_id, job, model)
 
 
-def config(folder: Path) -> EngineConfig:
+def config(folder: Path, device: str = "auto") -> EngineConfig:
     """A configuration for an engine that makes no files."""
-    return EngineConfig(save_path=folder, models_dir=folder)
+    return EngineConfig(save_path=folder, models_dir=folder, device=device)
 
 
 async def _told(engine: Engine, task_id: int, fault: str) -> str:

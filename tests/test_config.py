@@ -179,6 +179,8 @@ def test_without_any_file_the_folders_lie_in_the_working_directory(places: tuple
         ('save_path = ""', "save_path: must not be empty"),
         ('allow_download = "yes"', "allow_download: 'yes' must be true or false"),
         ('device = "gpu"', "device: 'gpu' must be auto, cuda, cuda:N, mps or cpu"),
+        ('devices = ["cuda:0", "cuda"]', "devices: 'cuda' must be cuda:N or cpu"),
+        ('warm_start = "wan_demo"', "warm_start: 'wan_demo' must be true or false"),
         ("profile = 6", "profile: must be one of 0, 1, 2, 3, 3.5, 4, 4.5, 5, not 6"),
         ('image_format = "gif"', "image_format: must be one of 'png', 'jpeg', 'webp', not 'gif'"),
         ('allowed_hosts = "a"', "allowed_hosts: must be a list such as"),

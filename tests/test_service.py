@@ -140,7 +140,7 @@ def test_a_supervisor_that_does_not_read_never_blocks_the_daemon(systemd: System
 class NoTasks:
     """What a Supervisor asks of an empty queue."""
 
-    current = None
+    at_work: tuple[Any, ...] = ()
     paused = False
 
     def listing(self) -> list[Any]:

@@ -3,21 +3,24 @@
 import gc
 import logging
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import wait
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine import fetch, request, weights
+from engine import fetch, weights
 from engine import memory as plans
 from engine.catalog import Model
-from engine.gpu import attention, encode, memory, pipeline
+from engine.gpu import attention, compiling, conversion, decoding, memory, pipeline, prompts, quantization
 from engine.gpu.adapters import Adapters
 from engine.gpu.meter import Meter
-from engine.gpu.results import Clip
-from engine.job import Cancelled, EngineError, Job, OutputFile, Phase, Result
+from engine.gpu.saving import Saved, Saver
+from engine.job import EngineError, Job, Phase, Result
+from engine.machine import Machine
+from engine.quantization import NONE
 from engine.weights import Weights
 from engine.work import Parts, Work
 
@@ -25,13 +28,13 @@ if TYPE_CHECKING:
     from engine.executor import EngineConfig
 
 log = logging.getLogger("wangpd.worker")
-IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 class Studio:
     """Makes the files of one job after the other; holds at most one model."""
 
-    def __init__(self, config: "EngineConfig") -> None:
+    def __init__(self, config: "EngineConfig", settled: Callable[[str], None]) -> None:
+        """`settled` is called for each job whose files are written, with the reason if they could not be."""
         self._config = config
         self._device = choose_device(config.device)
         self._profile = config.profile
@@ -39,11 +42,15 @@ class Studio:
         self.model_id = ""  # of the model that is loaded
         self._pipe: Any = None
         self._adapters = Adapters()
+        self._saver = Saver(config, settled)
+        self._encoder = ""  # of the model that is loaded, as the remembered prompts know it
+        self._shapes = compiling.Shapes(config.state_path) if config.compile else None
+        self._prompts = prompts.Prompts(config.state_path / "prompts", config.prompt_cache_mb * 2**20)
         self._plan: plans.Plan | None = None
         self._parts: Parts | None = None
 
     def make(self, task_id: int, job: Job, model: Model, meter: Meter) -> Result:
-        """Load what is not loaded, generate, and return the whole files.
+        """Load what is not loaded, generate, and return the files, which are still being written.
 
         Out of memory, it gives everything back and tries once more with the next more frugal profile and the VAE in
         its smallest tiles. Raises EngineError or Cancelled.
@@ -68,33 +75,78 @@ class Studio:
         self._reset_peak()
         meter.enter(Phase.LOADING)
         pipe = pipeline.sibling(self.load(model, job.task, job), model.pipelines[job.task])
-        files = []
-        for clip in pipeline.render(pipe, model, job, meter, self._adapters):
-            meter.enter(Phase.SAVING)
-            files.append(self._save(task_id, job, clip, started))
-            if meter.cancelled:  # while it was being written: who cancelled it wants no file
-                (self._config.save_path / files[-1].filename).unlink(missing_ok=True)
-                raise Cancelled
-        plan = self._plan.describe() if self._plan else ""
-        return Result(tuple(files), meter.done(), self._peak_bytes(), plan)
+        self._prompts.remember(pipe, self._encoder)
+        if self._shapes:
+            self._shapes.expect(pipe, model.id, job)
+        saved: list[Saved] = []
+        try:
+            for clip in pipeline.render(pipe, model, job, meter, self._adapters):
+                for file in saved:
+                    file.require_well()  # else no more of them are made
+                saved.append(self._saver.save(task_id, clip, job, started))
+        except BaseException:
+            wait([file.written for file in saved])  # nothing is written behind the daemon's back; what is whole stays
+            raise
+        if self._shapes:
+            self._shapes.remember(pipe, model.id, job)
+        pending = self._saver.finish(saved)
+        return Result(tuple(file.file for file in saved), meter.done(), self._peak_bytes(), self.plan, pending)
 
     def load(self, model: Model, task: str, job: Job | None = None) -> Any:
         """The pipeline of `model`, ready to run `job`; nothing happens if it is loaded and lies well for it."""
         work = Work.of(model, job) if job else Work.usual(model)
         if self.model_id != model.id or not (self._plan and plans.serves(self._plan, model, work, self._parts)):
             self._unload()  # first: two may not fit
-            pipe = pipeline.load(model, model.pipelines[task], self._weights(model), self._device)
-            self._parts = memory.parts_of(pipe, model)  # before they are placed: what lies elsewhere is not counted
-            self._plan = memory.place(
-                pipe, model, self._device, self._profile, self._config.vae_config, work=work, parts=self._parts
+            found = self._weights(model)
+            kind = self._kind_of_weights(model, work)
+            pipe, self._parts = quantization.load(
+                model, task, self._cast(found, model, kind), self._device, kind=kind, models_dir=self._config.models_dir
             )
+            decoding.set_precision(pipe, self._config.vae_precision, self._device)
+            self._parts = replace(self._parts, vae_width=decoding.width_of(pipe))
+            self._encoder = prompts.encoder_of(pipe, found)
+            if self._config.compile:  # before they are placed: what places them hooks their blocks
+                log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
+            self._plan = memory.place(
+                pipe, model, self._device, self._profile, self._config.vae_config,
+                work=work, parts=self._parts, quantization=kind,
+            )  # fmt: skip
             if self._tiled:
                 memory.tile_vae(pipe, memory.SMALLEST_TILE)
             kernel = self._set_kernel(pipe, model, work.tokens)
             log.info("attention: %s", kernel)
-            self.model_id, self._pipe = model.id, pipe
+            self._keep(model, pipe)
             log.info("loaded model %s on %s", model.id, self._device)
         return self._pipe
+
+    def _keep(self, model: Model, pipe: Any) -> None:
+        """Hold `pipe` from now on.
+
+        Python looks no more through it and the libraries for what can be freed: half a million objects, a third of a
+        second after each task.
+        """
+        self.model_id, self._pipe = model.id, pipe
+        gc.collect()
+        gc.freeze()
+
+    @property
+    def plan(self) -> str:
+        """Where the weights of the loaded model lie, in a line; empty without one."""
+        return self._plan.describe() if self._plan else ""
+
+    def machine(self) -> Machine:
+        """What is free of the device now, and how fast it is."""
+        return memory.measure(self._device)
+
+    def _kind_of_weights(self, model: Model, work: Work) -> str:
+        def planned() -> str:
+            free = self.machine()
+            plan = plans.plan(
+                model, work, free, profile=self._profile, vae_config=self._config.vae_config, quantization="auto"
+            )
+            return plan.way.quantization
+
+        return quantization.kind_for(model, self._config.transformer_quantization, planned)
 
     def _set_kernel(self, pipe: Any, model: Model, tokens: int) -> str:
         if model.attention_backend:  # it was set when the model was loaded
@@ -104,6 +156,7 @@ class Studio:
     def _unload(self) -> None:
         self.model_id, self._pipe, self._adapters = "", None, Adapters()
         self._plan, self._parts = None, None
+        gc.unfreeze()
         self.give_back()
 
     def _weights(self, model: Model) -> Weights:
@@ -115,26 +168,25 @@ class Studio:
             raise EngineError(f"Model '{model.id}' is not installed any more; {remedy}", "no_weights")
         return found
 
+    def _cast(self, found: Weights, model: Model, kind: str) -> Weights:
+        """The same weights, without float32 where the device computes in less.
+
+        Denoisers of a quantised `kind` are left as they lie: they have copies of their own.
+        """
+
+        def dtype_of(name: str) -> torch.dtype:
+            quantised = kind != NONE and name in pipeline.DENOISERS
+            return torch.float32 if quantised else pipeline.dtype_of(model, self._device, name)
+
+        if not self._config.convert_float32:
+            return found
+        return conversion.cast(found, model.variant, dtype_of, self._config.models_dir)
+
     def _fetched(self, model: Model) -> Weights:
         try:
-            return fetch.fetch(model, self._config.models_dir)
+            return fetch.fetch(model, self._config.models_dir, wait=True)  # a worker beside this one may be at it
         except fetch.FetchError as error:
             raise EngineError(f"Model '{model.id}' could not be downloaded: {error}", "no_weights") from error
-
-    def _save(self, task_id: int, job: Job, clip: Clip, started: datetime) -> OutputFile:
-        """Write one clip; it is seen in the output folder only when it is whole."""
-        kind = "audio" if clip.frames is None else "image" if len(clip.frames) == 1 else "video"
-        suffix = {
-            "video": ".mp4",
-            "image": IMAGE_SUFFIXES[self._config.image_format],
-            "audio": f".{self._config.audio_format}",
-        }[kind]
-        suffix = f"_{clip.layer}{suffix}" if clip.layer else suffix
-        path = self._config.save_path / encode.output_name(job, clip.seed, task_id, started, suffix)
-        embedded = request.settings(job, clip.seed) if self._config.embed_settings else None
-        _WRITERS[kind](path, clip, job, embedded, self._config)
-        count, height, width, _ = (0, 0, 0, 0) if clip.frames is None else clip.frames.shape
-        return OutputFile(path.name, kind, path.stat().st_size, width, height, count, job.fps, clip.seed)
 
     def give_back(self) -> None:
         """Return what no tensor holds any more to the card; after a fault too."""
@@ -153,35 +205,15 @@ class Studio:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _write_video(path: Path, clip: Clip, job: Job, settings: Any, config: "EngineConfig") -> None:
-    assert clip.frames is not None
-    sound = None if clip.sound is None else encode.Sound(clip.sound.numpy(), clip.sample_rate)
-    crf, preset = config.video_crf, config.video_preset
-    encode.write_video(path, clip.frames.numpy(), job.fps, settings, crf=crf, preset=preset, sound=sound)
-
-
-def _write_image(path: Path, clip: Clip, _: Job, settings: Any, config: "EngineConfig") -> None:
-    assert clip.frames is not None
-    encode.write_image(path, clip.frames.numpy()[0], settings, config.image_format)
-
-
-def _write_sound(path: Path, clip: Clip, _: Job, settings: Any, _config: "EngineConfig") -> None:
-    assert clip.sound is not None
-    encode.write_sound(path, encode.Sound(clip.sound.numpy(), clip.sample_rate), settings)
-
-
-_WRITERS: Mapping[str, Callable[[Path, Clip, Job, Any, "EngineConfig"], None]] = {
-    "video": _write_video,
-    "image": _write_image,
-    "audio": _write_sound,
-}
-
-
 def choose_device(wanted: str) -> torch.device:
-    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing."""
+    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing.
+
+    `cuda:1` is the only card that the worker sees (see `worker.only_card`), and so the first one here.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return torch.device(next(name for name, there in available.items() if there))
-    if not available.get(wanted.partition(":")[0], False):
+    kind = wanted.partition(":")[0]
+    if not available.get(kind, False):
         raise EngineError(f"device: '{wanted}' is not available on this machine; set device = \"auto\"", "no_device")
-    return torch.device(wanted)
+    return torch.device(kind)

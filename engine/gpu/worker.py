@@ -14,9 +14,11 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, TypeVar
 
+from engine import compilation, quantization
 from engine.catalog import Model
 from engine.gpu.meter import Meter
-from engine.job import NO_TASK, Board, Cancelled, EngineError, Job, Phase, Result, fingerprint
+from engine.job import FAULT_BYTES, NO_TASK, PLAN_BYTES, Board, Cancelled, EngineError, Job, Phase, Result, fingerprint
+from engine.machine import Machine
 
 if TYPE_CHECKING:
     from engine.executor import EngineConfig
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wangpd.worker")
 T = TypeVar("T")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 _board: Board
 _config: "EngineConfig"
@@ -38,6 +41,11 @@ def start(board: Board, config: "EngineConfig") -> None:
     board.pid = os.getpid()
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
+    if config.compile:
+        os.environ.update(compilation.environment(config.state_path))
+    quantization.prepare_process(config.transformer_quantization)
+    if config.device.startswith("cuda:"):
+        os.environ[VISIBLE] = only_card(int(config.device[5:]), os.environ.get(VISIBLE))
     if not config.allow_download:
         os.environ["HF_HUB_OFFLINE"] = "1"
     threading.Thread(target=_end_with_parent, name="watchdog", daemon=True).start()
@@ -51,8 +59,20 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def only_card(number: int, visible: str | None) -> str:
+    """The value of CUDA_VISIBLE_DEVICES that leaves card `number` of `visible` (None: all), or none if it has none.
+
+    A worker that saw the others too would take some hundred MB of the first one for a CUDA context: not every thread
+    and library looks at the device that torch was told to use.
+    """
+    cards = visible.split(",") if visible is not None else None
+    if cards is None:
+        return str(number)
+    return cards[number].strip() if number < len(cards) else ""
+
+
 def generate(task_id: int, job: Job, model: Model) -> Result:
-    """Run one job and return its files, whole and in the output folder. Raises EngineError or Cancelled."""
+    """Run one job and return its files, which are still being written. Raises EngineError or Cancelled."""
     return _guarded(task_id, lambda studio, meter: studio.make(task_id, job, model, meter))
 
 
@@ -92,14 +112,39 @@ def _opened() -> "Studio":
     if _studio is None:
         from engine.gpu.studio import Studio
 
-        _studio = Studio(_config)
+        _studio = Studio(_config, _settled)
+        _tell(_studio.machine())  # now, while no model takes anything of it
     return _studio
 
 
+def _tell(machine: Machine) -> None:
+    _board.free_vram_bytes, _board.free_ram_bytes = machine.free_vram_bytes, machine.free_ram_bytes
+    _board.link_bytes_per_s = machine.link_bytes_per_s
+    _board.flops_per_s = machine.flops_per_s  # last: it says that the others are there
+
+
+def _settled(fault: str) -> None:
+    """The files of one more task are written, or not. In the background, where alone these fields are changed."""
+    if fault:
+        _board.fault, _board.unsaved = fault.encode()[:FAULT_BYTES], _board.saved + 1
+    _board.saved += 1
+
+
 def _give_back() -> None:
-    _board.loaded = fingerprint(_studio.model_id) if _studio and _studio.model_id else 0
-    if _studio is not None:
-        _studio.give_back()
+    if _studio is None:
+        return
+    _show(_studio)
+    _studio.give_back()
+
+
+def _show(studio: "Studio") -> None:
+    """Say on the board which model is loaded, and where it lies."""
+    loaded = fingerprint(studio.model_id) if studio.model_id else 0
+    plan = f"{studio.model_id}: {studio.plan}".encode()[:PLAN_BYTES] if loaded else b""
+    if (_board.loaded, _board.plan) != (loaded, plan):
+        _board.loaded = 0  # meanwhile: the plan is read only beside a model
+        _board.plan = plan
+        _board.loaded = loaded
 
 
 def _translated(error: BaseException, where: str) -> EngineError:
