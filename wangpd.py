@@ -46,7 +46,7 @@ from aiohttp_apispec import (
 from apispec import APISpec
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
 
-from engine import attention, compilation, downloads, footage, loras, media, quantization, weights
+from engine import attention, compilation, downloads, footage, loras, media, quantization, sliding, weights
 from engine.catalog import STEP_CACHES, Catalog, Model, UnknownModel
 from engine.downloads import Download, Downloads, NoDownload, Stage
 from engine.estimate import Estimate, estimate
@@ -747,7 +747,7 @@ class ModelEntry(Schema):
     tasks = told(fields.List, "What it can do: t2v, i2v, flf2v, vace …", cls_or_instance=fields.String())
     installed = told(fields.Boolean, "Its weights are on this machine.")
     loaded = told(fields.Boolean, "It is warm: a task of it loads nothing.")
-    limits = told(fields.Dict, "Size step, frame rule, and which inputs it takes.")
+    limits = told(fields.Dict, "Size step, frame rule, sliding windows, and which inputs it takes.")
 
 
 class ModelList(Schema):
@@ -1247,6 +1247,7 @@ def model_limits(model: Model) -> dict[str, Any]:
         "resolution_multiple": model.spatial_multiple,
         "max_side": model.max_side,
         "video_length": {name: getattr(model.frames, name) for name in ("step", "offset", "min", "max")},
+        "sliding_window": sliding.usual(model),
         "fps": model.fps,
         "inputs": {name: model.takes(name) for name in INPUTS},
         "max_image_refs": model.inputs.get("max_reference_images", 0),

@@ -324,10 +324,7 @@ def default_settings(model: Model) -> dict[str, Any]:
     hidden |= _NOT_OF_KIND[model.kind] | {"prompt"}
     if not values["skip_steps_cache_type"]:
         hidden |= set(CACHE_SETTINGS)
-    if model.continuation(task) is None:
-        hidden |= set(sliding.SETTINGS)
-    elif values["sliding_window_size"] is None:
-        values["sliding_window_size"] = sliding.usual_size(model)
+    hidden |= set(sliding.SETTINGS)  # they mean nothing to a video of the usual length
     shown = {key: value for key, value in values.items() if key not in hidden and value is not None}
     return {"prompt": "", **shown}
 

@@ -56,13 +56,15 @@ def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[st
     shared = min(overlap or way.overlap, way.most)
     if shared != (overlap or shared):
         warnings.append(f"sliding_window_overlap: {overlap} was changed to {shared}, the most for model '{model.id}'")
-    wanted = size or usual_size(model)
+    wanted = size or int(model.defaults["video_length"])  # what the model was made for
     made = max(model.frames.nearest(wanted), model.frames.shortest_of(2 * shared))  # more than half of it is new
     if size and made != size:
         warnings.append(f"sliding_window_size: {size} was changed to {made}, the nearest for model '{model.id}'")
     return made, min(shared, made - 1)
 
 
-def usual_size(model: Model) -> int:
-    """The frames of a window where nobody says: the length that the model was made for."""
-    return int(model.defaults["video_length"])
+def usual(model: Model) -> dict[str, int] | None:
+    """Size and overlap of a window where nobody says; None if the model makes every video at once."""
+    values = dict.fromkeys(SETTINGS) | {name: model.defaults[name] for name in SETTINGS if name in model.defaults}
+    size, overlap = chosen(model, model.tasks[0], values, [])
+    return {"size": size, "overlap": overlap} if size else None

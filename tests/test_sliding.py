@@ -78,6 +78,13 @@ def test_size_and_overlap_are_what_suits_the_model(model_id: str) -> None:
     assert (job.window_frames, job.window_overlap) == wanted
 
 
+@pytest.mark.parametrize("model_id", SIZES)
+def test_the_limits_of_a_model_tell_its_windows(model_id: str, daemon: Daemon) -> None:
+    told = daemon.get(f"/models/{model_id}").json()["data"]["limits"]["sliding_window"]
+    job = long_job(model_id, video_length=333)
+    assert told == ({"size": job.window_frames, "overlap": job.window_overlap} if job.window_frames else None)
+
+
 CHANGES = {
     "no way": ("wan_t2v_14B", {"sliding_window_size": 49}, "sliding_window_size: model 'wan_t2v_14B' has no such"),
     "off the rule": ("wan_demo", {"sliding_window_size": 31}, "sliding_window_size: 31 was changed to 33"),
