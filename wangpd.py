@@ -54,13 +54,14 @@ from engine.executor import Engine, EngineConfig
 from engine.inputs import Inputs
 from engine.job import EngineError, Job, Lora
 from engine.journal import Journal, JournalFault
-from engine.outputs import PREVIEW_WIDTH, Entry, Outputs, Retention
+from engine.outputs import Entry, Outputs, Retention
 from engine.queue import Busy, Closed, EngineDown, Full, KeyReused, Limits, NoSuchTask, Receipt, TaskQueue, WrongState
 from engine.request import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, BadRequest, Media, Resolved, default_settings
 from engine.request import resolve as resolved_request
 from engine.request import settings as settings_of
 from engine.task import Status, Task
 from engine.tasks import INPUTS, TASKS
+from engine.thumbnails import PREVIEW_WIDTH
 from engine.weights import Weights
 
 log = logging.getLogger("wangpd")

@@ -3,7 +3,6 @@
 The folder alone is the truth: the worker publishes by rename, and users may copy, overwrite and delete at any time.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -11,17 +10,15 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
 from engine import media
+from engine.folders import scan, stats
 from engine.job import EngineError
-
-THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
-PREVIEW_WIDTH: Final = 320  # of a thumbnail where nobody asks for another width
+from engine.thumbnails import ThumbnailCache, key_of
 
 # A change within the same tick of the file system's clock leaves a time stamp as it was: 10 ms on Linux file systems,
 # 1 or 2 s on FAT and some network shares. What was touched this recently may be changing still.
@@ -111,7 +108,7 @@ class Outputs:
     def thumbnail(self, path: Path, width: int) -> bytes:
         """Return the JPEG of `media.thumbnail`, kept on disk for the next call. Raises what that raises."""
         about = path.lstat()
-        key = _key(path.name, about.st_mtime_ns, about.st_size, width)
+        key = key_of(path.name, about, width)
         kept = self._thumbnails.get(key)
         if kept is not None:
             return kept
@@ -135,7 +132,7 @@ class Outputs:
         return self._remove(r"\.\d{8}-\d{6}_t\d{6,}_.+\.part")
 
     def _remove(self, pattern: str) -> int:
-        left = [item.name for item in _scan(self._folder) if re.fullmatch(pattern, item.name)]
+        left = [item.name for item in scan(self._folder) if re.fullmatch(pattern, item.name)]
         for name in left:
             (self._folder / name).unlink(missing_ok=True)
         return len(left)
@@ -178,7 +175,7 @@ class Outputs:
 
     def highest_task_id(self) -> int:
         """Return the largest task id in a name that the worker gave, or 0: a lost journal can't tell it any more."""
-        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", item.name) for item in _scan(self._folder))
+        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", item.name) for item in scan(self._folder))
         return max((int(match[1]) for match in found if match), default=0)
 
     def _read_once(self) -> None:
@@ -187,70 +184,6 @@ class Outputs:
         with self._reading:
             if self._snapshot.read_at < asked_at:
                 self._snapshot = _read(self._folder)
-
-
-class ThumbnailCache:
-    """JPEG files by key in a folder of their own, the oldest removed when they outgrow `limit_bytes`.
-
-    A cache that can't be read or written costs time and nothing else: no method raises OSError.
-    """
-
-    def __init__(self, folder: Path, limit_bytes: int = THUMBNAIL_CACHE_BYTES) -> None:
-        self._folder = folder
-        self._limit_bytes = limit_bytes
-        self._size_bytes: int | None = None  # not counted yet
-        self._counting = threading.Lock()
-
-    def get(self, key: str) -> bytes | None:
-        """Return what was put under `key`, or None."""
-        try:
-            return self._file(key).read_bytes() or None  # a power cut may leave a name without its bytes
-        except OSError:
-            return None
-
-    def put(self, key: str, data: bytes) -> None:
-        """Keep `data` for a later `get`, if there is room on the disk."""
-        part = self._folder / f".{key}.{threading.get_ident()}.part"
-        with suppress(OSError):
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                part.write_bytes(data)
-                part.replace(self._file(key))
-                self._count(len(data))
-            finally:
-                part.unlink(missing_ok=True)
-
-    def put_poster(self, path: Path, jpeg: bytes) -> None:
-        """Keep the thumbnail of a file that is whole now, in the width that a preview has where none is asked for."""
-        with suppress(OSError):
-            about = path.lstat()
-            self.put(_key(path.name, about.st_mtime_ns, about.st_size, PREVIEW_WIDTH), jpeg)
-
-    def _file(self, key: str) -> Path:
-        return self._folder / f"{key}.jpg"
-
-    def _count(self, added_bytes: int) -> None:
-        with self._counting:
-            known_bytes = None if self._size_bytes is None else self._size_bytes + added_bytes
-            if known_bytes is None or known_bytes > self._limit_bytes:
-                known_bytes = self._shrink()
-            self._size_bytes = known_bytes
-
-    def _shrink(self) -> int:
-        """Bring a cache above its limit down to three quarters of it, and return the bytes that it holds."""
-        files = sorted(_stats(self._folder), key=lambda file: file[1].st_mtime_ns)
-        total_bytes = sum(about.st_size for _, about in files)
-        goal_bytes = self._limit_bytes if total_bytes <= self._limit_bytes else self._limit_bytes * 3 // 4
-        for name, about in files:
-            if total_bytes <= goal_bytes:
-                break
-            (self._folder / name).unlink(missing_ok=True)
-            total_bytes -= about.st_size
-        return total_bytes
-
-
-def _key(name: str, mtime_ns: int, size_bytes: int, width: int) -> str:
-    return hashlib.sha256(ascii((name, mtime_ns, size_bytes, width)).encode()).hexdigest()
 
 
 def _kind(name: str) -> str | None:
@@ -269,23 +202,10 @@ def _mtime_ns(folder: Path) -> int | None:
         return None
 
 
-def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    """The regular files of a folder, no symbolic links; none at all where there is no folder."""
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
-        yield from (item for item in items if item.is_file(follow_symlinks=False))
-
-
-def _stats(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Name and stat of each regular file of a folder; one that vanishes meanwhile is left out."""
-    for item in _scan(folder):
-        with suppress(FileNotFoundError):
-            yield item.name, item.stat(follow_symlinks=False)
-
-
 def _read(folder: Path) -> _Snapshot:
     read_at, now = time.monotonic(), time.time()
     folder_mtime_ns = _mtime_ns(folder)  # before the files: a change during the reading then shows as one afterwards
-    entries = [_entry(name, about) for name, about in _stats(folder) if _is_media_name(name)]
+    entries = [_entry(name, about) for name, about in stats(folder) if _is_media_name(name)]
     # Two plain sorts, the second one stable: half the time of one by a pair, and a sort lets no other thread run.
     entries.sort(key=attrgetter("filename"))
     entries.sort(key=attrgetter("modified_at"), reverse=True)

@@ -162,7 +162,7 @@ def fail(task_id: int, job: Job, model: Model) -> Result:
 
 def config(folder: Path, device: str = "auto") -> EngineConfig:
     """A configuration for an engine that makes no files."""
-    return EngineConfig(save_path=folder, models_dir=folder, device=device)
+    return EngineConfig(save_path=folder, models_dir=folder, state_path=folder / "state", device=device)
 
 
 async def _told(engine: Engine, task_id: int, fault: str) -> str:

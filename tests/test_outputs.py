@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engine import media
-from engine.outputs import Entry, Outputs, ThumbnailCache
+from engine.outputs import Entry, Outputs
+from engine.thumbnails import ThumbnailCache
 
 
 @pytest.fixture

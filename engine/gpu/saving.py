@@ -18,7 +18,7 @@ from engine.gpu import encode
 from engine.gpu.background import Background
 from engine.gpu.results import Clip
 from engine.job import Job, OutputFile
-from engine.outputs import PREVIEW_WIDTH, ThumbnailCache
+from engine.thumbnails import PREVIEW_WIDTH, ThumbnailCache
 
 if TYPE_CHECKING:
     from engine.executor import EngineConfig
