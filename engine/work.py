@@ -121,6 +121,7 @@ class Work:
     @classmethod
     def of(cls, model: Model, job: Job) -> "Work":
         """What `job` asks of `model`."""
+        # A long video is made for itself: each of its windows goes on from the one before.
         batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
         size = (job.width, job.height, job.window_frames or job.frames)
         work = cls._of_size(model, job.task, size, job.duration_s)

@@ -130,7 +130,8 @@ class Part(nn.Module):
 
 
 def small() -> Any:
-    pipe = SimpleNamespace(transformer=Part(), _execution_device=torch.device("cpu"))
+    part = Part()
+    pipe = SimpleNamespace(transformer=part, components={"transformer": part}, _execution_device=torch.device("cpu"))
     assert compile_blocks(pipe) == 1
     return pipe
 
@@ -180,7 +181,7 @@ def test_a_plain_block_computes_what_it_always_did() -> None:
 
 
 def test_a_class_that_names_no_blocks_stays_as_it_is() -> None:
-    assert compile_blocks(SimpleNamespace(transformer=nn.Linear(2, 2))) == 0
+    assert compile_blocks(SimpleNamespace(components={"transformer": nn.Linear(2, 2)})) == 0
 
 
 # ---- the shapes that were seen

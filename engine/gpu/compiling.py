@@ -7,7 +7,7 @@ uncompiled for that task.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property, update_wrapper
 from pathlib import Path
@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from engine.compilation import folder
+from engine.gpu import memory
 from engine.job import Job
 
 log = logging.getLogger("wangpd.worker")
-DENOISERS = ("transformer", "transformer_2", "unet")
 # Each new shape and kind of call of a block is one. Beyond torch's own 8, a block would run uncompiled from then on.
 MOST_KINDS = 64
 MOST_SHAPES = 1000  # that are remembered
@@ -59,7 +59,7 @@ def compile_blocks(pipe: Any) -> int:
     torch._dynamo.config.accumulated_recompile_limit = MOST_KINDS * 16
     torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is, and the log says so
     count = 0
-    for denoiser in _denoisers(pipe):
+    for denoiser in memory.denoisers(pipe).values():
         kinds = getattr(denoiser, "_repeated_blocks", None) or ()
         blocks = [Block(module) for module in denoiser.modules() if type(module).__name__ in kinds]
         for block in blocks:
@@ -69,15 +69,9 @@ def compile_blocks(pipe: Any) -> int:
     return count
 
 
-def _denoisers(pipe: Any) -> Iterator[nn.Module]:
-    for name in DENOISERS:
-        if (denoiser := getattr(pipe, name, None)) is not None:
-            yield denoiser
-
-
 def suit(pipe: Any, job: Job) -> None:
     """Let the compiled blocks run as they are where this job needs it. To be called when its hooks are in place."""
-    blocks = [block for denoiser in _denoisers(pipe) for block in getattr(denoiser, BLOCKS, ())]
+    blocks = [block for denoiser in memory.denoisers(pipe).values() for block in getattr(denoiser, BLOCKS, ())]
     inside = any(block.hooked_inside for block in blocks)
     for block in blocks:
         block.plain = bool(job.loras) or inside
@@ -123,7 +117,7 @@ def _name(pipe: Any, model_id: str, job: Job) -> str:
     """All that compiled code depends on: what runs, how large, in what numbers, where, and what compiled it."""
     device = pipe._execution_device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    dtypes = "+".join(str(denoiser.dtype).removeprefix("torch.") for denoiser in _denoisers(pipe))
+    dtypes = "+".join(str(denoiser.dtype).removeprefix("torch.") for denoiser in memory.denoisers(pipe).values())
     size = f"{job.width}x{job.height}x{job.window_frames or job.frames}x{job.batch_size}"
     cache = f" {job.skip_steps_cache_type}" if job.skip_steps_cache_type else ""
     return f"{model_id} {size}{cache} {dtypes} {where} torch {torch.__version__} diffusers {diffusers.__version__}"

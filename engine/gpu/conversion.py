@@ -24,14 +24,14 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from engine.machine import GIB
 from engine.weights import INDEX, PartSource, Weights, has_weights, named_parts
 
 log = logging.getLogger("wangpd.worker")
 STORE = ".converted"
 LAYOUT = 1  # part of a copy's name: raise it when copies are made otherwise
 WORTH = 0.1  # least share of a component's bytes that must shrink: below it, a copy saves next to nothing
-ROOM_BYTES = 2 * 2**30  # that must stay free on the disk beside the copy
-GIB = 2**30
+ROOM_BYTES = 2 * GIB  # that must stay free on the disk beside what is written
 
 DtypeOf = Callable[[str], torch.dtype]
 _WIDE = {"F32": 4, "F64": 8}

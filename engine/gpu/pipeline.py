@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,22 +19,21 @@ import transformers
 from diffusers.models.attention_dispatch import attention_backend
 
 from engine.catalog import Model, Pipeline
-from engine.gpu import attention, caching, compiling, decoding, inputs, prompts, results, single_file, sliding
+from engine.gpu import attention, caching, compiling, decoding, inputs, memory, prompts, results, single_file, sliding
 from engine.gpu.adapters import Adapters, load_file
 from engine.gpu.inputs import Call
 from engine.gpu.meter import Meter
 from engine.gpu.results import Clip
 from engine.gpu.steps import StepCounter
 from engine.job import SEED_RANGE, EngineError, Job, Phase
-from engine.sliding import windows
 from engine.weights import Weights
+from engine.work import Work
 
 # The meter reports progress, and a fault is an exception: bars and hints would only fill the log.
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-DENOISERS = ("transformer", "transformer_2", "unet")
 LATENT = "latent"
 
 
@@ -126,18 +126,16 @@ def render(pipe: Any, model: Model, job: Job, meter: Meter, adapters: Adapters |
 
     Reports encoding, each denoising step and decoding to `meter`, from where a cancel raises Cancelled.
     """
-    passes = seeds_of_passes(job, model.pipelines[job.task].batch)
-    pieces = windows(job, model.frames)
-    runs = iter(range(len(passes) * len(pieces)))
+    work, numbers = Work.of(model, job), count()
     loras = adapters or Adapters()
 
     def run(call: Call) -> Iterator[Clip]:
         meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
-        meter.begin_run(next(runs), len(passes) * len(pieces), job.steps)
+        meter.begin_run(next(numbers), work.runs, job.steps)
         return _run(pipe, model, call, meter, loras)
 
     with _reported(pipe, meter):
-        for seeds in passes:
+        for seeds in seeds_of_calls(job, work.batch):
             if job.window_frames:
                 yield Clip(seeds[0], sliding.frames(model, job, seeds[0], lambda call: _only_frames(run(call))))
             else:
@@ -151,13 +149,9 @@ def _only_frames(clips: Iterator[Clip]) -> torch.Tensor:
     return torch.cat(list(clip.frames))
 
 
-def seeds_of_passes(job: Job, batch: bool) -> list[list[int]]:
-    """The seeds of each pass through the pipeline: `batch_size` at once where the class can, else one by one.
-
-    A long video is made for itself: each of its windows goes on from the one before.
-    """
+def seeds_of_calls(job: Job, size: int) -> list[list[int]]:
+    """The seeds of the job's files, `size` of them made at once."""
     seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
-    size = job.batch_size if batch and not job.window_frames else 1
     return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
@@ -271,9 +265,8 @@ def _reported(pipe: Any, meter: Meter) -> Iterator[None]:
 
 
 def _milestones(pipe: Any) -> Iterator[tuple[torch.nn.Module, Phase]]:
-    for name in DENOISERS:
-        if (denoiser := getattr(pipe, name, None)) is not None:
-            yield denoiser, Phase.DENOISING
-            yield from ((block, Phase.DENOISING) for block in getattr(denoiser, "blocks", ()))
+    for denoiser in memory.denoisers(pipe).values():
+        yield denoiser, Phase.DENOISING
+        yield from ((block, Phase.DENOISING) for block in getattr(denoiser, "blocks", ()))
     if (decoder := getattr(getattr(pipe, "vae", None), "decoder", None)) is not None:
         yield decoder, Phase.DECODING

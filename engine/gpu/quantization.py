@@ -29,7 +29,7 @@ from torch import nn
 
 from engine.catalog import Model
 from engine.gpu import memory, pipeline, single_file
-from engine.gpu.conversion import alone
+from engine.gpu.conversion import ROOM_BYTES, alone
 from engine.job import EngineError
 from engine.machine import GIB
 from engine.quantization import AUTO, GGUF, KINDS, fault, is_gguf, refusal
@@ -40,7 +40,6 @@ log = logging.getLogger("wangpd.worker")
 STORE = ".quantized"
 LAYOUT = 1  # part of a folder's name: raise it when other layers are quantised, or they are written otherwise
 SHARD_BYTES = 2**31  # of a file: what is written is in memory twice
-ROOM_BYTES = 2 * GIB  # that must stay free on the disk
 FOUR_BIT_BLOCK = 64  # numbers that share a scale
 FOUR_BIT_LAYER = ".packed"  # how the name of such a layer's numbers ends
 NOT_OF_A_BLOCK = "embed"  # in the name of a layer: some embeddings stand in lists as blocks do

@@ -43,7 +43,6 @@ class Studio:
         self._pipe: Any = None
         self._adapters = Adapters()
         self._saver = Saver(config, settled)
-        self._encoder = ""  # of the model that is loaded, as the remembered prompts know it
         self._shapes = compiling.Shapes(config.state_path) if config.compile else None
         self._prompts = prompts.Prompts(config.state_path / "prompts", config.prompt_cache_mb * 2**20)
         self._plan: plans.Plan | None = None
@@ -74,8 +73,7 @@ class Studio:
     def _attempt(self, task_id: int, job: Job, model: Model, meter: Meter, started: datetime) -> Result:
         self._reset_peak()
         meter.enter(Phase.LOADING)
-        pipe = pipeline.sibling(self.load(model, job.task, job), model.pipelines[job.task])
-        self._prompts.remember(pipe, self._encoder)
+        pipe = self.load(model, job.task, job)
         if self._shapes:
             self._shapes.expect(pipe, model.id, job)
         saved: list[Saved] = []
@@ -104,7 +102,7 @@ class Studio:
             )
             decoding.set_precision(pipe, self._config.vae_precision, self._device)
             self._parts = replace(self._parts, vae_width=decoding.width_of(pipe))
-            self._encoder = prompts.encoder_of(pipe, found)
+            self._prompts.remember(pipe, prompts.encoder_of(pipe, found))
             if self._config.compile:  # before they are placed: what places them hooks their blocks
                 log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
             self._plan = memory.place(
@@ -175,7 +173,7 @@ class Studio:
         """
 
         def dtype_of(name: str) -> torch.dtype:
-            quantised = kind != NONE and name in pipeline.DENOISERS
+            quantised = kind != NONE and memory.is_denoiser(name)
             return torch.float32 if quantised else pipeline.dtype_of(model, self._device, name)
 
         if not self._config.convert_float32:
