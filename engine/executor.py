@@ -133,8 +133,9 @@ class Engine:
         since = time.monotonic()
         while not saving.settled and self._lives(saving.board):
             await asyncio.sleep(SAVED_S)
-            if time.monotonic() - since > patience_s:
+            if (waited_s := time.monotonic() - since) > patience_s:
                 self._kill()
+                raise _hung(waited_s, "while saving")
         if saving.cancelled:
             for file in saving.result.files[-1:]:
                 (self._config.save_path / file.filename).unlink(missing_ok=True)
@@ -241,11 +242,7 @@ class Engine:
         if board.phase == Phase.DENOISING:
             where += f", at step {board.step} of {board.total}"
         if self._hung_s:
-            return EngineError(
-                f"The generation process made no progress for {self._hung_s:.0f} s {where} and was ended. If the work"
-                " is only slow, raise step_timeout_s in wangpd.toml.",
-                "hung",
-            )
+            return _hung(self._hung_s, where)
         return _died(where)
 
     def progress(self, task_id: int) -> Progress | None:
@@ -309,6 +306,14 @@ class Engine:
         for child in multiprocessing.active_children():  # also one that is being spawned, and has not said its pid
             child.kill()
         self._discard(wait=True)  # else the pool's thread would find its pipes closed by the interpreter's end
+
+
+def _hung(seconds: float, where: str) -> EngineError:
+    return EngineError(
+        f"The generation process made no progress for {seconds:.0f} s {where} and was ended. If the work is only slow,"
+        " raise step_timeout_s in wangpd.toml.",
+        "hung",
+    )
 
 
 def _died(where: str) -> EngineError:

@@ -200,6 +200,15 @@ async def test_loading_may_take_longer_than_any_other_phase(engine: Engine, beco
     assert failed.value.code == "hung"
 
 
+async def test_files_that_are_never_written_end_the_process_too(engine: Engine, becomes: Callable[[Any], None]) -> None:
+    becomes(stand_ins.never_save)
+    with pytest.raises(EngineError, match=r"made no progress for .* while saving") as failed:
+        await engine.run(1, job("saving"), DEMO, 2.0)
+    assert failed.value.code == "hung"
+    becomes(stand_ins.be_quick)
+    assert await run(engine, 2) == DONE
+
+
 async def test_closing_the_engine_ends_the_process(engine: Engine, becomes: Callable[[Any], None]) -> None:
     becomes(stand_ins.ignore)
     task = begun(engine, 1, "denoising")

@@ -54,15 +54,6 @@ async def begun(house: House, count: int = 3) -> list[int]:
     return ids
 
 
-async def taught(house: House) -> None:
-    """Let one task teach that such a one takes 24 s."""
-    (task_id,) = await house.submit()
-    await house.started(task_id)
-    house.desk.finish()
-    await house.end(task_id)
-    await until(lambda: house.queue.current is None)
-
-
 def at_work(desk: Desk, task_id: int) -> bool:
     return bool(desk.ran) and desk.ran[-1] == task_id
 
@@ -138,7 +129,7 @@ async def test_a_paused_queue_lets_all_that_run_go_on(house: House) -> None:
 )  # 24 s each
 async def test_the_estimated_wait_is_until_the_first_engine_is_free(house: House, count: int, wait_s: float) -> None:
     async with house.open() as queue:
-        await taught(house)
+        await house.learn()
         await queue.pause(True)
         await house.submit(count)
         assert queue.estimated_wait_s() == pytest.approx(wait_s)
@@ -295,7 +286,7 @@ async def test_a_warm_start_leaves_the_engines_to_tasks_that_wait(house: House) 
 async def test_the_model_that_was_last_in_use_outlives_the_daemon(house: House) -> None:
     async with house.open() as queue:
         assert queue.last_model == ""
-        await taught(house)
+        await house.learn()
     async with house.open() as queue:
         assert queue.last_model == DEMO.id
 
@@ -328,7 +319,7 @@ async def test_what_an_engine_measured_is_known_after_a_restart(house: House) ->
     async with house.open() as queue:
         assert queue.machines == []
         house.desk.machine = machine
-        await taught(house)
+        await house.learn()
     async with house.open() as queue:
         assert queue.machines == [machine] * 2  # both are "cpu"
 

@@ -487,15 +487,6 @@ async def test_an_idle_queue_gives_its_memory_back(house: House) -> None:
 # ---- estimates
 
 
-async def learned(house: House) -> None:
-    """Let one task of 20 steps and 9 frames of 64 x 64 teach what the model takes: 10 s to load, 24 s of work."""
-    (task_id,) = await house.submit()
-    await house.started(task_id)
-    house.desk.finish()
-    await house.end(task_id)
-    await until(lambda: house.queue.current is None)
-
-
 async def test_nothing_is_estimated_without_history(house: House) -> None:
     async with house.open() as queue:
         receipts = [await queue.submit(job()) for _ in range(2)]
@@ -518,33 +509,33 @@ async def test_an_estimate_follows_pixels_frames_steps_and_files(
     house: House, changes: dict[str, int], seconds: float
 ) -> None:
     async with house.open() as queue:
-        await learned(house)
+        await house.learn()
         assert queue.estimate_s(job(**changes)) == pytest.approx(seconds)
 
 
 async def test_a_cold_model_takes_its_loading_time_as_well(house: House) -> None:
     async with house.open() as queue:
-        await learned(house)
+        await house.learn()
         queue.unload()
         assert queue.estimate_s(job()) == pytest.approx(34.0)
 
 
 async def test_a_model_without_history_has_no_estimate(house: House) -> None:
     async with house.open() as queue:
-        await learned(house)
+        await house.learn()
         assert queue.estimate_s(job(model="wan_t2v_14B")) is None
 
 
 async def test_estimates_outlive_the_daemon(house: House) -> None:
     async with house.open(die=True):
-        await learned(house)
+        await house.learn()
     async with house.open() as queue:
         assert queue.estimate_s(job()) == pytest.approx(34.0)
 
 
 async def test_the_estimated_wait_is_the_work_ahead(house: House) -> None:
     async with house.open() as queue:
-        await learned(house)
+        await house.learn()
         await queue.pause(True)
         receipts = [await queue.submit(job()) for _ in range(3)]
         assert [receipt.answer["estimated_wait"] for receipt in receipts] == pytest.approx([0.0, 24.0, 48.0])
@@ -552,7 +543,7 @@ async def test_the_estimated_wait_is_the_work_ahead(house: House) -> None:
 
 async def test_the_eta_of_a_waiting_task_counts_no_time_in_the_queue(house: House) -> None:
     async with house.open() as queue:
-        await learned(house)
+        await house.learn()
         await queue.pause(True)
         await house.submit(5)
         assert [queue.eta_s(task) for task in queue.listing()] == pytest.approx([24.0] * 5)
@@ -560,7 +551,7 @@ async def test_the_eta_of_a_waiting_task_counts_no_time_in_the_queue(house: Hous
 
 async def test_a_slow_model_may_take_twenty_of_its_own_steps(house: House) -> None:
     async with house.open(step_timeout_s=5.0):
-        await learned(house)
+        await house.learn()
         (task_id,) = await house.submit(frames=81)
         await house.started(task_id)
         assert house.desk.patience == pytest.approx([5.0, 20 * 9.0])  # a second a step, for a ninth of the frames
