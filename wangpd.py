@@ -46,7 +46,7 @@ from aiohttp_apispec import (
 from apispec import APISpec
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
 
-from engine import attention, compilation, downloads, footage, loras, media, quantization, sliding, weights
+from engine import attention, compilation, downloads, footage, loras, media, parallel, quantization, sliding, weights
 from engine.catalog import STEP_CACHES, Catalog, Model, UnknownModel
 from engine.downloads import Download, Downloads, NoDownload, Stage
 from engine.estimate import Estimate, estimate
@@ -129,6 +129,9 @@ class Config:
         (), "Several devices, a worker each, such as cuda:0 and cuda:1; they share the queue. None: device alone.",
         each(validate.Regexp(r"cpu$|cuda:\d+$", error="{input!r} must be cuda:N or cpu")),
     )  # fmt: skip
+    context_parallel: bool = key(
+        False, "All devices compute each task together, one task at a time, instead of a task each: for large tasks."
+    )
     warm_start: bool = key(
         False, "Start the worker with the daemon and load the model that was last in use, else default_model."
     )
@@ -237,7 +240,13 @@ class Config:
     def engines(self) -> list[EngineConfig]:
         """The part that a generation process needs, for each of them."""
         common = EngineConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)})
-        return [dataclasses.replace(common, device=device) for device in self.devices or (self.device,)]
+        leads = self.devices[:1] if self.context_parallel else self.devices
+        return [dataclasses.replace(common, device=device) for device in leads or (self.device,)]
+
+    @property
+    def team(self) -> tuple[str, ...]:
+        """The devices that compute each task together with the first one."""
+        return self.devices[1:] if self.context_parallel else ()
 
     def limits(self) -> Limits:
         """The part that the queue needs."""
@@ -291,6 +300,8 @@ def _missing(values: Mapping[str, Any]) -> str:
     kind = values.get(quantization.KEY, quantization.NONE)
     devices = values.get("devices") or [values.get("device", "auto")]
     faults = [attention.fault(values.get("attention_mode", attention.AUTO))]
+    if values.get("context_parallel"):
+        faults.append(parallel.fault(values.get("devices", ()), values.get("attention_mode", attention.AUTO)))
     if values.get("compile"):
         faults += [compilation.fault(device) for device in devices]
     return next(filter(None, faults + [quantization.fault(kind, device) for device in devices]), "")
@@ -962,6 +973,7 @@ class ServerConfig(Schema):
     default_model = told(fields.String, KEYS["default_model"].metadata["why"])
     device = told(fields.String, KEYS["device"].metadata["why"])
     devices = told(fields.List, KEYS["devices"].metadata["why"], cls_or_instance=fields.String())
+    context_parallel = told(fields.Boolean, KEYS["context_parallel"].metadata["why"])
     warm_start = told(fields.Boolean, KEYS["warm_start"].metadata["why"])
     memory_plan = nullable(fields.String, "Where the loaded model's weights lie, a line a device; null without one.")
     image_format = told(fields.String, KEYS["image_format"].metadata["why"])

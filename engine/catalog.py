@@ -97,6 +97,7 @@ class Pipeline:
     cache_context: bool = False
     loras: bool = False  # diffusers can load LoRA files for it
     tea_cache: bool = False  # the denoiser has Wan's time embedding and plain blocks
+    context_parallel: bool = False  # several devices can compute the denoiser's calls together
 
     def carries_input(self, name: str) -> bool:
         """True if the input `name` has a way into the call."""
@@ -233,6 +234,11 @@ class Model:
     @property
     def _cuts_by_itself(self) -> bool:
         return bool(self.window_frames) or any(pipeline.section_frames for pipeline in self.pipelines.values())
+
+    @property
+    def context_parallel(self) -> bool:
+        """Several devices can compute its denoisers' calls together."""
+        return all(pipeline.context_parallel for pipeline in self.pipelines.values())
 
     def continuation(self, task: str) -> Continuation | None:
         """How this model goes on from its own last frames, or None if it can't.

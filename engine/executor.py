@@ -36,6 +36,7 @@ class EngineConfig:
     models_dir: Path
     state_path: Path = Path("state")
     device: str = "auto"
+    team: tuple[str, ...] = ()  # devices that compute each task together with `device`
     allow_download: bool = False
     embed_settings: bool = True
     image_format: Literal["png", "jpeg", "webp"] = "png"
@@ -221,7 +222,7 @@ class Engine:
         if not board.flops_per_s:
             return None
         free = int(board.free_vram_bytes), int(board.free_ram_bytes)
-        return Machine(*free, board.link_bytes_per_s, board.flops_per_s)
+        return Machine(*free, board.link_bytes_per_s, board.flops_per_s, cards=1 + len(self._config.team))
 
     def _started(self) -> ProcessPoolExecutor:
         if self._executor is None:

@@ -10,6 +10,7 @@ GIB = 2**30
 class Machine:
     """What can be used, measured: free memory, bytes a second to the card, dense bf16 operations a second.
 
+    `cards` is the number of such devices that compute a forward of a denoiser together.
     No free VRAM stands for no card of its own memory: everything runs in RAM, in float32.
     """
 
@@ -17,6 +18,7 @@ class Machine:
     free_ram_bytes: int
     link_bytes_per_s: float = 12e9
     flops_per_s: float = 50e12
+    cards: int = 1
 
 
 def free_ram_bytes() -> int:

@@ -92,6 +92,7 @@ FEWEST_BLOCKS = 12  # a denoiser's blocks are cube root of parameters / 60, at l
 # ---- what takes time
 
 EFFICIENCY = 0.55  # of a card's measured matrix product; diffusers reaches 0.43 of an H100's, 0.65 of a 4090's
+TEAM_EFFICIENCY = 0.9  # of devices that compute a forward together; the rest is what they tell each other
 STREAM_OVERHEAD = (0.02, 0.015)  # of a step whose blocks come in time: of the first one, of all (published: 3-4%)
 PAGEABLE_BYTES_PER_S = 3 * GB  # copies of whole parts from memory that is not pinned (published: 1-3)
 MAPPED_BYTES_PER_S = 8 * GB  # layers pinned on their way, as published for Flux; at most a third of the link's speed
@@ -135,6 +136,7 @@ class Plan:
     job_s: float
     card_bytes: int  # free on the card when it was made; 0: no card
     fits: bool = True
+    cards: int = 1  # that compute each forward together; the bytes are those of one of them
 
     @property
     def placement(self) -> str:
@@ -145,6 +147,10 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in one line."""
+        together = f"{self.cards} devices together, each: " if self.cards > 1 else ""
+        return together + self._of_one()
+
+    def _of_one(self) -> str:
         if not self.card_bytes:
             return f"everything in RAM, about {_gib(self.ram_bytes)}; {self._times()}"
         tiles = f"VAE in tiles of {self.way.tile_side} pixels" if self.way.tile_side else "VAE on whole frames"
@@ -189,6 +195,7 @@ def plan(
     demanded or the estimate may be wrong; else EngineError says what is missing.
     """
     way = Way("resident", "card", quantization=quantization if quantization in QUANTIZED else "none")
+    machine = machine if model.context_parallel else replace(machine, cards=1)
     case = _Case(parts or Parts.of(model), Shape.of(model), work, machine, way)
     if not machine.free_vram_bytes:
         return case.in_ram()
@@ -235,14 +242,16 @@ class _Case:
         step_s = self._step_s(streamed)
         fits = peak <= self.machine.free_vram_bytes and ram <= self.machine.free_ram_bytes
         job_s = self.job_s(step_s, streamed)
-        return Plan(self.way, resident, streamed, peak, ram, step_s, job_s, self.machine.free_vram_bytes, fits)
+        free, cards = self.machine.free_vram_bytes, self.machine.cards
+        return Plan(self.way, resident, streamed, peak, ram, step_s, job_s, free, fits, cards)
 
     def in_ram(self) -> Plan:
         """The plan for a machine without a card."""
         weights = self._denoisers() + self.parts.encoders + self.parts.vae
         ram = PROCESS_RAM_BYTES + weights + round(max(self.activation_bytes(), self.decode_bytes()))
         step_s = self.compute_s()
-        return Plan(self.way, self._denoisers(), 0, 0, ram, step_s, self.job_s(step_s, 0), card_bytes=0)
+        job_s, cards = self.job_s(step_s, 0), self.machine.cards
+        return Plan(self.way, self._denoisers(), 0, 0, ram, step_s, job_s, card_bytes=0, cards=cards)
 
     # ---- memory of the card
 
@@ -300,7 +309,8 @@ class _Case:
 
     def activation_bytes(self) -> float:
         """What a forward of the denoiser computes in."""
-        return ACTIVATION_BYTES * self.work.tokens_at_once * power(self.parts.parameters, 1 / 3)
+        tokens = self.work.tokens_at_once / self.machine.cards
+        return ACTIVATION_BYTES * tokens * power(self.parts.parameters, 1 / 3)
 
     def decode_bytes(self) -> float:
         """What the VAE computes in, and the finished frames."""
@@ -338,7 +348,8 @@ class _Case:
             self.machine.flops_per_s * EFFICIENCY
         )
         slowdown = QUANTIZED_SLOWDOWN if self.way.quantization != "none" else 1.0
-        return one * self.work.passes * self.work.batch * slowdown
+        shared = 1 / (self.machine.cards * TEAM_EFFICIENCY) if self.machine.cards > 1 else 1.0
+        return one * self.work.passes * self.work.batch * slowdown * shared
 
     def _step_s(self, streamed_bytes: int) -> float:
         """Seconds of a denoising step. Copies from pinned memory hide behind the arithmetic, others add to it."""

@@ -79,6 +79,19 @@ def never_save(_task_id: int, _job: Job, _model: Model) -> Result:
     return Result((), {}, 0, pending=1)
 
 
+def run_out_of_memory_once(task_id: int, job: Job, model: Model) -> Result:
+    """The worker's own `generate`, whose first call of a denoiser's block finds no memory."""
+    import torch
+
+    def exhausted(*_: Any) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    studio = worker._opened()
+    hook = studio.load(model, job.task, job).transformer.blocks[1].register_forward_pre_hook(exhausted)
+    return worker._guarded(task_id, lambda studio, meter: studio.make(task_id, job, model, meter))
+
+
 def tell_cards(_task_id: int, _job: Job, _model: Model) -> Result:
     """Be done, with the cards that this process sees in the place of the plan."""
     return Result((), {}, 0, os.environ["CUDA_VISIBLE_DEVICES"])
@@ -165,9 +178,9 @@ def fail(task_id: int, job: Job, model: Model) -> Result:
     return REAL_GENERATE(task_id, job, model)
 
 
-def config(folder: Path, device: str = "auto") -> EngineConfig:
+def config(folder: Path, device: str = "auto", team: tuple[str, ...] = ()) -> EngineConfig:
     """A configuration for an engine that makes no files."""
-    return EngineConfig(save_path=folder, models_dir=folder, state_path=folder / "state", device=device)
+    return EngineConfig(save_path=folder, models_dir=folder, state_path=folder / "state", device=device, team=team)
 
 
 async def _told(engine: Engine, task_id: int, fault: str) -> str:

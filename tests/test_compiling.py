@@ -18,7 +18,7 @@ import wangpd
 from engine import compilation
 from engine.catalog import HERE, Catalog
 from engine.executor import LOADING_PATIENCE, Engine, EngineConfig
-from engine.gpu import pipeline, worker
+from engine.gpu import pipeline, process
 from engine.gpu.compiling import Block, Shapes, compile_blocks, suit
 from engine.gpu.meter import Meter
 from engine.job import Board, Job, Lora, Phase
@@ -244,9 +244,8 @@ def test_the_worker_keeps_what_it_compiles_in_the_state_folder(
     names = compilation.environment(tmp_path).keys()
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(worker.os, "setsid", lambda: None)
-    monkeypatch.setattr(worker.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
-    worker.start(Board(), EngineConfig(tmp_path, tmp_path, state_path=tmp_path, compile=wanted))
+    monkeypatch.setattr(process.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    process.prepare(EngineConfig(tmp_path, tmp_path, state_path=tmp_path, compile=wanted), "cpu")
     assert all((os.environ.get(name, "").startswith(str(tmp_path / "compiled"))) == wanted for name in names)
 
 

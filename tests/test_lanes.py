@@ -17,7 +17,7 @@ import pytest
 from engine import lanes, weights
 from engine.executor import Engine
 from engine.fetch import FetchError, fetch
-from engine.gpu import worker
+from engine.gpu import process, worker
 from engine.job import Cancelled, EngineError
 from engine.machine import Machine
 from engine.queue import Busy, EngineDown
@@ -359,7 +359,7 @@ def test_a_worker_waits_for_another_one_that_fetches_the_same_model(tmp_path: Pa
     ("number", "visible", "left"), [(0, None, "0"), (3, None, "3"), (1, "4,7", "7"), (2, "4,7", ""), (0, "", "")]
 )
 def test_a_worker_sees_its_own_card_alone(number: int, visible: str | None, left: str) -> None:
-    assert worker.only_card(number, visible) == left
+    assert process.only_card(number, visible) == left
 
 
 async def test_the_process_of_a_card_is_started_with_that_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

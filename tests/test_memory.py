@@ -15,6 +15,7 @@ from engine.gpu import memory, pipeline
 from engine.job import Job
 from engine.machine import GIB
 from engine.memory import Plan, Way
+from engine.work import Work
 
 CPU = torch.device("cpu")
 DEMO = Catalog.load().get("wan_demo")
@@ -67,7 +68,9 @@ def test_a_plan_that_is_carried_out_changes_no_frame(way: Way, plain_frames: tor
 
 def test_without_a_card_a_pipeline_is_placed_in_ram() -> None:
     pipe = loaded()
-    plan = memory.place(pipe, DEMO, CPU, 0, 0)
+    parts = memory.parts_of(pipe, DEMO)
+    plan = memory.planned(DEMO, memory.measure(CPU), 0, 0, work=Work.usual(DEMO), parts=parts)
+    memory.carry_out(pipe, plan, CPU)
     assert plan.describe().startswith("everything in RAM")
     assert {weight.device for weight in pipe.transformer.parameters()} == {CPU}
 

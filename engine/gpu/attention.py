@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import attention_backend, dispatch_atte
 
 from engine.attention import AUTO, KERNELS
 from engine.job import EngineError
+from engine.parallel import KERNELS as FOR_TEAMS
 
 log = logging.getLogger("wangpd.worker")
 NATIVE = "native"
@@ -21,21 +22,24 @@ RUNS = 3
 DENOISERS = ("transformer", "transformer_2")
 # Kernels that round to 8 bits are taken by name only: nobody asked `auto` for other pictures.
 EXACT = ("sdpa", "cudnn", "flash", "flash3", "xformers")
+EXACT_FOR_TEAMS = tuple(name for name in EXACT if name in FOR_TEAMS)
 
 Clock = Callable[[str, torch.Tensor], float]
-_fastest: dict[tuple[int, int, int], str] = {}
+_fastest: dict[tuple[int, int, int, tuple[str, ...]], str] = {}
 
 
-def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int) -> str:
+def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, together: bool = False) -> str:
     """Let the denoisers of `pipe` run with the kernel of `mode`; returns its name.
 
-    `tokens` is the length of the job's sequence. Raises EngineError if the card can't run a kernel that was named.
+    `tokens` is the length of the job's sequence, which several devices share if they compute it `together`. Raises
+    EngineError if the card can't run a kernel that was named.
     """
     denoisers = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
     sized = [part for part in denoisers if hasattr(part, "set_attention_backend") and _heads(part)]
     if not sized or device.type != "cuda":
         return "sdpa"  # diffusers' own default
-    name = mode if mode != AUTO else _remembered(_heads(sized[0]), tokens, device)
+    names = EXACT_FOR_TEAMS if together else EXACT
+    name = mode if mode != AUTO else _remembered(_heads(sized[0]), tokens, device, names)
     for part in sized:
         try:
             set_backend(part, KERNELS[name].backend)
@@ -57,22 +61,22 @@ def _heads(denoiser: Any) -> tuple[int, int] | None:
     return (count, width) if isinstance(count, int) and isinstance(width, int) else None
 
 
-def _remembered(heads: tuple[int, int] | None, tokens: int, device: torch.device) -> str:
+def _remembered(heads: tuple[int, int] | None, tokens: int, device: torch.device, names: tuple[str, ...]) -> str:
     assert heads is not None
     count, width = heads
     length = min(MOST_TOKENS, 1 << max(8, tokens.bit_length() - 1))
-    key = (count, width, length)
+    key = (count, width, length, names)
     if key not in _fastest:
         query = torch.randn(1, length, count, width, device=device, dtype=torch.bfloat16)
-        _fastest[key] = fastest(query, seconds)
+        _fastest[key] = fastest(query, seconds, names)
         log.info("attention: %s is the fastest of those here, at %d tokens", _fastest[key], length)
     return _fastest[key]
 
 
-def fastest(query: torch.Tensor, clock: Clock) -> str:
-    """The exact kernel that `clock` finds fastest; those that fail are left out. query: (1, tokens, heads, width)"""
+def fastest(query: torch.Tensor, clock: Clock, names: tuple[str, ...] = EXACT) -> str:
+    """Which of the kernels `clock` finds fastest; those that fail are left out. query: (1, tokens, heads, width)"""
     times: dict[str, float] = {}
-    for name in EXACT:
+    for name in names:
         if not KERNELS[name].installed:
             continue
         try:

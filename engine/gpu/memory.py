@@ -31,38 +31,26 @@ SMALL_PRODUCT_SIDE = 512
 PROBES = 4
 
 
-def place(
-    pipe: Any,
+def planned(
     model: Model,
-    device: torch.device,
+    machine: Machine,
     profile: float,
     vae_config: int,
     *,
-    work: Work | None = None,
-    parts: Parts | None = None,
+    work: Work,
+    parts: Parts,
     quantization: str = "none",
 ) -> Plan:
-    """Put the pipeline, which lies in RAM, where it is to run, and return the plan of that.
-
-    `work` is the job to come; without one, the model's usual job. `parts` are those of `parts_of`, if they are known.
-    Raises EngineError if it fits nowhere.
-    """
+    """Where the model is to lie for `work`, told in the log. Raises EngineError if it fits nowhere."""
     plan = memory.plan(
-        model,
-        work or Work.usual(model),
-        measure(device),
-        profile=profile,
-        vae_config=vae_config,
-        quantization=quantization,
-        parts=parts or parts_of(pipe, model),
+        model, work, machine, profile=profile, vae_config=vae_config, quantization=quantization, parts=parts
     )
     log.info("model %s: %s", model.id, plan.describe())
-    carry_out(pipe, plan, device)
     return plan
 
 
 def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
-    """Put the parts where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
+    """Put the parts, which lie in RAM, where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
     _PLACINGS[plan.way.placement](pipe, plan, device)
     tile_vae(pipe, plan.way.tile_side)
 

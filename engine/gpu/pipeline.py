@@ -5,13 +5,13 @@ What differs from class to class is the catalogue's table of parameter names; th
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, reduce
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -29,6 +29,9 @@ from engine.job import SEED_RANGE, EngineError, Job, Phase
 from engine.weights import Weights
 from engine.work import Work
 
+if TYPE_CHECKING:
+    from engine.gpu.team import Team
+
 # The meter reports progress, and a fault is an exception: bars and hints would only fill the log.
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
@@ -38,23 +41,31 @@ LATENT = "latent"
 
 
 def load(
-    model: Model, pipeline: Pipeline, weights: Weights, device: torch.device, ready: Mapping[str, Any] = NOTHING
+    model: Model,
+    pipeline: Pipeline,
+    weights: Weights,
+    device: torch.device,
+    ready: Mapping[str, Any] = NOTHING,
+    *,
+    without: Collection[str] = (),
 ) -> Any:
     """The model's pipeline, in the catalogue's dtypes on a GPU and in float32 on a CPU. It lies in RAM.
 
-    `ready` are denoisers that are there already, with the recipe in them; their weights are not read.
+    `ready` are denoisers that are there already, with the recipe in them; their weights are not read. Nor are the
+    components `without` which the pipeline is to be.
     Only safetensors are read: a pickled checkpoint could run code.
     """
     options: dict[str, Any] = {"variant": model.variant} if model.variant else {}
-    options |= {name: _part(folder, model, name, device) for name, folder in weights.parts.items()}
+    parts = {name: folder for name, folder in weights.parts.items() if name not in without}
+    options |= {name: _part(folder, model, name, device) for name, folder in parts.items()}
     if weights.files:
         options |= single_file.components(_class(pipeline), weights, partial(dtype_of, model, device))
-    options |= ready
+    options |= {**ready, **dict.fromkeys(without)}
     pipe = _class(pipeline).from_pretrained(
         weights.folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True, **options
     )
     pipe.set_progress_bar_config(disable=True)
-    if pipeline.tiled_vae:
+    if pipeline.tiled_vae and pipe.vae:
         pipe.vae.enable_tiling()
     if model.attention_backend:
         attention.set_backend(pipe.transformer, model.attention_backend)
@@ -63,6 +74,13 @@ def load(
     if not ready:
         _fuse_recipe(pipe, model, weights)
     return pipe
+
+
+def others(weights: Weights) -> list[str]:
+    """The components that are neither denoisers nor the scheduler."""
+    index = json.loads((weights.folder / "model_index.json").read_text())
+    named = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+    return [name for name in named if name != "scheduler" and not memory.is_denoiser(name)]
 
 
 def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:
@@ -121,8 +139,10 @@ def sibling(pipe: Any, pipeline: Pipeline) -> Any:
     return other
 
 
-def render(pipe: Any, model: Model, job: Job, meter: Meter, adapters: Adapters | None = None) -> Iterator[Clip]:
-    """Run `job` and yield its clips as they are ready, file i with the seed `job.seed + i`.
+def render(
+    pipe: Any, model: Model, job: Job, meter: Meter, adapters: Adapters | None = None, *, team: "Team | None" = None
+) -> Iterator[Clip]:
+    """Run `job`, together with `team`, and yield its clips as they are ready, file i with the seed `job.seed + i`.
 
     Reports encoding, each denoising step and decoding to `meter`, from where a cancel raises Cancelled.
     """
@@ -132,9 +152,9 @@ def render(pipe: Any, model: Model, job: Job, meter: Meter, adapters: Adapters |
     def run(call: Call) -> Iterator[Clip]:
         meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
         meter.begin_run(next(numbers), work.runs, job.steps)
-        return _run(pipe, model, call, meter, loras)
+        return _run(pipe, model, call, meter, loras, team=team)
 
-    with _reported(pipe, meter):
+    with _reported(pipe, meter, alone=team is None):
         for seeds in seeds_of_calls(job, work.batch):
             if job.window_frames:
                 yield Clip(seeds[0], sliding.frames(model, job, seeds[0], lambda call: _only_frames(run(call))))
@@ -160,9 +180,28 @@ def sample_rate(pipe: Any, pipeline: Pipeline) -> int:
     return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
 
 
-def _run(pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters) -> Iterator[Clip]:
+def _run(
+    pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters, *, team: "Team | None"
+) -> Iterator[Clip]:
     """One call of the pipeline, and the clips that it makes."""
     job, pipeline = call.job, model.pipelines[call.job.task]
+    with prepared(pipe, model, job, adapters) as (fitted, set_strengths):
+        torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
+        together = team.together(fitted, model, job, set_strengths) if team else nullcontext(set_strengths)
+        with together as after_step, StepCounter(fitted, job, pipeline, meter, after_step).counting() as arguments:
+            output = fitted(**call_arguments(fitted, model, call), **arguments)
+    if pipeline.output_type == LATENT:
+        return _decoded(fitted, output.frames, call)
+    return results.clips(output, pipeline, call.seeds, sample_rate(fitted, pipeline), job.frames)
+
+
+@contextmanager
+def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[tuple[Any, Callable[[int], None]]]:
+    """Within the block, the pipeline for the job's task with its schedule, guidance, LoRAs and step cache.
+
+    With it comes what is to be called after each step with the number of steps that are done.
+    """
+    pipeline = model.pipelines[job.task]
     pipe = sibling(pipe, pipeline)
     if job.flow_shift is not None and "shift_param" in model.scheduler:
         shift = {model.scheduler["shift_param"]: job.flow_shift}
@@ -171,15 +210,10 @@ def _run(pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters) 
         _guide(pipe, job.guidance_scale)
     if pipeline.side_attribute:
         setattr(pipe, pipeline.side_attribute, _latent_side(pipe, job))
-    torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
-    with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job):
+    kernel = attention_backend(model.attention_backend or attention.NATIVE)
+    with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job), kernel:
         compiling.suit(pipe, job)
-        counter = StepCounter(pipe, job, pipeline, meter, set_strengths)
-        with counter.counting() as arguments, attention_backend(model.attention_backend or attention.NATIVE):
-            output = pipe(**call_arguments(pipe, model, call), **arguments)
-    if pipeline.output_type == LATENT:
-        return _decoded(pipe, output.frames, call)
-    return results.clips(output, pipeline, call.seeds, sample_rate(pipe, pipeline), job.frames)
+        yield pipe, set_strengths
 
 
 def _decoded(pipe: Any, latents: torch.Tensor, call: Call) -> Iterator[Clip]:
@@ -255,18 +289,22 @@ def _marked(prompt: str, mark: str, pictures: int) -> str:
 
 
 @contextmanager
-def _reported(pipe: Any, meter: Meter) -> Iterator[None]:
-    """Within the block, `meter` hears of every denoiser block and every VAE decoder call, and can cancel there."""
+def _reported(pipe: Any, meter: Meter, *, alone: bool) -> Iterator[None]:
+    """Within the block, `meter` hears of every denoiser and VAE decoder call, and can cancel there.
+
+    One who works `alone` can be stopped at each block of a denoiser too: nobody waits for the others.
+    """
     with ExitStack() as hooks:
-        for module, phase in _milestones(pipe):
+        for module, phase in _milestones(pipe, alone):
             handle = module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase))
             hooks.callback(handle.remove)
         yield
 
 
-def _milestones(pipe: Any) -> Iterator[tuple[torch.nn.Module, Phase]]:
+def _milestones(pipe: Any, blocks: bool) -> Iterator[tuple[torch.nn.Module, Phase]]:
     for denoiser in memory.denoisers(pipe).values():
         yield denoiser, Phase.DENOISING
-        yield from ((block, Phase.DENOISING) for block in getattr(denoiser, "blocks", ()))
+        if blocks:
+            yield from ((block, Phase.DENOISING) for block in getattr(denoiser, "blocks", ()))
     if (decoder := getattr(getattr(pipe, "vae", None), "decoder", None)) is not None:
         yield decoder, Phase.DECODING

@@ -60,21 +60,30 @@ def kind_for(model: Model, configured: str, planned: Callable[[], str]) -> str:
 
 
 def load(
-    model: Model, task: str, weights: Weights, device: torch.device, *, kind: str, models_dir: Path
+    model: Model,
+    task: str,
+    weights: Weights,
+    device: torch.device,
+    *,
+    kind: str,
+    models_dir: Path,
+    denoisers_only: bool = False,
 ) -> tuple[Any, Parts]:
     """The pipeline for `task` with its denoisers in `kind`, lying in RAM, and what its parts weigh.
 
-    Raises EngineError if the device can't compute with that kind.
+    With `denoisers_only` it has nothing but them and a scheduler. Raises EngineError if the device can't compute with
+    that kind.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if sentence := fault(kind, device.type, capability):
         raise EngineError(sentence, "no_device")
+    without = pipeline.others(weights) if denoisers_only else []
     if kind not in _METHODS:
-        pipe = pipeline.load(model, model.pipelines[task], weights, device)
+        pipe = pipeline.load(model, model.pipelines[task], weights, device, without=without)
         return pipe, replace(memory.parts_of(pipe, model), quantization=kind)
     folder = models_dir / STORE / _name(model, kind, weights, device)
     ready = _read(folder, kind)
-    pipe = pipeline.load(model, model.pipelines[task], _without(weights, ready), device, ready)
+    pipe = pipeline.load(model, model.pipelines[task], _without(weights, ready), device, ready, without=without)
     if not ready:
         _quantize(pipe, model, kind, device)
         _keep(memory.denoisers(pipe), folder)

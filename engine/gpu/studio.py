@@ -3,8 +3,9 @@
 import gc
 import logging
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ import torch
 from engine import fetch, weights
 from engine import memory as plans
 from engine.catalog import Model
-from engine.gpu import attention, compiling, conversion, decoding, memory, pipeline, prompts, quantization
+from engine.gpu import attention, compiling, conversion, decoding, memory, pipeline, prompts, quantization, sharing
 from engine.gpu.adapters import Adapters
+from engine.gpu.devices import choose_device
 from engine.gpu.meter import Meter
 from engine.gpu.saving import Saved, Saver
+from engine.gpu.team import Order, Team
 from engine.job import EngineError, Job, Phase, Result
 from engine.machine import Machine
 from engine.quantization import NONE
@@ -33,10 +36,14 @@ log = logging.getLogger("wangpd.worker")
 class Studio:
     """Makes the files of one job after the other; holds at most one model."""
 
-    def __init__(self, config: "EngineConfig", settled: Callable[[str], None]) -> None:
-        """`settled` is called for each job whose files are written, with the reason if they could not be."""
+    def __init__(self, config: "EngineConfig", settled: Callable[[str], None], visible: str | None = None) -> None:
+        """`settled` is called for each job whose files are written, with the reason if they could not be.
+
+        `visible` are the cards that a team can have, as CUDA_VISIBLE_DEVICES; None: all.
+        """
         self._config = config
         self._device = choose_device(config.device)
+        self._team = Team(config, self._device, visible) if config.team else None
         self._profile = config.profile
         self._tiled = False  # whatever vae_config says: memory has just run out
         self.model_id = ""  # of the model that is loaded
@@ -45,6 +52,7 @@ class Studio:
         self._saver = Saver(config, settled)
         self._shapes = compiling.Shapes(config.state_path) if config.compile else None
         self._prompts = prompts.Prompts(config.state_path / "prompts", config.prompt_cache_mb * 2**20)
+        self._together = False  # the team computes what is loaded
         self._plan: plans.Plan | None = None
         self._parts: Parts | None = None
 
@@ -78,7 +86,7 @@ class Studio:
             self._shapes.expect(pipe, model.id, job)
         saved: list[Saved] = []
         try:
-            for clip in pipeline.render(pipe, model, job, meter, self._adapters):
+            for clip in pipeline.render(pipe, model, job, meter, self._adapters, team=self._team):
                 for file in saved:
                     file.require_well()  # else no more of them are made
                 saved.append(self._saver.save(task_id, clip, job, started))
@@ -93,29 +101,55 @@ class Studio:
     def load(self, model: Model, task: str, job: Job | None = None) -> Any:
         """The pipeline of `model`, ready to run `job`; nothing happens if it is loaded and lies well for it."""
         work = Work.of(model, job) if job else Work.usual(model)
-        if self.model_id != model.id or not (self._plan and plans.serves(self._plan, model, work, self._parts)):
+        if not self._serves(model, work):
             self._unload()  # first: two may not fit
-            found = self._weights(model)
-            kind = self._kind_of_weights(model, work)
-            pipe, self._parts = quantization.load(
-                model, task, self._cast(found, model, kind), self._device, kind=kind, models_dir=self._config.models_dir
+            found, kind = self._weights(model), self._kind_of_weights(model, work)
+            cast = self._cast(found, model, kind)
+            pipe, parts = quantization.load(
+                model, task, cast, self._device, kind=kind, models_dir=self._config.models_dir
             )
-            decoding.set_precision(pipe, self._config.vae_precision, self._device)
-            self._parts = replace(self._parts, vae_width=decoding.width_of(pipe))
             self._prompts.remember(pipe, prompts.encoder_of(pipe, found))
-            if self._config.compile:  # before they are placed: what places them hooks their blocks
-                log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
-            self._plan = memory.place(
-                pipe, model, self._device, self._profile, self._config.vae_config,
-                work=work, parts=self._parts, quantization=kind,
-            )  # fmt: skip
-            if self._tiled:
-                memory.tile_vae(pipe, memory.SMALLEST_TILE)
-            kernel = self._set_kernel(pipe, model, work.tokens)
-            log.info("attention: %s", kernel)
+            self._fit(pipe, parts, Order(model, task, cast, kind), work)
             self._keep(model, pipe)
             log.info("loaded model %s on %s", model.id, self._device)
         return self._pipe
+
+    def _fit(self, pipe: Any, parts: Parts, order: Order, work: Work) -> None:
+        """Make the pipeline, which lies in RAM, ready for `work` on the device, and let a team load the same."""
+        model, machine = order.model, self.machine()
+        self._together = machine.cards > 1 and model.context_parallel and sharing.splits(pipe, machine.cards)
+        decoding.set_precision(pipe, self._config.vae_precision, self._device)
+        self._parts = replace(parts, vae_width=decoding.width_of(pipe))
+        if self._config.compile:  # before they are placed: what places them hooks their blocks
+            log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
+        self._plan = memory.planned(
+            model, machine if self._together else replace(machine, cards=1), self._profile, self._config.vae_config,
+            work=work, parts=self._parts, quantization=order.kind,
+        )  # fmt: skip
+        kernel = self._set_kernel(pipe, model, work.tokens)
+        log.info("attention: %s", kernel)
+        with self._team_loading(replace(order, plan=self._plan, kernel=kernel)):
+            memory.carry_out(pipe, self._plan, self._device)
+        if self._tiled:
+            memory.tile_vae(pipe, memory.SMALLEST_TILE)
+
+    def _serves(self, model: Model, work: Work) -> bool:
+        """True if `model` is loaded, by the whole team if it is made together, and lies well for `work`."""
+        if self.model_id != model.id or not self._plan:
+            return False
+        if self._together and self._team and not self._team.holds(model):
+            return False  # its followers were ended
+        return plans.serves(self._plan, model, work, self._parts)
+
+    @contextmanager
+    def _team_loading(self, order: Order) -> Iterator[None]:
+        """Within the block the followers load too; after it, all have."""
+        if not self._team or not self._together:
+            yield
+            return
+        self._team.load(order)
+        yield
+        self._team.loaded(order.model)
 
     def _keep(self, model: Model, pipe: Any) -> None:
         """Hold `pipe` from now on.
@@ -134,7 +168,8 @@ class Studio:
 
     def machine(self) -> Machine:
         """What is free of the device now, and how fast it is."""
-        return memory.measure(self._device)
+        own = memory.measure(self._device)
+        return self._team.least(own) if self._team else own
 
     def _kind_of_weights(self, model: Model, work: Work) -> str:
         def planned() -> str:
@@ -149,11 +184,14 @@ class Studio:
     def _set_kernel(self, pipe: Any, model: Model, tokens: int) -> str:
         if model.attention_backend:  # it was set when the model was loaded
             return model.attention_backend
-        return attention.set_kernel(pipe, self._config.attention_mode, self._device, tokens)
+        mode, together = self._config.attention_mode, self._together
+        return attention.set_kernel(pipe, mode, self._device, tokens, together=together)
 
     def _unload(self) -> None:
         self.model_id, self._pipe, self._adapters = "", None, Adapters()
         self._plan, self._parts = None, None
+        if self._team:
+            self._team.unload()
         gc.unfreeze()
         self.give_back()
 
@@ -201,17 +239,3 @@ class Studio:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing.
-
-    `cuda:1` is the only card that the worker sees (see `worker.only_card`), and so the first one here.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    kind = wanted.partition(":")[0]
-    if not available.get(kind, False):
-        raise EngineError(f"device: '{wanted}' is not available on this machine; set device = \"auto\"", "no_device")
-    return torch.device(kind)

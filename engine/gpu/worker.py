@@ -5,17 +5,12 @@ imported inside `generate`, in phase `loading`.
 """
 
 import logging
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, TypeVar
 
-from engine import compilation, quantization
 from engine.catalog import Model
+from engine.gpu import process
 from engine.gpu.meter import Meter
 from engine.job import FAULT_BYTES, NO_TASK, PLAN_BYTES, Board, Cancelled, EngineError, Job, Phase, Result, fingerprint
 from engine.machine import Machine
@@ -26,49 +21,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wangpd.worker")
 T = TypeVar("T")
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 _board: Board
 _config: "EngineConfig"
+_visible: str | None  # CUDA_VISIBLE_DEVICES as the daemon has it
 _studio: "Studio | None" = None
 
 
 def start(board: Board, config: "EngineConfig") -> None:
     """Make this process the worker of `board`. Trivial on purpose: an error in an initializer loses its message."""
-    global _board, _config
-    _board, _config = board, config
-    os.setsid()  # a group of its own: Ctrl-C is the daemon's to handle, and ffmpeg ends with its worker
+    global _board, _config, _visible
+    _board, _config, _visible = board, config, os.environ.get(process.VISIBLE)
+    os.setsid()  # a group of its own: Ctrl-C is the daemon's to handle, and what it starts ends with it
     board.pid = os.getpid()
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
-    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
-    if config.compile:
-        os.environ.update(compilation.environment(config.state_path))
-    quantization.prepare_process(config.transformer_quantization)
-    if config.device.startswith("cuda:"):
-        os.environ[VISIBLE] = only_card(int(config.device[5:]), os.environ.get(VISIBLE))
-    if not config.allow_download:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    threading.Thread(target=_end_with_parent, name="watchdog", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Without this, a daemon that was killed would leave the GPU taken."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.killpg(0, signal.SIGKILL)
-
-
-def only_card(number: int, visible: str | None) -> str:
-    """The value of CUDA_VISIBLE_DEVICES that leaves card `number` of `visible` (None: all), or none if it has none.
-
-    A worker that saw the others too would take some hundred MB of the first one for a CUDA context: not every thread
-    and library looks at the device that torch was told to use.
-    """
-    cards = visible.split(",") if visible is not None else None
-    if cards is None:
-        return str(number)
-    return cards[number].strip() if number < len(cards) else ""
+    process.prepare(config, config.device)
 
 
 def generate(task_id: int, job: Job, model: Model) -> Result:
@@ -112,7 +78,7 @@ def _opened() -> "Studio":
     if _studio is None:
         from engine.gpu.studio import Studio
 
-        _studio = Studio(_config, _settled)
+        _studio = Studio(_config, _settled, _visible)
         _tell(_studio.machine())  # now, while no model takes anything of it
     return _studio
 

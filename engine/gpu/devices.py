@@ -1,0 +1,19 @@
+"""The device that a process works on."""
+
+import torch
+
+from engine.job import EngineError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing.
+
+    `cuda:1` is the only card that the process sees (see `process.only_card`), and so the first one here.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    kind = wanted.partition(":")[0]
+    if not available.get(kind, False):
+        raise EngineError(f"device: '{wanted}' is not available on this machine; set device = \"auto\"", "no_device")
+    return torch.device(kind)
