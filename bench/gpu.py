@@ -11,13 +11,17 @@ tokens and T words takes 12Nd² + 4Ndf + 4N²d + 4NTd + 4Td².
 
 import argparse
 import gc
+import multiprocessing
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its engine.py is not the package
@@ -27,6 +31,8 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 
 from engine.catalog import Catalog  # noqa: E402
 from engine.gpu import attention, memory, quantization  # noqa: E402
+from engine.gpu.process import LOCAL_ONLY, Seat  # noqa: E402
+from engine.gpu.sharing import Group, splits  # noqa: E402
 from engine.memory import Plan, Way  # noqa: E402
 from engine.quantization import fault  # noqa: E402
 
@@ -85,7 +91,7 @@ SHAPES = {
     "wan_t2v_14B": Shape(40, 40, 13824, 16, 832, 480, 81, 8, "H100: diffusers 9.77 s a step, LightX2V 5.18"),
     "wan22_ti2v_5B": Shape(30, 24, 14336, 48, 1280, 704, 121, 16, "4090: 10.7 s a step; H200: 1.8", WAN22_VAE),
 }
-TINY = {"tiny": Shape(2, 1, 64, 16, 32, 32, 5, 8, "none", {"base_dim": 8})}
+TINY = {"tiny": Shape(2, 2, 64, 16, 32, 32, 5, 8, "none", {"base_dim": 8})}
 
 
 def transformer(shape: Shape, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:
@@ -211,6 +217,29 @@ def step_by_way(way: Way, shape: Shape, device: torch.device, dtype: torch.dtype
     return step(model, shape, device, dtype, before=pipe.maybe_free_model_hooks if way.placement == "swapped" else None)
 
 
+def step_together(count: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """A step that several devices compute together, each in a process of its own; memory is that of the first."""
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(count) as team:
+        seats = [Seat(rank, count, device.type, Path(folder) / "meeting") for rank in range(count)]
+        return team.starmap(step_of_one, [(seat, shape, dtype) for seat in seats], chunksize=1)[0]
+
+
+def step_of_one(seat: Seat, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
+    """The part of one device."""
+    os.environ.update(LOCAL_ONLY)
+    device = torch.device(seat.device, seat.rank if seat.device == "cuda" else 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model = transformer(shape, device, dtype)
+    pipe, group = SimpleNamespace(components={"transformer": model}), Group(seat, device)
+    if not splits(pipe, seat.count):
+        raise ValueError(f"{shape.heads} heads can't be spread over {seat.count} devices")
+    with group.shared(pipe):
+        found = step(model, shape, device, dtype)
+    group.leave()
+    return found
+
+
 def rows(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Name of each way to run one shape, and what measures it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -219,6 +248,9 @@ def rows(shape: Shape, device: torch.device) -> Iterator[Row]:
         yield f"step, {kind} weights", partial(step_by_kind, kind, shape, device, dtype)
     for name, way in WAYS.items():
         yield f"step, {name}", partial(step_by_way, way, shape, device, dtype)
+    cards = torch.cuda.device_count() if device.type == "cuda" else 2
+    for count in (count for count in (2, 4, 8) if count <= cards):
+        yield f"step, {count} devices together", partial(step_together, count, shape, device, dtype)
     for name, precision in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
         yield f"VAE decode, {name}", partial(decode, shape, device, precision)
 

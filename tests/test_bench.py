@@ -20,7 +20,8 @@ def test_the_gpu_benchmark_runs_on_any_machine() -> None:
     table = printed("bench/gpu.py", "--device", "cpu", "--tiny")
     assert "| step, attention native | " in table
     assert "| VAE decode, fp32 | " in table
-    assert all(f"| step, {name} | " in table for name in ("int8 weights", "nf4 weights", "swapped", "streamed, pinned"))
+    ways = ("int8 weights", "nf4 weights", "swapped", "streamed, pinned", "2 devices together")
+    assert all(f"| step, {name} | " in table for name in ways)
     assert "| step, fp8 weights: transformer_quantization: 'fp8' does not work on device 'cpu'" in table
 
 

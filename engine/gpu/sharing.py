@@ -22,7 +22,8 @@ from engine.gpu import memory
 from engine.gpu.parcels import Parcel, numbers
 from engine.gpu.process import Seat
 
-BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+# With gloo beside it, the sizes of shares, which each layer tells the others, need not wait for the card.
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)
 ROTATION = ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)
 # VACE is Wan with a second row of blocks. Each of those is given all tokens of the video anew, and hands the tokens of
@@ -63,9 +64,8 @@ class Group:
         self._mesh = init_device_mesh(device.type, (1, seat.count), mesh_dim_names=("ring", "ulysses"))
 
     def leave(self) -> None:
-        """Without the others, who may be dead already: nothing waits for them."""
-        end = dist.distributed_c10d._abort_process_group if self._device.type == "cuda" else dist.destroy_process_group
-        end()
+        """Without the others, who may be dead already. (`destroy_process_group` would wait for them.)"""
+        dist.distributed_c10d._abort_process_group()
 
     @contextmanager
     def shared(self, pipe: Any) -> Iterator[None]:
