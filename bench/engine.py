@@ -168,6 +168,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "attention sdpa instead of auto": {"attention_mode": "sdpa"},
     "int8 weights": {"transformer_quantization": "int8"},
     "compiled blocks": {"compile": True},
+    "two processes together": {"devices": ["cpu", "cpu"], "context_parallel": True},
 }
 
 

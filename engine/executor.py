@@ -208,7 +208,7 @@ class Engine:
     @property
     def device(self) -> str:
         """Where it works, as configured."""
-        return self._config.device
+        return " + ".join((self._config.device, *self._config.team))
 
     @property
     def plan(self) -> str:

@@ -167,10 +167,12 @@ async def test_out_of_memory_the_whole_team_tries_once_more(tmp_path: Path, monk
 
 async def test_a_device_of_a_team_that_is_missing_is_told(tmp_path: Path) -> None:
     engine = Engine(stand_ins.config(tmp_path, device="cpu", team=("cuda:7",)))
-    with pytest.raises(EngineError, match="'cuda:7' is not available") as fault:
-        await engine.run(1, job(), DEMO)
+    for task_id in (1, 2):  # each tries again
+        with pytest.raises(EngineError, match="'cuda:7' is not available") as fault:
+            await engine.run(task_id, job(), DEMO)
+        assert fault.value.code == "no_device"
+    assert engine.device == "cpu + cuda:7"
     engine.close()
-    assert fault.value.code == "no_device"
 
 
 # ---- the share of each

@@ -88,9 +88,13 @@ class Team:
         if not self._followers:
             self._start()
         if self._group is None:
-            self._machines = self._answers()
-            self._tell("join")
-            self._group = Group(self._seat, self._device)
+            try:
+                self._machines = self._answers()
+                self._tell("join")
+                self._group = Group(self._seat, self._device)
+            except Exception:
+                self.close()  # the next task tries again
+                raise
         return self._group
 
     def close(self) -> None:
