@@ -24,7 +24,8 @@ log = logging.getLogger("wangpd.engine")
 T = TypeVar("T")
 LOADING_PATIENCE = 6  # times the patience of other phases
 WATCH_S = 1.0  # how often the board is looked at for progress
-SAVED_S = 0.02  # and for files that are whole
+SAVED_S = 0.02  # and, at the longest, for files that are whole
+SAVED_SHARE = 0.1  # of the time that they were waited for: more must not be lost by not looking
 SPAWN = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
 
 
@@ -133,7 +134,7 @@ class Engine:
         """The result once its files are whole. Who cancels meanwhile wants the last one no more."""
         since = time.monotonic()
         while not saving.settled and self._lives(saving.board):
-            await asyncio.sleep(SAVED_S)
+            await asyncio.sleep(saved_pause_s(time.monotonic() - since))
             if (waited_s := time.monotonic() - since) > patience_s:
                 self._kill()
                 raise _hung(waited_s, "while saving")
@@ -323,6 +324,11 @@ def _died(where: str) -> EngineError:
         " video_length, and see the log.",
         "worker_died",
     )
+
+
+def saved_pause_s(waited_s: float) -> float:
+    """Seconds until files are looked for again that were waited for this long: most are whole in some milliseconds."""
+    return min(SAVED_S, max(0.001, SAVED_SHARE * waited_s))
 
 
 def _size_bytes(path: Path) -> int:

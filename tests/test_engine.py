@@ -19,7 +19,7 @@ from typing import Any
 import imageio_ffmpeg
 import pytest
 
-from engine.executor import Engine
+from engine.executor import SAVED_S, Engine, saved_pause_s
 from engine.gpu import worker
 from engine.job import Cancelled, EngineError, Phase
 from tests import proof, stand_ins, tiny
@@ -207,6 +207,13 @@ async def test_files_that_are_never_written_end_the_process_too(engine: Engine, 
     assert failed.value.code == "hung"
     becomes(stand_ins.be_quick)
     assert await run(engine, 2) == DONE
+
+
+@pytest.mark.parametrize("waited_s", [0.0, 0.004, 0.05, 0.5, 60.0])
+def test_no_more_than_a_tenth_of_a_wait_for_files_is_lost_by_not_looking(waited_s: float) -> None:
+    pause_s = saved_pause_s(waited_s)
+    assert 0 < pause_s <= max(0.001, 0.1 * waited_s)
+    assert pause_s <= SAVED_S
 
 
 async def test_closing_the_engine_ends_the_process(engine: Engine, becomes: Callable[[Any], None]) -> None:
