@@ -160,14 +160,16 @@ class Journal:
         """The answer that was given under this idempotency key in the last 24 hours."""
         return await self._call(lambda: self._reply(key))
 
-    async def save(self, *tasks: Task) -> None:
-        """Commit the tasks as they are now, together."""
+    async def save(self, *tasks: Task, **facts: Any) -> None:
+        """Commit the tasks as they are now, and JSON values under the names of `facts`, together."""
         rows = [(task.status.value, task.finished_at, json.dumps(task.record()), task.id) for task in tasks]
-        await self._call(lambda: self._save(rows))
+        values = [(name, json.dumps(value)) for name, value in facts.items()]
+        await self._call(lambda: self._save(rows, values))
 
-    def _save(self, rows: Iterable[Sequence[Any]]) -> None:
+    def _save(self, rows: Iterable[Sequence[Any]], facts: Iterable[Sequence[str]]) -> None:
         with self._db:
             self._db.executemany("UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?", rows)
+            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts)
 
     def _write(self, task: Task) -> None:
         row = (task.status.value, task.finished_at, json.dumps(task.record()), task.id)
@@ -234,11 +236,8 @@ class Journal:
 
     async def set_fact(self, name: str, value: Any) -> None:
         """Store a JSON value under `name`."""
-        await self._call(lambda: self._set_fact(name, json.dumps(value)))
-
-    def _set_fact(self, name: str, value: str) -> None:
-        with self._db:
-            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        row = (name, json.dumps(value))
+        await self._call(lambda: self._save((), [row]))
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -536,6 +536,14 @@ class TaskQueue:
         finally:
             self._release(lane, task)
             await self._announce()
+        await self._prune()  # only now: who waits for the task need not wait for this
+
+    async def _prune(self) -> None:
+        """Forget tasks by the rules of retention; if that can't be done now, then after the next one."""
+        try:
+            await self._journal.prune(self._limits.history_count, self._limits.history_s)
+        except Exception as fault:  # whatever it was, the queue goes on
+            log.warning("old tasks can't be forgotten now: %s", fault)
 
     def _release(self, lane: Lane, holder: Task | Model) -> None:
         """Let `lane` take the next task, though `holder` may not have come to its end yet."""
@@ -585,8 +593,6 @@ class TaskQueue:
             await self._failed(lane, task, "internal_error", sentence)
         else:
             await self._completed(lane, task, result, warm)
-        with contextlib.suppress(JournalFault):
-            await self._journal.prune(self._limits.history_count, self._limits.history_s)
 
     async def _run_followed(self, lane: Lane, task: Task, model: Model) -> Result:
         """Run it, and keep in the task how far it got: the engine forgets with the end."""
@@ -629,17 +635,20 @@ class TaskQueue:
         task.files, task.timings, task.plan = result.files, result.timings, result.plan
         task.peak_memory_bytes = result.peak_memory_bytes
         lane.fault = ""
-        await self._learn(task, result, warm)
+        facts = self._learnt(task, result, warm)
         await self._remember(lane, task.job.model)
         # A cancel that came after the last file was whole: "cancelling" was said, so "cancelled" must follow.
-        await self._finish(task, Status.CANCELLED if task.status is Status.CANCELLING else Status.COMPLETED)
+        status = Status.CANCELLED if task.status is Status.CANCELLING else Status.COMPLETED
+        await self._finish(task, status, **facts)
 
-    async def _learn(self, task: Task, result: Result, warm: bool) -> None:
+    def _learnt(self, task: Task, result: Result, warm: bool) -> dict[str, Any]:
+        """What the journal shall know of speeds from now on, or nothing."""
         try:
             self._speeds.learn(task.job, result, loaded=not warm)
-            await self._journal.set_fact("speeds", self._speeds.facts())
+            return {"speeds": self._speeds.facts()}
         except Exception:  # an estimate is no promise: it must not cost a task its end
             log.warning("task %d: its times could not be kept", task.id, exc_info=True)
+            return {}
 
     async def _remember(self, lane: Lane, model_id: str) -> None:
         """Keep what a later start will want to know: the model in use, and what its process measured."""
@@ -677,16 +686,17 @@ class TaskQueue:
         with contextlib.suppress(JournalFault):  # a task that ran comes first in any case
             await self._journal.reorder(list(self._waiting))
 
-    async def _finish(self, task: Task, status: Status, code: str = "", sentence: str = "") -> None:
+    async def _finish(self, task: Task, status: Status, code: str = "", sentence: str = "", **facts: Any) -> None:
+        """Let it have ended, and store `facts` with that: each commit waits for the disk."""
         self._end(task, status, code, sentence)
         log.info("task %d %s%s", task.id, status, f": {sentence}" if sentence else "")
-        await self._persist(task)
+        await self._persist(task, **facts)
 
-    async def _persist(self, task: Task) -> None:
+    async def _persist(self, task: Task, **facts: Any) -> None:
         """Save it, however long the disk needs: a state that only the memory knows is a promise that may be broken."""
         while True:
             try:
-                await self._journal.save(task)
+                await self._journal.save(task, **facts)
                 self._journal_fault = ""
                 return
             except JournalFault as fault:

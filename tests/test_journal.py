@@ -243,6 +243,18 @@ async def test_a_fact_is_json_that_outlives_the_process(path: Path) -> None:
     await journal.close()
 
 
+async def test_a_task_and_a_fact_that_are_saved_together_are_kept_or_lost_together(journal: Journal) -> None:
+    task = await added(journal)
+    task.attempts = 1
+    await journal.save(task, speeds={"wan": 1.5})
+    assert ((await found(journal, task.id))["attempts"], await journal.fact("speeds")) == (1, {"wan": 1.5})
+    await journal._call(lambda: journal._db.execute("DROP TABLE facts"))
+    task.attempts = 2
+    with pytest.raises(JournalFault):
+        await journal.save(task, speeds={})
+    assert (await found(journal, task.id))["attempts"] == 1
+
+
 # ---- files that can't be read
 
 

@@ -33,11 +33,11 @@ class BrokenDisk:
             monkeypatch.setattr(Journal, name, self._failing(getattr(Journal, name)))
 
     def _failing(self, method: Any) -> Any:
-        async def call(journal: Journal, *arguments: Any) -> Any:
+        async def call(journal: Journal, *arguments: Any, **facts: Any) -> Any:
             if self.broken:
                 await asyncio.sleep(0)
                 raise JournalFault("the disk is gone")
-            return await method(journal, *arguments)
+            return await method(journal, *arguments, **facts)
 
         return call
 
@@ -64,6 +64,31 @@ async def test_times_that_can_not_be_learnt_cost_no_task_its_end(house: House, m
         await house.started(task_id)
         house.desk.finish()
         assert (await house.end(task_id)).status is Status.COMPLETED
+
+
+async def test_what_a_task_taught_is_on_the_disk_together_with_its_end(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits: list[Any] = []
+    save = Journal.save
+
+    async def noted(journal: Journal, *tasks: Any, **facts: Any) -> None:
+        commits.append(([task.status for task in tasks], list(facts)))
+        await save(journal, *tasks, **facts)
+
+    monkeypatch.setattr(Journal, "save", noted)
+    async with house.open():
+        await house.learn()
+    assert commits[-1] == ([Status.COMPLETED], ["speeds"])
+
+
+async def test_what_can_not_be_forgotten_costs_the_queue_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "_prune", lambda *_: 1 / 0)
+    async with house.open():
+        for task_id in await house.submit(2):
+            await house.started(task_id)
+            house.desk.finish()
+            assert (await house.end(task_id)).status is Status.COMPLETED
 
 
 async def test_a_task_goes_from_queued_by_processing_to_completed(house: House) -> None:
