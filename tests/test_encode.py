@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from engine import media
 from engine.gpu import encode
 from engine.job import EngineError, Job
 from engine.outputs import Outputs
+from tests.processes import children
 
 STARTED = datetime(2026, 11, 22, 21, 5, 33, tzinfo=UTC)
 IMAGES = [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp")]
@@ -139,6 +141,20 @@ def test_a_video_has_its_frames_its_rate_and_its_size(tmp_path: Path) -> None:
         assert (stream.frames, stream.average_rate, stream.width, stream.height) == (9, 24, 96, 64)
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
     assert len(decoded(tmp_path / "x.mp4")) == 9
+
+
+def test_ffmpeg_makes_way_for_the_generation(tmp_path: Path) -> None:
+    seen = []
+
+    def frames() -> Iterator[encode.Pixels]:
+        for frame in noise_frames(count=2):
+            seen.append([os.getpriority(os.PRIO_PROCESS, pid) for pid in children(os.getpid())])
+            yield frame
+
+    encode.write_video(tmp_path / "a.mp4", frames(), 8, None)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert (len(seen[0]), len(seen[1])) == (0, 1)
+    assert seen[1][0] > own
 
 
 def test_a_single_frame_is_a_video(tmp_path: Path) -> None:
