@@ -204,8 +204,7 @@ def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[
     pipeline = model.pipelines[job.task]
     pipe = sibling(pipe, pipeline)
     if job.flow_shift is not None and "shift_param" in model.scheduler:
-        shift = {model.scheduler["shift_param"]: job.flow_shift}
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **shift)
+        _shift(pipe, model.scheduler["shift_param"], job.flow_shift)
     if pipeline.guider and job.guidance_scale is not None:
         _guide(pipe, job.guidance_scale)
     if pipeline.side_attribute:
@@ -220,6 +219,13 @@ def _decoded(pipe: Any, latents: torch.Tensor, call: Call) -> Iterator[Clip]:
     """The clips of Wan's latents, (B, C, F, H, W); their frames are decoded when they are asked for."""
     for i, seed in enumerate(call.seeds):
         yield Clip(seed, decoding.pieces(pipe, latents[i : i + 1], call.job.frames))
+
+
+def _shift(pipe: Any, parameter: str, value: float) -> None:
+    """Let the scheduler have this shift; one that has it stays, and begins anew when its timesteps are set."""
+    scheduler = pipe.scheduler
+    if scheduler.config[parameter] != value:
+        pipe.scheduler = type(scheduler).from_config(scheduler.config, **{parameter: value})
 
 
 def _guide(pipe: Any, scale: float) -> None:
