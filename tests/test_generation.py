@@ -23,7 +23,7 @@ from engine.executor import Progress
 from engine.gpu import pipeline
 from engine.gpu.meter import Meter
 from engine.gpu.studio import Studio
-from engine.job import Board, Job, Phase
+from engine.job import Board, Cancelled, Job, Phase
 from engine.queue import TaskQueue
 from engine.task import Status, Task
 from engine.weights import Weights
@@ -135,6 +135,19 @@ def by_hand() -> dict[str, Any]:
     return {task: cls.from_pretrained(HERE / DEMO.builtin, dtype=torch.float32) for task, cls in CLASSES.items()}
 
 
+class CancelledAtStep(Meter):
+    """Asks for the end of its own task when some steps are done."""
+
+    def __init__(self, board: Board, steps: int) -> None:
+        super().__init__(board, 1)
+        self._shared, self._steps = board, steps
+
+    def step_done(self, step: int) -> None:
+        if step == self._steps:
+            self._shared.cancel = 1
+        super().step_done(step)
+
+
 def rendered(loaded: Any, wanted: Job) -> Frames:
     """What the engine makes of a job: (clips, F, H, W, 3)."""
     pipe = pipeline.sibling(loaded, DEMO.pipelines[wanted.task])
@@ -217,6 +230,18 @@ def test_one_shift_leaves_nothing_behind_for_the_next_job(loaded: Any) -> None:
     before = rendered(loaded, job())
     rendered(loaded, job(flow_shift=1.0))
     assert np.array_equal(rendered(loaded, job()), before)
+
+
+def test_a_scheduler_that_has_the_shift_stays_and_a_cancel_leaves_nothing_behind_in_it(loaded: Any) -> None:
+    before, scheduler = rendered(loaded, job()), loaded.scheduler
+    board = Board()
+    begun = pipeline.render(loaded, DEMO, job(seed=7), CancelledAtStep(board, 2))
+    with pytest.raises(Cancelled):
+        list(begun)
+    assert np.array_equal(rendered(loaded, job()), before)
+    assert loaded.scheduler is scheduler
+    rendered(loaded, job(flow_shift=1.0))
+    assert loaded.scheduler is not scheduler
 
 
 # ---------------------------------------------------------------------------------------------------- files of a task
