@@ -392,10 +392,13 @@ class TaskQueue:
 
     async def wait(self, task_id: int, timeout_s: float) -> Task:
         """The task once it has ended, or as it is after `timeout_s`. Raises NoSuchTask."""
+        ran: Task | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: not self.active(task_id))
-        return await self.get(task_id)
+                while self.active(task_id):
+                    ran = self._running.get(task_id)  # which it leaves with its end on the disk
+                    await self._changed.wait()
+        return ran if ran and ran.status.ended and not self.active(task_id) else await self.get(task_id)
 
     # -- what it looks like from outside
 

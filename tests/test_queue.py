@@ -82,6 +82,21 @@ async def test_what_a_task_taught_is_on_the_disk_together_with_its_end(
     assert commits[-1] == ([Status.COMPLETED], ["speeds"])
 
 
+async def test_who_waits_while_a_task_runs_is_told_of_its_end_without_a_look_at_the_disk(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house.open() as queue:
+        (task_id,) = await house.submit()
+        await house.started(task_id)
+        waiting = asyncio.create_task(queue.wait(task_id, 20))
+        await asyncio.sleep(0)
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "_tasks", lambda *_: 1 / 0)
+            house.desk.finish()
+            assert (await waiting).status is Status.COMPLETED
+        assert house.stored()[task_id] == "completed"
+
+
 async def test_what_can_not_be_forgotten_costs_the_queue_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Journal, "_prune", lambda *_: 1 / 0)
     async with house.open():
