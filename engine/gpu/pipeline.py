@@ -64,6 +64,14 @@ def load(
     pipe = _class(pipeline).from_pretrained(
         weights.folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True, **options
     )
+    _set_up(pipe, model, pipeline)
+    if not ready:
+        _fuse_recipe(pipe, model, weights)
+    return pipe
+
+
+def _set_up(pipe: Any, model: Model, pipeline: Pipeline) -> None:
+    """What the catalogue says that a fresh pipeline needs."""
     pipe.set_progress_bar_config(disable=True)
     if pipeline.tiled_vae and pipe.vae:
         pipe.vae.enable_tiling()
@@ -71,9 +79,6 @@ def load(
         attention.set_backend(pipe.transformer, model.attention_backend)
     if model.schedule:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **model.schedule)
-    if not ready:
-        _fuse_recipe(pipe, model, weights)
-    return pipe
 
 
 def others(weights: Weights) -> list[str]:
