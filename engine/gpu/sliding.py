@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.catalog import MASKED_FORMS, Model
+from engine.gpu import pace
 from engine.gpu.inputs import Call
 from engine.job import SEED_RANGE, Job
 from engine.sliding import Window, windows
@@ -24,20 +25,20 @@ def frames(model: Model, job: Job, seed: int, make: Make) -> Iterator[torch.Tens
     """The frames of one video in pieces, (F, H, W, 3) uint8, as they are ready; never more than two windows are held.
 
     `make` makes the frames of one call. Each window begins with the last frames of the one before: it learns them from
-    there, takes over their colours, and fades in over them.
+    there, takes over their colours, fades in over them, and keeps the pace while it does.
     """
     pieces = windows(job, model.frames)
-    tail = torch.empty(0)
+    end = torch.empty(0)  # of the window before: the last frame that was handed over, and those of the overlap
     for number, window in enumerate(pieces):
         overlaps = [piece.overlap for piece in pieces[number + 1 :]]
-        call = _call(model, job, window, tail, seed + number * SEED_STRIDE, last=not overlaps)
+        call = _call(model, job, window, end[1:], seed + number * SEED_STRIDE, last=not overlaps)
         made = make(call)
         if window.overlap:
-            made = faded(tail, recoloured(made, tail, job.color_correction))
+            made = joined(end, recoloured(made, end[1:], job.color_correction))
         made = made[: job.frames - window.start]
         done = len(made) - (overlaps[0] if overlaps else 0)
         yield made[:done]
-        tail = made[done:]
+        end = made[done - 1 :]
 
 
 def _call(model: Model, job: Job, window: Window, lead: torch.Tensor, seed: int, *, last: bool) -> Call:
@@ -87,6 +88,18 @@ def _table(seen: torch.Tensor, wanted: torch.Tensor, strength: float) -> NDArray
 
 def _looked_up(frame: NDArray[np.uint8], tables: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.stack([table[frame[..., channel]] for channel, table in enumerate(tables)], axis=-1)
+
+
+def joined(end: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """`made`, faded in over all frames of `end` but the first, which is the one before them, without a jump.
+
+    A window moves at a pace of its own, and its object stands where that has brought it: what is missing to it, or too
+    much, is spread over the overlap and the changes into it and out of it.
+    """
+    count = len(end)
+    frames = torch.cat([end[:1], faded(end[1:], made)])
+    seam = pace.evened(frames[: count + 1], usual=float(pace.changes(made).mean()))
+    return torch.cat([seam[1:], frames[count + 1 :]])
 
 
 def faded(known: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
