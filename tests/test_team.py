@@ -236,7 +236,7 @@ def test_each_process_computes_half_of_the_tokens_and_has_the_whole_result(cls: 
     }
     if "VACE" in cls:
         inputs["control_hidden_states"] = torch.randn(1, 8, 3, 8, 8, generator=rng)
-    seats = [Seat(rank, 2, "cpu", tmp_path / "meeting") for rank in range(2)]
+    seats = [Seat(rank, 2, "cpu", tmp_path / "a meeting #1") for rank in range(2)]
     results = pool.starmap(_share, [(seat, cls, DENOISERS[cls], inputs) for seat in seats], chunksize=1)
     assert [result[:2] for result in results] == [(48, 24), (48, 24)]
     assert max(result[2] for result in results) < 1e-5

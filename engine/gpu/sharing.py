@@ -15,6 +15,7 @@ from diffusers import ContextParallelConfig
 from diffusers.hooks.context_parallel import remove_context_parallel
 from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from engine import parallel
@@ -58,9 +59,8 @@ class Group:
     def __init__(self, seat: Seat, device: torch.device) -> None:
         """Returns once all are there."""
         self._seat, self._device = seat, device
-        dist.init_process_group(
-            BACKENDS[device.type], init_method=seat.meeting.as_uri(), rank=seat.rank, world_size=seat.count
-        )
+        store = FileStore(str(seat.meeting), seat.count)
+        dist.init_process_group(BACKENDS[device.type], store=store, rank=seat.rank, world_size=seat.count)
         self._mesh = init_device_mesh(device.type, (1, seat.count), mesh_dim_names=("ring", "ulysses"))
 
     def leave(self) -> None:
