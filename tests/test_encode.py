@@ -23,7 +23,7 @@ from engine import media
 from engine.gpu import encode
 from engine.job import EngineError, Job
 from engine.outputs import Outputs
-from tests.processes import children
+from tests.processes import children, command
 
 STARTED = datetime(2026, 11, 22, 21, 5, 33, tzinfo=UTC)
 IMAGES = [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp")]
@@ -148,7 +148,8 @@ def test_ffmpeg_makes_way_for_the_generation(tmp_path: Path) -> None:
 
     def frames() -> Iterator[encode.Pixels]:
         for frame in noise_frames(count=2):
-            seen.append([os.getpriority(os.PRIO_PROCESS, pid) for pid in children(os.getpid())])
+            encoders = [pid for pid in children(os.getpid()) if "ffmpeg" in command(pid)]
+            seen.append([os.getpriority(os.PRIO_PROCESS, pid) for pid in encoders])
             yield frame
 
     encode.write_video(tmp_path / "a.mp4", frames(), 8, None)

@@ -15,5 +15,6 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device(next(name for name, there in available.items() if there))
     kind = wanted.partition(":")[0]
     if not available.get(kind, False):
-        raise EngineError(f"device: '{wanted}' is not available on this machine; set device = \"auto\"", "no_device")
+        remedy = 'set device = "auto", or name others in devices'
+        raise EngineError(f"device: '{wanted}' is not available on this machine; {remedy}", "no_device")
     return torch.device(kind)
