@@ -92,6 +92,22 @@ def run_out_of_memory_once(task_id: int, job: Job, model: Model) -> Result:
     return worker._guarded(task_id, lambda studio, meter: studio.make(task_id, job, model, meter))
 
 
+def run_out_of_memory_while_placing(task_id: int, job: Job, model: Model) -> Result:
+    """The worker's own `generate`, which finds no memory for the weights when it first places them."""
+    import torch
+
+    from engine.gpu import memory
+
+    plain = memory.carry_out
+
+    def exhausted(*_: Any) -> None:
+        memory.carry_out = plain
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    memory.carry_out = exhausted
+    return worker._guarded(task_id, lambda studio, meter: studio.make(task_id, job, model, meter))
+
+
 def tell_cards(_task_id: int, _job: Job, _model: Model) -> Result:
     """Be done, with the cards that this process sees in the place of the plan."""
     return Result((), {}, 0, os.environ["CUDA_VISIBLE_DEVICES"])

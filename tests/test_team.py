@@ -157,8 +157,13 @@ def test_no_process_of_a_team_outlives_its_daemon(tmp_path: Path) -> None:
         assert eventually(lambda: not any(map(alive, processes)))
 
 
-async def test_out_of_memory_the_whole_team_tries_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "generate", stand_ins.run_out_of_memory_once)
+@pytest.mark.parametrize(
+    "exhausted", [stand_ins.run_out_of_memory_once, stand_ins.run_out_of_memory_while_placing], ids=["call", "placing"]
+)
+async def test_out_of_memory_the_whole_team_tries_once_more(
+    exhausted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "generate", exhausted)
     engine = Engine(stand_ins.config(tmp_path, device="cpu", team=("cpu",)))
     result = await engine.run(1, job("a red circle", steps=2, frames=5), DEMO)
     engine.close()

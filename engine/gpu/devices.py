@@ -1,5 +1,7 @@
 """The device that a process works on."""
 
+import gc
+
 import torch
 
 from engine.job import EngineError
@@ -18,3 +20,10 @@ def choose_device(wanted: str) -> torch.device:
         remedy = 'set device = "auto", or name others in devices'
         raise EngineError(f"device: '{wanted}' is not available on this machine; {remedy}", "no_device")
     return torch.device(kind)
+
+
+def give_back(device: torch.device) -> None:
+    """Return what no tensor holds any more to the card."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

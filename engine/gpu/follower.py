@@ -1,6 +1,5 @@
 """A follower: the process of a team that holds the denoisers on its own device, and computes what the lead computes."""
 
-import gc
 import logging
 import time
 from collections.abc import Callable
@@ -10,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.catalog import Model
 from engine.gpu import attention, compiling, memory, pipeline, process, quantization
 from engine.gpu.adapters import Adapters
-from engine.gpu.devices import choose_device
+from engine.gpu.devices import choose_device, give_back
 from engine.gpu.parcels import Parcel
 from engine.gpu.process import Seat
 from engine.gpu.sharing import Group
-from engine.gpu.team import GRACE_S, Order
+from engine.gpu.team import GRACE_S, Source
 from engine.job import EngineError, Job
+from engine.memory import Plan
 
 if TYPE_CHECKING:
     from engine.executor import EngineConfig
@@ -32,7 +33,7 @@ class Follower:
         self._connection, self._seat, self._config = connection, seat, config
         self._device: torch.device
         self._group: Group
-        self._order: Order
+        self._model: Model
         self._pipe: Any = None
         self._adapters = Adapters()
         self._task = ExitStack()  # what holds for the task that runs
@@ -77,30 +78,30 @@ class Follower:
         """Meet the others."""
         self._group = Group(self._seat, self._device)
 
-    def load(self, order: Order) -> None:
+    def load(self, source: Source, plan: Plan, kernel: str) -> None:
         """Load the denoisers, and place them as the lead does."""
         self.unload()
+        model = source.model
         pipe, _ = quantization.load(
-            order.model, order.task, order.weights, self._device,
-            kind=order.kind, models_dir=self._config.models_dir, denoisers_only=True,
+            model, source.task, source.weights, self._device,
+            kind=source.kind, models_dir=self._config.models_dir, denoisers_only=True,
         )  # fmt: skip
         if self._config.compile:
             compiling.compile_blocks(pipe)
-        assert order.plan
-        memory.carry_out(pipe, order.plan, self._device)
-        if not order.model.attention_backend:
-            attention.set_kernel(pipe, order.kernel, self._device, tokens=0, together=True)
-        self._pipe, self._order = pipe, order
+        memory.carry_out(pipe, plan, self._device)
+        if not model.attention_backend:
+            attention.set_kernel(pipe, kernel, self._device, tokens=0, together=True)
+        self._pipe, self._model = pipe, model
 
     def unload(self) -> None:
         """Forget the model."""
         self._pipe, self._adapters = None, Adapters()
-        self._give_back()
+        give_back(self._device)
 
     def begin(self, job: Job) -> None:
         """Prepare the denoisers for a job."""
-        model = self._order.model
-        pipe, self._set_strengths = self._task.enter_context(pipeline.prepared(self._pipe, model, job, self._adapters))
+        prepared = pipeline.prepared(self._pipe, self._model, job, self._adapters)
+        pipe, self._set_strengths = self._task.enter_context(prepared)
         self._task.enter_context(self._group.shared(pipe))
 
     def step(self, done: int) -> None:
@@ -118,12 +119,7 @@ class Follower:
         """The job is over, or has failed between two calls."""
         self._task.close()
         self._pipe.maybe_free_model_hooks()
-        self._give_back()
-
-    def _give_back(self) -> None:
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self._device)
 
 
 def _plain(fault: Exception) -> Exception:

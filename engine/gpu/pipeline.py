@@ -193,7 +193,7 @@ def _run(
     job, pipeline = call.job, model.pipelines[call.job.task]
     with prepared(pipe, model, job, adapters) as (fitted, set_strengths):
         torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
-        together = team.together(fitted, model, job, set_strengths) if team else nullcontext(set_strengths)
+        together = team.together(fitted, job, set_strengths) if team else nullcontext(set_strengths)
         with together as after_step, StepCounter(fitted, job, pipeline, meter, after_step).counting() as arguments:
             output = fitted(**call_arguments(fitted, model, call), **arguments)
     if pipeline.output_type == LATENT:

@@ -3,9 +3,9 @@
 import gc
 import logging
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import wait
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ from engine import memory as plans
 from engine.catalog import Model
 from engine.gpu import attention, compiling, conversion, decoding, memory, pipeline, prompts, quantization, sharing
 from engine.gpu.adapters import Adapters
-from engine.gpu.devices import choose_device
+from engine.gpu.devices import choose_device, give_back
 from engine.gpu.meter import Meter
 from engine.gpu.saving import Saved, Saver
-from engine.gpu.team import Order, Team
+from engine.gpu.team import Source, Team
 from engine.job import EngineError, Job, Phase, Result
 from engine.machine import Machine
 from engine.quantization import NONE
@@ -52,7 +52,7 @@ class Studio:
         self._saver = Saver(config, settled)
         self._shapes = compiling.Shapes(config.state_path) if config.compile else None
         self._prompts = prompts.Prompts(config.state_path / "prompts", config.prompt_cache_mb * 2**20)
-        self._together = False  # the team computes what is loaded
+        self._helping: Team | None = None  # the team, if it computes what is loaded too
         self._plan: plans.Plan | None = None
         self._parts: Parts | None = None
 
@@ -86,7 +86,7 @@ class Studio:
             self._shapes.expect(pipe, model.id, job)
         saved: list[Saved] = []
         try:
-            for clip in pipeline.render(pipe, model, job, meter, self._adapters, team=self._team):
+            for clip in pipeline.render(pipe, model, job, meter, self._adapters, team=self._helping):
                 for file in saved:
                     file.require_well()  # else no more of them are made
                 saved.append(self._saver.save(task_id, clip, job, started))
@@ -109,26 +109,27 @@ class Studio:
                 model, task, cast, self._device, kind=kind, models_dir=self._config.models_dir
             )
             self._prompts.remember(pipe, prompts.encoder_of(pipe, found))
-            self._fit(pipe, parts, Order(model, task, cast, kind), work)
+            self._fit(pipe, parts, Source(model, task, cast, kind), work)
             self._keep(model, pipe)
             log.info("loaded model %s on %s", model.id, self._device)
         return self._pipe
 
-    def _fit(self, pipe: Any, parts: Parts, order: Order, work: Work) -> None:
+    def _fit(self, pipe: Any, parts: Parts, source: Source, work: Work) -> None:
         """Make the pipeline, which lies in RAM, ready for `work` on the device, and let a team load the same."""
-        model, machine = order.model, self.machine()
-        self._together = machine.cards > 1 and model.context_parallel and sharing.splits(pipe, machine.cards)
+        model, machine = source.model, self.machine()
+        shared = self._team is not None and model.context_parallel and sharing.splits(pipe, machine.cards)
+        self._helping = self._team if shared else None
         decoding.set_precision(pipe, self._config.vae_precision, self._device)
         self._parts = replace(parts, vae_width=decoding.width_of(pipe))
         if self._config.compile:  # before they are placed: what places them hooks their blocks
             log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
         self._plan = memory.planned(
-            model, machine if self._together else replace(machine, cards=1), self._profile, self._config.vae_config,
-            work=work, parts=self._parts, quantization=order.kind,
+            model, machine if shared else replace(machine, cards=1), self._profile, self._config.vae_config,
+            work=work, parts=self._parts, quantization=source.kind,
         )  # fmt: skip
         kernel = self._set_kernel(pipe, model, work.tokens)
         log.info("attention: %s", kernel)
-        with self._team_loading(replace(order, plan=self._plan, kernel=kernel)):
+        with self._helping.loading(source, self._plan, kernel) if self._helping else nullcontext():
             memory.carry_out(pipe, self._plan, self._device)
         if self._tiled:
             memory.tile_vae(pipe, memory.SMALLEST_TILE)
@@ -137,19 +138,9 @@ class Studio:
         """True if `model` is loaded, by the whole team if it is made together, and lies well for `work`."""
         if self.model_id != model.id or not self._plan:
             return False
-        if self._together and self._team and not self._team.holds(model):
+        if self._helping and not self._helping.holds(model):
             return False  # its followers were ended
         return plans.serves(self._plan, model, work, self._parts)
-
-    @contextmanager
-    def _team_loading(self, order: Order) -> Iterator[None]:
-        """Within the block the followers load too; after it, all have."""
-        if not self._team or not self._together:
-            yield
-            return
-        self._team.load(order)
-        yield
-        self._team.loaded(order.model)
 
     def _keep(self, model: Model, pipe: Any) -> None:
         """Hold `pipe` from now on.
@@ -184,12 +175,12 @@ class Studio:
     def _set_kernel(self, pipe: Any, model: Model, tokens: int) -> str:
         if model.attention_backend:  # it was set when the model was loaded
             return model.attention_backend
-        mode, together = self._config.attention_mode, self._together
+        mode, together = self._config.attention_mode, self._helping is not None
         return attention.set_kernel(pipe, mode, self._device, tokens, together=together)
 
     def _unload(self) -> None:
         self.model_id, self._pipe, self._adapters = "", None, Adapters()
-        self._plan, self._parts = None, None
+        self._plan, self._parts, self._helping = None, None, None
         if self._team:
             self._team.unload()
         gc.unfreeze()
@@ -226,9 +217,7 @@ class Studio:
 
     def give_back(self) -> None:
         """Return what no tensor holds any more to the card; after a fault too."""
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self._device)
 
     def _reset_peak(self) -> None:
         if self._device.type == "cuda":

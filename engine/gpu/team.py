@@ -38,15 +38,13 @@ GRACE_S = 5.0  # in which the lead notices by itself that a follower is gone
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a follower is to load, and how: all that the lead has found out and decided."""
+class Source:
+    """What the lead has found, and a follower is to load too: the weights of `model`, as those of `kind`."""
 
     model: Model
     task: str
     weights: Weights
     kind: str  # of engine.quantization
-    plan: Plan | None = None
-    kernel: str = ""
 
 
 class Team:
@@ -56,7 +54,7 @@ class Team:
         """`visible` is CUDA_VISIBLE_DEVICES as it was before the worker chose its own card."""
         self._config, self._device, self._visible = config, device, visible
         self._folder = config.state_path / "team"
-        self._meetings = itertools.count()
+        self._meetings = itertools.count()  # each has a file of its own: torch may delete the last one's late
         self._followers: list[tuple[Any, Connection]] = []
         self._machines: list[Machine] = []
         self._group: Group | None = None
@@ -122,15 +120,18 @@ class Team:
             cards=len(all_of_them),
         )
 
-    def load(self, order: Order) -> None:
-        """Let the followers load, which they do while the lead goes on; `loaded` waits for them."""
+    @contextmanager
+    def loading(self, source: Source, plan: Plan, kernel: str) -> Iterator[None]:
+        """Within the block the followers load too; after it, all have. Raises EngineError or OutOfMemoryError."""
         self._joined()
-        self._tell("load", order)
-
-    def loaded(self, model: Model) -> None:
-        """Returns when all followers hold `model`. Raises EngineError or OutOfMemoryError if one can't."""
+        self._tell("load", source, plan, kernel)
+        try:
+            yield
+        except BaseException:
+            self.close()  # what they still answer would be taken for the answer to a later order
+            raise
         self._answers()
-        self._model_id = model.id
+        self._model_id = source.model.id
 
     def holds(self, model: Model) -> bool:
         """True if the followers have loaded `model`."""
@@ -145,16 +146,11 @@ class Team:
     # ---- what they do
 
     @contextmanager
-    def together(
-        self, pipe: Any, model: Model, job: Job, set_strengths: Callable[[int], None]
-    ) -> Iterator[Callable[[int], None]]:
+    def together(self, pipe: Any, job: Job, set_strengths: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
         """Within the block all compute each call of the denoisers of `pipe`, which are prepared for `job`.
 
         Yields what is to be called instead of `set_strengths` after each step with the number of steps that are done.
         """
-        if not self.holds(model):
-            yield set_strengths
-            return
 
         def after_step(done: int) -> None:
             set_strengths(done)
