@@ -46,23 +46,37 @@ from aiohttp_apispec import (
 from apispec import APISpec
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
 
-from engine import attention, compilation, downloads, footage, loras, media, parallel, quantization, sliding, weights
-from engine.catalog import STEP_CACHES, Catalog, Model, UnknownModel
-from engine.downloads import Download, Downloads, NoDownload, Stage
-from engine.estimate import Estimate, estimate
-from engine.executor import Engine, EngineConfig
-from engine.inputs import Inputs
-from engine.job import EngineError, Job, Lora
-from engine.journal import Journal, JournalFault
-from engine.outputs import Entry, Outputs, Retention
-from engine.queue import Busy, Closed, EngineDown, Full, KeyReused, Limits, NoSuchTask, Receipt, TaskQueue, WrongState
-from engine.request import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, BadRequest, Media, Resolved, default_settings
-from engine.request import resolve as resolved_request
-from engine.request import settings as settings_of
-from engine.task import Status, Task
-from engine.tasks import INPUTS, TASKS
-from engine.thumbnails import PREVIEW_WIDTH
-from engine.weights import Weights
+from engine import capabilities
+from engine.admission import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, BadRequest, Media, Resolved, default_settings
+from engine.admission import resolve as resolved_request
+from engine.admission import settings as settings_of
+from engine.catalog import loras, weights
+from engine.catalog.abilities import INPUTS, TASKS
+from engine.catalog.download import Download, Downloads, NoDownload, Stage, messages
+from engine.catalog.models import STEP_CACHES, Catalog, Model, UnknownModel
+from engine.catalog.weights import Weights
+from engine.files import footage, media
+from engine.files.inputs import Inputs
+from engine.files.outputs import Entry, Outputs, Retention
+from engine.files.thumbnails import PREVIEW_WIDTH
+from engine.job import EngineConfig, EngineError, Job, Lora
+from engine.planning import windows
+from engine.planning.estimate import Estimate, estimate
+from engine.queue.journal import Journal, JournalFault
+from engine.queue.runner import (
+    Busy,
+    Closed,
+    EngineDown,
+    Full,
+    KeyReused,
+    Limits,
+    NoSuchTask,
+    Receipt,
+    TaskQueue,
+    WrongState,
+)
+from engine.queue.tasks import Status, Task
+from engine.workers.local import Engine
 
 log = logging.getLogger("wangpd")
 
@@ -143,12 +157,12 @@ class Config:
     attention_mode: str = key(
         "auto",
         "Attention kernel: auto measures, sdpa and cudnn are torch's, else flash, flash3, sage, sage2 or xformers.",
-        one_of(attention.AUTO, *attention.KERNELS),
+        one_of(capabilities.AUTO, *capabilities.KERNELS),
     )
     transformer_quantization: str = key(
         "none",
         "Weights of the denoisers: none as they are, int8, fp8, nf4, a user's own gguf; auto is int8 where it helps.",
-        one_of(*quantization.KINDS),
+        one_of(*capabilities.KINDS),
     )
     vae_config: int = key(
         0, "VAE tiles on a GPU: 1, 2, 3 for 512, 256, 128 pixels; 0 chooses by the card.", one_of(0, 1, 2, 3)
@@ -297,14 +311,16 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
 
 def _missing(values: Mapping[str, Any]) -> str:
     """What a key asks for and this machine can't do, with what helps; "" if there is nothing."""
-    kind = values.get(quantization.KEY, quantization.NONE)
+    kind = values.get(capabilities.QUANTIZATION, capabilities.NONE)
     devices = values.get("devices") or [values.get("device", "auto")]
-    faults = [attention.fault(values.get("attention_mode", attention.AUTO))]
+    faults = [capabilities.attention_fault(values.get("attention_mode", capabilities.AUTO))]
     if values.get("context_parallel"):
-        faults.append(parallel.fault(values.get("devices", ()), values.get("attention_mode", attention.AUTO)))
+        faults.append(
+            capabilities.team_fault(values.get("devices", ()), values.get("attention_mode", capabilities.AUTO))
+        )
     if values.get("compile"):
-        faults += [compilation.fault(device) for device in devices]
-    return next(filter(None, faults + [quantization.fault(kind, device) for device in devices]), "")
+        faults += [capabilities.compile_fault(device) for device in devices]
+    return next(filter(None, faults + [capabilities.quantization_fault(kind, device) for device in devices]), "")
 
 
 FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
@@ -1260,7 +1276,7 @@ def model_limits(model: Model) -> dict[str, Any]:
         "resolution_multiple": model.spatial_multiple,
         "max_side": model.max_side,
         "video_length": {name: getattr(model.frames, name) for name in ("step", "offset", "min", "max")},
-        "sliding_window": sliding.usual(model),
+        "sliding_window": windows.usual(model),
         "fps": model.fps,
         "inputs": {name: model.takes(name) for name in INPUTS},
         "max_image_refs": model.inputs.get("max_reference_images", 0),
@@ -1517,7 +1533,7 @@ UNKNOWN = " unknown"  # not a name that a field can have
 
 def require_weights(model: Model, config: Config) -> Weights | None:
     """The model's weights, or None if they are to be fetched. Raises BadRequest with what helps if they may not be."""
-    if refusal := quantization.refusal(config.transformer_quantization, model):
+    if refusal := capabilities.quantization_refusal(config.transformer_quantization, model):
         raise BadRequest(refusal)
     found = weights.locate(model, config.models_dir)
     if found is None and not config.allow_download:
@@ -2573,7 +2589,7 @@ def download_model(model: Model, config: Config) -> int:
         return 0
     download, shown = Download(model.id), ""
     try:
-        for message in downloads.messages(model.id, config.models_dir, config.min_free_mb * 2**20):
+        for message in messages(model.id, config.models_dir, config.min_free_mb * 2**20):
             download.note(message)
             if download.total_bytes is not None and (line := progress_line(download)) != shown:
                 print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)

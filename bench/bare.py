@@ -16,7 +16,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its engine.py is not the package
 
-from engine.gpu.encode import write_video  # noqa: E402
+from engine.gpu.save.encode import write_video  # noqa: E402
 
 FPS = 8
 

@@ -29,12 +29,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: it
 import torch  # noqa: E402
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel  # noqa: E402
 
-from engine.catalog import Catalog  # noqa: E402
-from engine.gpu import attention, memory, quantization  # noqa: E402
-from engine.gpu.process import LOCAL_ONLY, Seat  # noqa: E402
-from engine.gpu.sharing import Group, splits  # noqa: E402
-from engine.memory import Plan, Way  # noqa: E402
-from engine.quantization import fault  # noqa: E402
+from engine.capabilities import quantization_fault  # noqa: E402
+from engine.catalog.models import Catalog  # noqa: E402
+from engine.gpu.load import kernels, offloading, quantization  # noqa: E402
+from engine.gpu.process import LOCAL_ONLY, Rank  # noqa: E402
+from engine.gpu.team.sharing import Group, splits  # noqa: E402
+from engine.planning.placement import Plan, Way  # noqa: E402
 
 WORDS = 512
 PEAK_TFLOPS: Mapping[str, float] = {"H100": 989, "H200": 989, "A100": 312, "4090": 165, "L40": 181, "5090": 210}
@@ -183,11 +183,11 @@ def step_by_backend(shape: Shape, device: torch.device, dtype: torch.dtype) -> I
     model = transformer(shape, device, dtype)
 
     def run(backend: str) -> dict[str, float]:
-        attention.set_backend(model, backend)
+        kernels.set_backend(model, backend)
         return step(model, shape, device, dtype)
 
     def compiled() -> dict[str, float]:
-        attention.set_backend(model, attention.NATIVE)
+        kernels.set_backend(model, kernels.NATIVE)
         model.compile_repeated_blocks(fullgraph=True)
         return step(model, shape, device, dtype)
 
@@ -200,7 +200,7 @@ def step_by_backend(shape: Shape, device: torch.device, dtype: torch.dtype) -> I
 def step_by_kind(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """A step with quantised weights."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if sentence := fault(kind, device.type, capability):
+    if sentence := quantization_fault(kind, device.type, capability):
         raise RuntimeError(sentence)
     model = transformer(shape, device, dtype)
     with torch.no_grad():
@@ -212,28 +212,28 @@ def step_by_way(way: Way, shape: Shape, device: torch.device, dtype: torch.dtype
     """A step of a denoiser that lies where a memory plan may put it."""
     model = transformer(shape, device, dtype).to("cpu")
     pipe = WanPipeline(None, None, AutoencoderKLWan(**shape.vae), FlowMatchEulerDiscreteScheduler(), model)
-    plan = Plan(way, 0, memory.size_bytes(model), 0, 0, step_s=0, job_s=0, card_bytes=0)
-    memory.carry_out(pipe, plan, device)
+    plan = Plan(way, 0, offloading.size_bytes(model), 0, 0, step_s=0, job_s=0, card_bytes=0)
+    offloading.carry_out(pipe, plan, device)
     return step(model, shape, device, dtype, before=pipe.maybe_free_model_hooks if way.placement == "swapped" else None)
 
 
 def step_together(count: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """A step that several devices compute together, each in a process of its own; memory is that of the first."""
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(count) as team:
-        seats = [Seat(rank, count, device.type, Path(folder) / "meeting") for rank in range(count)]
-        return team.starmap(step_of_one, [(seat, shape, dtype) for seat in seats], chunksize=1)[0]
+        seats = [Rank(rank, count, device.type, Path(folder) / "rendezvous") for rank in range(count)]
+        return team.starmap(step_of_one, [(rank, shape, dtype) for rank in seats], chunksize=1)[0]
 
 
-def step_of_one(seat: Seat, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
+def step_of_one(rank: Rank, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
     """The part of one device."""
     os.environ.update(LOCAL_ONLY)
-    device = torch.device(seat.device, seat.rank if seat.device == "cuda" else 0)
+    device = torch.device(rank.device, rank.rank if rank.device == "cuda" else 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model = transformer(shape, device, dtype)
-    pipe, group = SimpleNamespace(components={"transformer": model}), Group(seat, device)
-    if not splits(pipe, seat.count):
-        raise ValueError(f"{shape.heads} heads can't be spread over {seat.count} devices")
+    pipe, group = SimpleNamespace(components={"transformer": model}), Group(rank, device)
+    if not splits(pipe, rank.count):
+        raise ValueError(f"{shape.heads} heads can't be spread over {rank.count} devices")
     with group.shared(pipe):
         found = step(model, shape, device, dtype)
     group.leave()

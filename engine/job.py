@@ -9,11 +9,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
+from typing import Literal
 
 SEED_RANGE = 2**63  # torch takes more, JSON clients do not
 NO_TASK = -1  # on the board while a model is loaded for no task; 0 would look cancelled
 PLAN_BYTES = 512
 FAULT_BYTES = 512
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the generation process needs to know, the same for every job."""
+
+    save_path: Path
+    models_dir: Path
+    state_path: Path = Path("state")
+    device: str = "auto"
+    team: tuple[str, ...] = ()  # devices that compute each task together with `device`
+    allow_download: bool = False
+    embed_settings: bool = True
+    image_format: Literal["png", "jpeg", "webp"] = "png"
+    audio_format: Literal["wav", "flac", "mp3"] = "wav"
+    video_crf: int = 18
+    video_preset: str = "veryfast"
+    video_encoder: str = "x264"
+    vae_precision: str = "auto"
+    profile: float = 0
+    attention_mode: str = "auto"
+    transformer_quantization: str = "none"
+    vae_config: int = 0
+    compile: bool = False
+    convert_float32: bool = True
+    prompt_cache_mb: int = 0
+    log_level: str = "info"
 
 
 class Phase(IntEnum):

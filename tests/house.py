@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from engine.catalog import Catalog, Model
-from engine.executor import Progress
+from engine.catalog.models import Catalog, Model
 from engine.job import Cancelled, EngineError, Job, OutputFile, Result
-from engine.journal import Journal
-from engine.machine import Machine
-from engine.queue import Limits, TaskQueue
-from engine.task import Status
+from engine.planning.machine import Machine
+from engine.queue.journal import Journal
+from engine.queue.runner import Limits, TaskQueue
+from engine.queue.tasks import Status
+from engine.workers.local import Progress
 from tests.stand_ins import job
 
 CATALOG = Catalog.load()

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.catalog import Catalog, Model
-from engine.gpu import encode
-from engine.tasks import INPUTS, TASKS
+from engine.catalog.abilities import INPUTS, TASKS
+from engine.catalog.models import Catalog, Model
+from engine.gpu.save import encode
 from tests.daemon import Daemon
 from tests.frames import read_video
 

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.catalog import Catalog, Model
-from engine.executor import Engine, EngineConfig
+from engine.catalog.models import Catalog, Model
 from engine.gpu import worker
-from engine.gpu.meter import Meter
-from engine.job import EngineError, Job, Phase, Result
+from engine.gpu.run.meter import Meter
+from engine.job import EngineConfig, EngineError, Job, Phase, Result
+from engine.workers.local import Engine
 
 DEMO = Catalog.load().get("wan_demo")
 DONE = Result((), {}, 0)
@@ -87,25 +87,25 @@ def run_out_of_memory_once(task_id: int, job: Job, model: Model) -> Result:
         hook.remove()
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    studio = worker._opened()
-    hook = studio.load(model, job.task, job).transformer.blocks[1].register_forward_pre_hook(exhausted)
-    return worker._guarded(task_id, lambda studio, meter: studio.make(task_id, job, model, meter))
+    session = worker._opened()
+    hook = session.load(model, job.task, job).transformer.blocks[1].register_forward_pre_hook(exhausted)
+    return worker._guarded(task_id, lambda session, meter: session.make(task_id, job, model, meter))
 
 
 def run_out_of_memory_while_placing(task_id: int, job: Job, model: Model) -> Result:
     """The worker's own `generate`, which finds no memory for the weights when it first places them."""
     import torch
 
-    from engine.gpu import memory
+    from engine.gpu.load import offloading
 
-    plain = memory.carry_out
+    plain = offloading.carry_out
 
     def exhausted(*_: Any) -> None:
-        memory.carry_out = plain
+        offloading.carry_out = plain
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    memory.carry_out = exhausted
-    return worker._guarded(task_id, lambda studio, meter: studio.make(task_id, job, model, meter))
+    offloading.carry_out = exhausted
+    return worker._guarded(task_id, lambda session, meter: session.make(task_id, job, model, meter))
 
 
 def tell_cards(_task_id: int, _job: Job, _model: Model) -> Result:
@@ -172,7 +172,7 @@ FAULTS = {
 
 
 class BrokenStudio:
-    """A studio in which every job ends in the fault that its prompt names."""
+    """A session in which every job ends in the fault that its prompt names."""
 
     model_id = ""
 
@@ -189,8 +189,8 @@ REAL_GENERATE = worker.generate
 
 
 def fail(task_id: int, job: Job, model: Model) -> Result:
-    """The worker's own `generate`, with a studio that fails."""
-    worker._studio = BrokenStudio()  # type: ignore[assignment]
+    """The worker's own `generate`, with a session that fails."""
+    worker._session = BrokenStudio()  # type: ignore[assignment]
     return REAL_GENERATE(task_id, job, model)
 
 

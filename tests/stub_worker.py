@@ -8,9 +8,9 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from engine.catalog import Model
+from engine.catalog.models import Model
 from engine.gpu import worker
-from engine.gpu.meter import Meter
+from engine.gpu.run.meter import Meter
 from engine.job import Job, OutputFile, Phase, Result
 
 CLIP = "STUB_CLIP"  # environment: a video to copy
@@ -22,13 +22,13 @@ REAL_GENERATE = worker.generate
 
 
 def make_clips(task_id: int, job: Job, model: Model) -> Result:
-    """The worker's own `generate`, faults and all, with a studio that copies the clip once a file."""
-    worker._studio = ClipStudio()  # type: ignore[assignment]
+    """The worker's own `generate`, faults and all, with a session that copies the clip once a file."""
+    worker._session = ClipStudio()  # type: ignore[assignment]
     return REAL_GENERATE(task_id, job, model)
 
 
 class ClipStudio:
-    """A studio without a model. Cancelled, it leaves its unfinished part lying."""
+    """A session without a model. Cancelled, it leaves its unfinished part lying."""
 
     model_id = ""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.gpu import encode
+from engine.gpu.save import encode
 from tests.daemon import ROOT, Daemon
 from tests.stub_daemon import WORKER
 from tests.stub_worker import CLIP

@@ -10,10 +10,9 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 import wangpd
-from engine import attention as kernels
-from engine.attention import KERNELS
-from engine.catalog import Catalog
-from engine.gpu import attention
+from engine.capabilities import KERNELS, attention_fault
+from engine.catalog.models import Catalog
+from engine.gpu.load import kernels
 from engine.job import EngineError
 
 CATALOG = Catalog.load()
@@ -24,13 +23,13 @@ MISSING = [name for name, kernel in KERNELS.items() if not kernel.installed]
 def test_a_kernel_that_is_not_installed_is_told_with_the_command() -> None:
     assert "flash" in MISSING
     for name in MISSING:
-        assert kernels.fault(name).startswith(f"attention_mode: '{name}' needs a package")
-        assert kernels.fault(name).endswith(f"pip install '{KERNELS[name].install}'")
+        assert attention_fault(name).startswith(f"attention_mode: '{name}' needs a package")
+        assert attention_fault(name).endswith(f"pip install '{KERNELS[name].install}'")
 
 
 @pytest.mark.parametrize("mode", ["auto", "sdpa"])
 def test_what_torch_brings_needs_nothing(mode: str) -> None:
-    assert kernels.fault(mode) == ""
+    assert attention_fault(mode) == ""
 
 
 def test_a_missing_kernel_stops_the_start_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +40,7 @@ def test_a_missing_kernel_stops_the_start_with_code_2(tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("winner", ["sdpa", "cudnn"])
 def test_auto_takes_the_fastest(winner: str) -> None:
-    assert attention.fastest(QUERY, lambda backend, _: 1.0 if backend == KERNELS[winner].backend else 2.0) == winner
+    assert kernels.fastest(QUERY, lambda backend, _: 1.0 if backend == KERNELS[winner].backend else 2.0) == winner
 
 
 def test_a_kernel_that_fails_is_left_out() -> None:
@@ -50,25 +49,25 @@ def test_a_kernel_that_fails_is_left_out() -> None:
             return 9.0
         raise RuntimeError("no kernel for this card")
 
-    assert attention.fastest(QUERY, clock) == "sdpa"
+    assert kernels.fastest(QUERY, clock) == "sdpa"
 
 
 def test_where_nothing_can_be_measured_torch_decides() -> None:
     def clock(_backend: str, _query: torch.Tensor) -> float:
         raise RuntimeError
 
-    assert attention.fastest(QUERY, clock) == "sdpa"
+    assert kernels.fastest(QUERY, clock) == "sdpa"
 
 
 def test_auto_never_takes_a_kernel_that_rounds_to_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "find_spec", lambda _: True)
     tried: list[str] = []
-    attention.fastest(QUERY, lambda backend, _: float(not tried.append(backend)))
+    kernels.fastest(QUERY, lambda backend, _: float(not tried.append(backend)))
     assert not {KERNELS[name].backend for name in ("sage", "sage2")} & set(tried)
 
 
 def test_a_kernel_is_really_timed() -> None:
-    assert attention.seconds("native", QUERY) > 0
+    assert kernels.seconds("native", QUERY) > 0
 
 
 class Denoiser:
@@ -93,22 +92,22 @@ def pair(**options: Any) -> Any:
 
 def test_both_experts_get_the_kernel_that_was_named() -> None:
     pipe = pair()
-    assert attention.set_kernel(pipe, "sage2", CUDA, 1000) == "sage2"
+    assert kernels.set_kernel(pipe, "sage2", CUDA, 1000) == "sage2"
     assert pipe.transformer.backend == pipe.transformer_2.backend == KERNELS["sage2"].backend
 
 
 def test_a_named_kernel_that_the_card_refuses_is_an_error_with_its_name() -> None:
     with pytest.raises(EngineError, match=r"^attention_mode 'flash3' does not work here: needs Hopper$"):
-        attention.set_kernel(pair(fault="needs Hopper"), "flash3", CUDA, 1000)
+        kernels.set_kernel(pair(fault="needs Hopper"), "flash3", CUDA, 1000)
 
 
 def test_the_measurement_is_made_once_for_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    monkeypatch.setattr(attention, "_fastest", {})
-    monkeypatch.setattr(attention.torch, "randn", lambda *shape, **_: measured.append(shape[1]) or QUERY)
-    monkeypatch.setattr(attention, "fastest", lambda *_: "cudnn")
+    monkeypatch.setattr(kernels, "_fastest", {})
+    monkeypatch.setattr(kernels.torch, "randn", lambda *shape, **_: measured.append(shape[1]) or QUERY)
+    monkeypatch.setattr(kernels, "fastest", lambda *_: "cudnn")
     for tokens in (1000, 1010, 5000):
-        assert attention.set_kernel(pair(), "auto", CUDA, tokens) == "cudnn"
+        assert kernels.set_kernel(pair(), "auto", CUDA, tokens) == "cudnn"
     assert measured == [512, 4096]
 
 
@@ -116,7 +115,7 @@ def test_a_backend_that_one_model_needs_is_not_the_next_ones() -> None:
     model = CATALOG.get("k5_lite_t2v_10s")
     assert model.attention_backend == "flex"
     tiny = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, ffn_dim=8, num_layers=1, text_dim=8)
-    attention.set_backend(tiny, "flex")
+    kernels.set_backend(tiny, "flex")
     active, _ = _AttentionBackendRegistry.get_active_backend()
     assert active.value == "native"
     assert tiny.blocks[0].attn1.processor._attention_backend.value == "flex"
@@ -124,5 +123,5 @@ def test_a_backend_that_one_model_needs_is_not_the_next_ones() -> None:
 
 def test_a_cpu_keeps_what_diffusers_takes_by_itself() -> None:
     pipe = pair()
-    assert attention.set_kernel(pipe, "auto", torch.device("cpu"), 1000) == "sdpa"
+    assert kernels.set_kernel(pipe, "auto", torch.device("cpu"), 1000) == "sdpa"
     assert pipe.transformer.backend == ""

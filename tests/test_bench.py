@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from engine.catalog import Catalog
+from engine.catalog.models import Catalog
 from tests.daemon import ROOT
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engine import calibration
-from engine.catalog import HERE, STEP_CACHES, Catalog, Model
-from engine.gpu import pipeline
-from engine.gpu.meter import Meter
+from engine.admission import BadRequest, resolve
+from engine.catalog.models import PACKAGE, STEP_CACHES, Catalog, Model
+from engine.catalog.weights import Weights
+from engine.gpu.load import pipelines
+from engine.gpu.run import render
+from engine.gpu.run.meter import Meter
 from engine.job import Board, Cancelled, Job
-from engine.request import BadRequest, resolve
-from engine.weights import Weights
+from engine.planning import calibration
 from tests import tiny
 
 CATALOG = Catalog.load()
@@ -41,11 +42,11 @@ def with_cache(kind: str, multiplier: float = 2.0, start: float = 0.0) -> Job:
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     torch.set_num_threads(1)
-    return pipeline.load(DEMO, DEMO.pipelines["t2v"], Weights(HERE / "demo"), torch.device("cpu"))
+    return pipelines.load(DEMO, DEMO.pipelines["t2v"], Weights(PACKAGE / "demo"), torch.device("cpu"))
 
 
 def frames(pipe: Any, wanted: Job, model: Model = DEMO) -> NDArray[np.float64]:
-    (clip,) = pipeline.render(pipe, model, wanted, Meter(Board(), 1))
+    (clip,) = render.render(pipe, model, wanted, Meter(Board(), 1))
     assert clip.frames is not None
     return torch.cat(list(clip.frames)).numpy().astype(float)
 
@@ -94,7 +95,7 @@ def test_a_cancelled_run_leaves_no_cache_behind(pipe: Any, kind: str) -> None:
     meter = Meter(board, 1)
     hook = pipe.transformer.register_forward_pre_hook(lambda *_: setattr(board, "cancel", int(board.step >= 5)))
     with pytest.raises(Cancelled):
-        list(pipeline.render(pipe, DEMO, with_cache(kind), meter))
+        list(render.render(pipe, DEMO, with_cache(kind), meter))
     hook.remove()
     assert np.array_equal(frames(pipe, job()), before)
 
@@ -119,7 +120,7 @@ def test_the_first_steps_are_computed_as_far_as_was_asked_for(pipe: Any, kind: s
 def test_each_expert_of_a_pair_skips_steps_of_its_own(tmp_path: Path) -> None:
     model = CATALOG.get("wan22_t2v_14B")
     tiny.build(model, tmp_path)
-    pair = pipeline.load(model, model.pipelines["t2v"], Weights(tmp_path / model.id), torch.device("cpu"))
+    pair = pipelines.load(model, model.pipelines["t2v"], Weights(tmp_path / model.id), torch.device("cpu"))
     sent = {"prompt": "a", "resolution": "32x32", "video_length": 5, "num_inference_steps": 20, "seed": 1}
     cached = {**sent, "skip_steps_cache_type": "mag", "skip_steps_multiplier": 2.0}
     with counted(pair.transformer) as first, counted(pair.transformer_2) as second:

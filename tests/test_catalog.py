@@ -1,4 +1,4 @@
-"""engine/catalog.py and engine/models/*.toml: true to the pinned diffusers, and readable by one who adds a model."""
+"""The catalogue and its *.toml files: true to the pinned diffusers, and readable by one who adds a model."""
 
 import copy
 import inspect
@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from engine import catalog
-from engine.catalog import FORMS, HERE, Catalog, FrameRule, Model, UnknownModel
-from engine.request import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, default_settings
-from engine.tasks import INPUTS, TASKS
+from engine.admission import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, default_settings
+from engine.catalog import models
+from engine.catalog.abilities import INPUTS, TASKS
+from engine.catalog.models import FORMS, PACKAGE, Catalog, FrameRule, Model, UnknownModel
 
-FILES = sorted((HERE / "models").glob("*.toml"))
+FILES = sorted((PACKAGE / "catalog" / "models").glob("*.toml"))
 CATALOG = Catalog.load()
 MODELS = list(CATALOG)
 PROGRESS = ("callback_on_step_end", "callback", "none")
@@ -32,7 +32,7 @@ def whole_catalogue() -> dict[str, Any]:
     for path in FILES:
         tables["pipelines"] |= document(path).get("pipelines", {})
         for entry in document(path)["models"]:
-            tables["models"][entry["id"]] = catalog._with_base(entry, tables["models"])
+            tables["models"][entry["id"]] = models._with_base(entry, tables["models"])
     return tables
 
 
@@ -76,7 +76,7 @@ def pipeline_faults(name: str, table: Mapping[str, Any]) -> Iterator[str]:
 
 
 def source_faults(model: Mapping[str, Any], _: Any) -> Iterator[str]:
-    if "builtin" in model and not (HERE / model["builtin"] / "model_index.json").is_file():
+    if "builtin" in model and not (PACKAGE / model["builtin"] / "model_index.json").is_file():
         yield f"builtin {model['builtin']}: no checkpoint there"
     repos = [lora["repo"] for lora in model.get("recipe_loras", ())] + ([] if "builtin" in model else [model["repo"]])
     repos += [place.partition("#")[0] for place in model.get("extra_repos", {}).values()]
@@ -140,7 +140,7 @@ def size_faults(model: Mapping[str, Any], _: Any) -> Iterator[str]:
             yield f"video_length {defaults['video_length']} breaks its own rule"
     if model["kind"] != "audio":
         sides = [int(side) for side in defaults["resolution"].split("x")]
-        if any(side % model["spatial_multiple"] or side > model.get("max_side", catalog.MAX_SIDE) for side in sides):
+        if any(side % model["spatial_multiple"] or side > model.get("max_side", models.MAX_SIDE) for side in sides):
             yield f"resolution {defaults['resolution']} breaks its own rule"
 
 
@@ -294,7 +294,7 @@ def test_the_contracts_image_to_video_model_animates_a_picture() -> None:
 
 def test_the_embedded_model_stays_within_the_positions_that_its_denoiser_knows() -> None:
     demo = CATALOG.get("wan_demo")
-    config = json.loads((HERE / demo.builtin / "transformer" / "config.json").read_text())
+    config = json.loads((PACKAGE / demo.builtin / "transformer" / "config.json").read_text())
     positions = config["rope_max_seq_len"]
     assert demo.frames.max == (positions - 1) * demo.frames.step + 1
     assert demo.max_side == positions * demo.spatial_multiple

@@ -15,15 +15,17 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 import wangpd
-from engine import compilation
-from engine.catalog import HERE, Catalog
-from engine.executor import LOADING_PATIENCE, Engine, EngineConfig
-from engine.gpu import pipeline, process
-from engine.gpu.compiling import Block, Shapes, compile_blocks, suit
-from engine.gpu.meter import Meter
-from engine.job import Board, Job, Lora, Phase
-from engine.request import resolve
-from engine.weights import Weights
+from engine import capabilities
+from engine.admission import resolve
+from engine.catalog.models import PACKAGE, Catalog
+from engine.catalog.weights import Weights
+from engine.gpu import process
+from engine.gpu.load import pipelines
+from engine.gpu.load.compiling import Block, Shapes, compile_blocks, suit
+from engine.gpu.run import render
+from engine.gpu.run.meter import Meter
+from engine.job import Board, EngineConfig, Job, Lora, Phase
+from engine.workers.local import LOADING_PATIENCE, Engine
 
 CATALOG = Catalog.load()
 DEMO = CATALOG.get("wan_demo")
@@ -39,11 +41,11 @@ def job(**changes: Any) -> Job:
 
 def loaded() -> Any:
     torch.set_num_threads(1)
-    return pipeline.load(DEMO, DEMO.pipelines["t2v"], Weights(HERE / "demo"), torch.device("cpu"))
+    return pipelines.load(DEMO, DEMO.pipelines["t2v"], Weights(PACKAGE / "demo"), torch.device("cpu"))
 
 
 def frames(pipe: Any, wanted: Job) -> Any:
-    (clip,) = pipeline.render(pipe, DEMO, wanted, Meter(Board(), 1))
+    (clip,) = render.render(pipe, DEMO, wanted, Meter(Board(), 1))
     assert clip.frames is not None
     return torch.cat(list(clip.frames)).numpy().astype(float)
 
@@ -60,9 +62,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of what is compiled, for this process."""
     state = tmp_path_factory.mktemp("state")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in compilation.environment(state).items():
+        for name, value in capabilities.compile_environment(state).items():
             patch.setenv(name, value)
-        yield compilation.folder(state)
+        yield capabilities.compile_cache(state)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,7 @@ def test_another_shape_is_new(tmp_path: Path, change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("damage", ["", "[", '{"a": 1}'])
 def test_a_damaged_list_is_begun_anew(tmp_path: Path, damage: str) -> None:
-    path = compilation.folder(tmp_path) / "shapes.json"
+    path = capabilities.compile_cache(tmp_path) / "shapes.json"
     path.parent.mkdir()
     path.write_text(damage)
     pipe, shapes = small(), Shapes(tmp_path)
@@ -226,9 +228,9 @@ def test_without_a_compiler_the_daemon_does_not_start(tmp_path: Path, monkeypatc
 
 def test_on_a_card_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "true")
-    monkeypatch.setattr(compilation, "find_spec", lambda _: None)
-    assert compilation.fault("cuda:1").startswith("compile: true needs triton on device 'cuda:1'; install it:")
-    assert compilation.fault("cpu") == ""
+    monkeypatch.setattr(capabilities, "find_spec", lambda _: None)
+    assert capabilities.compile_fault("cuda:1").startswith("compile: true needs triton on device 'cuda:1'; install it:")
+    assert capabilities.compile_fault("cpu") == ""
 
 
 def test_without_the_key_nothing_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +243,7 @@ def test_without_the_key_nothing_is_needed(tmp_path: Path, monkeypatch: pytest.M
 def test_the_worker_keeps_what_it_compiles_in_the_state_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
 ) -> None:
-    names = compilation.environment(tmp_path).keys()
+    names = capabilities.compile_environment(tmp_path).keys()
     for name in names:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(process.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))

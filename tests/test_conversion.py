@@ -12,23 +12,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from engine.catalog import HERE, Catalog
-from engine.executor import EngineConfig
-from engine.gpu import conversion, pipeline
-from engine.gpu.conversion import STORE, Component, cast
-from engine.gpu.studio import Studio
-from engine.weights import INDEX, Weights
+from engine.catalog.models import PACKAGE, Catalog
+from engine.catalog.weights import INDEX, Weights
+from engine.gpu.load import conversion, pipelines
+from engine.gpu.load.conversion import STORE, Component, cast
+from engine.gpu.session import ModelSession
+from engine.job import EngineConfig
 
 DEMO = dataclasses.replace(Catalog.load().get("wan_demo"), dtypes={"transformer": "bfloat16", "vae": "float32"})
 CARD = torch.device("cuda")  # nothing is placed on it: it only decides the dtypes
-DTYPE_OF = partial(pipeline.dtype_of, DEMO, CARD)
+DTYPE_OF = partial(pipelines.dtype_of, DEMO, CARD)
 BF16 = torch.bfloat16
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """The embedded model as a user's, with weights in float32 that no narrower dtype holds as they are."""
-    folder = Path(shutil.copytree(HERE / "demo", tmp_path / "models" / "mine"))
+    folder = Path(shutil.copytree(PACKAGE / "demo", tmp_path / "models" / "mine"))
     for file in folder.rglob("*.safetensors"):
         tensors = {name: tensor.float() * (1 + 1e-4) for name, tensor in load_file(file).items()}
         save_file(tensors, file, {"format": "pt"})
@@ -80,8 +80,8 @@ def seen(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_what_is_loaded_is_what_a_cast_would_give(source: Path, models_dir: Path) -> None:
-    before = pipeline.load(DEMO, DEMO.pipelines["t2v"], Weights(source), CARD)
-    after = pipeline.load(DEMO, DEMO.pipelines["t2v"], cast(Weights(source), None, DTYPE_OF, models_dir), CARD)
+    before = pipelines.load(DEMO, DEMO.pipelines["t2v"], Weights(source), CARD)
+    after = pipelines.load(DEMO, DEMO.pipelines["t2v"], cast(Weights(source), None, DTYPE_OF, models_dir), CARD)
     for name in ("transformer", "text_encoder", "vae"):
         assert same(state(before.components[name]), state(after.components[name]))
 
@@ -102,30 +102,30 @@ def test_the_users_files_are_not_touched(source: Path, models_dir: Path) -> None
 
 def test_on_a_cpu_nothing_is_rewritten(source: Path, models_dir: Path) -> None:
     weights = Weights(source)
-    assert cast(weights, None, partial(pipeline.dtype_of, DEMO, torch.device("cpu")), models_dir) == weights
+    assert cast(weights, None, partial(pipelines.dtype_of, DEMO, torch.device("cpu")), models_dir) == weights
     assert not (models_dir / STORE).exists()
 
 
-def studio(models_dir: Path, **settings: Any) -> Studio:
+def session(models_dir: Path, **settings: Any) -> ModelSession:
     config = EngineConfig(models_dir, models_dir, device="cpu", **settings)
-    made = Studio(config, lambda _: None)
+    made = ModelSession(config, lambda _: None)
     made._device = CARD  # as if there were one
     return made
 
 
 def test_a_worker_on_a_card_loads_the_copies(source: Path, models_dir: Path) -> None:
-    found = studio(models_dir)._cast(Weights(source), DEMO, "none")
+    found = session(models_dir)._cast(Weights(source), DEMO, "none")
     assert found.folder.parent == models_dir / STORE
 
 
 def test_a_denoiser_that_is_quantised_needs_no_copy(source: Path, models_dir: Path) -> None:
-    studio(models_dir)._cast(Weights(source), DEMO, "int8")
+    session(models_dir)._cast(Weights(source), DEMO, "int8")
     assert copies(models_dir) == ["mine.text_encoder.bfloat16"]
 
 
 def test_switched_off_it_loads_the_files_as_they_are(source: Path, models_dir: Path) -> None:
     weights = Weights(source)
-    assert studio(models_dir, convert_float32=False)._cast(weights, DEMO, "none") == weights
+    assert session(models_dir, convert_float32=False)._cast(weights, DEMO, "none") == weights
     assert not (models_dir / STORE).exists()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from engine.catalog import HERE, Catalog, Model
+from engine.catalog.models import PACKAGE, Catalog, Model
 from tests import processes
 from tests.daemon import ROOT, Daemon
 from tests.hub import Hub, serving
@@ -245,7 +245,7 @@ def test_a_cancelled_download_ends_and_the_next_one_goes_on(local: Daemon, hub: 
 
 def fetching(daemon: Daemon) -> list[int]:
     """The processes that download for this daemon."""
-    return [pid for pid in processes.children(daemon.process.pid) if "engine.fetch" in processes.command(pid)]
+    return [pid for pid in processes.children(daemon.process.pid) if "engine.catalog.fetch" in processes.command(pid)]
 
 
 def test_a_daemon_that_is_killed_takes_its_download_along_and_the_next_goes_on(own_daemon: Daemon, hub: Hub) -> None:
@@ -485,7 +485,7 @@ description = "The embedded model as somebody would publish it."
 
 @pytest.mark.slow
 def test_a_task_fetches_what_it_lacks_where_that_is_allowed(tmp_path: Path, hub: Hub) -> None:
-    hub.repos["somebody/shared-demo"] = files(HERE / "demo")
+    hub.repos["somebody/shared-demo"] = files(PACKAGE / "demo")
     daemon = against(hub, Daemon(tmp_path / "own", allow_download=True))
     daemon.models.mkdir()
     (daemon.models / "own.toml").write_text(OWN)

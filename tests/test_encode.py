@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import media
-from engine.gpu import encode
+from engine.files import media
+from engine.files.outputs import Outputs
+from engine.gpu.save import encode
 from engine.job import EngineError, Job
-from engine.outputs import Outputs
 from tests.processes import children, command
 
 STARTED = datetime(2026, 11, 22, 21, 5, 33, tzinfo=UTC)

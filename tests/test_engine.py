@@ -19,9 +19,9 @@ from typing import Any
 import imageio_ffmpeg
 import pytest
 
-from engine.executor import SAVED_S, Engine, saved_pause_s
 from engine.gpu import worker
 from engine.job import Cancelled, EngineError, Phase
+from engine.workers.local import SAVED_S, Engine, saved_pause_s
 from tests import proof, stand_ins, tiny
 from tests.daemon import ENDED, ROOT, Daemon
 from tests.processes import alive, children, command, eventually, maps, workers

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from engine.catalog import Catalog
-from engine.estimate import Estimate, estimate
+from engine.admission import resolve
+from engine.catalog.models import Catalog
 from engine.job import EngineError, Job
-from engine.machine import GIB, Machine
-from engine.request import resolve
+from engine.planning.estimate import Estimate, estimate
+from engine.planning.machine import GIB, Machine
 from tests.daemon import Daemon
 from tests.stub_worker import make_clips
 from tests.stubbed import StubDaemon

@@ -19,12 +19,12 @@ from aiohttp.test_utils import TestClient
 from PIL import Image
 
 import wangpd
-from engine import media
-from engine.catalog import Model
-from engine.executor import Engine
+from engine.catalog.models import Model
+from engine.files import media
 from engine.gpu import worker
-from engine.gpu.meter import Meter
+from engine.gpu.run.meter import Meter
 from engine.job import Cancelled, EngineError, Job, Phase, Result
+from engine.workers.local import Engine
 from tests import stand_ins
 from tests.daemon import ROOT, Daemon
 from tests.stand_ins import DEMO, job
@@ -406,7 +406,7 @@ class Held:
 
 
 class HoldingStudio(stand_ins.BrokenStudio):
-    """A studio whose jobs hold something and end in a fault; when memory is given back, it looks if that is gone."""
+    """A session whose jobs hold something and end in a fault; when memory is given back, it looks if that is gone."""
 
     freed: bool | None = None
     _last: "weakref.ref[Held]"
@@ -433,10 +433,10 @@ HOLDING_FAULTS: dict[str, Callable[[], BaseException]] = {
 
 
 def hold(task_id: int, job: Job, model: Model) -> Result:
-    """The worker's own `generate` with such a studio; for the prompt "look", what was seen."""
+    """The worker's own `generate` with such a session; for the prompt "look", what was seen."""
     if job.prompt == "look":
         return Result((), {"freed": float(bool(HoldingStudio.freed))}, 0)
-    worker._studio = HoldingStudio()  # type: ignore[assignment]
+    worker._session = HoldingStudio()  # type: ignore[assignment]
     return stand_ins.REAL_GENERATE(task_id, job, model)
 
 
@@ -470,7 +470,7 @@ class Decoder:
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     import torch
 
-    from engine.gpu import decoding
+    from engine.gpu.run import decoding
 
     torch.set_num_threads(1)
     watching, pieces = Decoder(1, []), decoding.pieces
@@ -487,16 +487,16 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[[int], Result]:
-    """Runs a small job in the engine's own studio on the CPU, in this process."""
-    from engine.gpu.studio import Studio
+    """Runs a small job in the engine's own session on the CPU, in this process."""
+    from engine.gpu.session import ModelSession
     from engine.job import Board
 
     written = threading.Event()
-    studio = Studio(stand_ins.config(tmp_path), lambda _: written.set())
+    session = ModelSession(stand_ins.config(tmp_path), lambda _: written.set())
 
     def made(task_id: int) -> Result:
         written.clear()
-        result = studio.make(task_id, job("a red circle", steps=1, frames=5), DEMO, Meter(Board(), task_id))
+        result = session.make(task_id, job("a red circle", steps=1, frames=5), DEMO, Meter(Board(), task_id))
         assert written.wait(60)
         return result
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import footage
-from engine.footage import BadFootage
-from engine.gpu import encode
+from engine.files import footage
+from engine.files.footage import BadFootage
+from engine.gpu.save import encode
 
 SIDE, LIMIT = 32, 10_000
 

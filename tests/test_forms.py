@@ -13,7 +13,7 @@ import pytest
 import requests
 from PIL import Image
 
-from engine.gpu import encode
+from engine.gpu.save import encode
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
 

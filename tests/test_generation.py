@@ -17,16 +17,18 @@ from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipel
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from engine import media, request
-from engine.catalog import HERE, Catalog
-from engine.executor import Progress
-from engine.gpu import pipeline
-from engine.gpu.meter import Meter
-from engine.gpu.studio import Studio
+from engine import admission
+from engine.catalog.models import PACKAGE, Catalog
+from engine.catalog.weights import Weights
+from engine.files import media
+from engine.gpu.load import pipelines
+from engine.gpu.run import render
+from engine.gpu.run.meter import Meter
+from engine.gpu.session import ModelSession
 from engine.job import Board, Cancelled, Job, Phase
-from engine.queue import TaskQueue
-from engine.task import Status, Task
-from engine.weights import Weights
+from engine.queue.runner import TaskQueue
+from engine.queue.tasks import Status, Task
+from engine.workers.local import Progress
 from tests import stand_ins
 from tests.daemon import Daemon
 from tests.frames import read_video
@@ -123,7 +125,7 @@ def job(**changes: Any) -> Job:
 @pytest.fixture(scope="module")
 def loaded() -> Any:
     """The pipeline as the engine loads it."""
-    return pipeline.load(DEMO, DEMO.pipelines["t2v"], Weights(HERE / DEMO.builtin), torch.device("cpu"))
+    return pipelines.load(DEMO, DEMO.pipelines["t2v"], Weights(PACKAGE / DEMO.builtin), torch.device("cpu"))
 
 
 CLASSES = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline}
@@ -132,7 +134,7 @@ CLASSES = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline}
 @pytest.fixture(scope="module")
 def by_hand() -> dict[str, Any]:
     """The pipelines as anybody would load them who has only diffusers."""
-    return {task: cls.from_pretrained(HERE / DEMO.builtin, dtype=torch.float32) for task, cls in CLASSES.items()}
+    return {task: cls.from_pretrained(PACKAGE / DEMO.builtin, dtype=torch.float32) for task, cls in CLASSES.items()}
 
 
 class CancelledAtStep(Meter):
@@ -150,8 +152,8 @@ class CancelledAtStep(Meter):
 
 def rendered(loaded: Any, wanted: Job) -> Frames:
     """What the engine makes of a job: (clips, F, H, W, 3)."""
-    pipe = pipeline.sibling(loaded, DEMO.pipelines[wanted.task])
-    clips = list(pipeline.render(pipe, DEMO, wanted, Meter(Board(), 1)))
+    pipe = pipelines.sibling(loaded, DEMO.pipelines[wanted.task])
+    clips = list(render.render(pipe, DEMO, wanted, Meter(Board(), 1)))
     assert [clip.seed for clip in clips] == [wanted.seed + i for i in range(len(clips))]
     return np.stack([np.concatenate([piece.numpy() for piece in clip.frames or ()]) for clip in clips])
 
@@ -235,7 +237,7 @@ def test_one_shift_leaves_nothing_behind_for_the_next_job(loaded: Any) -> None:
 def test_a_scheduler_that_has_the_shift_stays_and_a_cancel_leaves_nothing_behind_in_it(loaded: Any) -> None:
     before, scheduler = rendered(loaded, job()), loaded.scheduler
     board = Board()
-    begun = pipeline.render(loaded, DEMO, job(seed=7), CancelledAtStep(board, 2))
+    begun = render.render(loaded, DEMO, job(seed=7), CancelledAtStep(board, 2))
     with pytest.raises(Cancelled):
         list(begun)
     assert np.array_equal(rendered(loaded, job()), before)
@@ -320,12 +322,12 @@ class Witness(Board):
 
 @pytest.fixture(scope="module")
 def witnessed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, int]]]:
-    """Every look of the board while the engine's own studio makes two runs."""
-    folder = tmp_path_factory.mktemp("studio")
+    """Every look of the board while the engine's own session makes two runs."""
+    folder = tmp_path_factory.mktemp("session")
     board = Witness()
     written = threading.Event()
-    studio = Studio(stand_ins.config(folder, "cpu"), lambda _: written.set())
-    studio.make(5, job(repeat_generation=2, steps=2), DEMO, Meter(board, 5))
+    session = ModelSession(stand_ins.config(folder, "cpu"), lambda _: written.set())
+    session.make(5, job(repeat_generation=2, steps=2), DEMO, Meter(board, 5))
     assert written.wait(60)
     yield board.__dict__["seen"]
 
@@ -456,7 +458,7 @@ def test_any_prompt_makes_a_file_with_a_plain_name_that_tells_it_word_for_word(d
 
 def test_the_status_says_what_a_request_was_resolved_to(daemon: Daemon) -> None:
     state = daemon.run(prompt="a cat", num_inference_steps=1, video_length=7)
-    plain = request.default_settings(DEMO)
+    plain = admission.default_settings(DEMO)
     expected = {**plain, "prompt": "a cat", "num_inference_steps": 1, "video_length": 9, "seed": state["seed"]}
     assert state["settings"].items() >= expected.items()
     assert state["warnings"] == [

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.catalog import Catalog
-from engine.gpu import encode, inputs
+from engine.admission import resolve
+from engine.catalog.models import Catalog
+from engine.gpu.run import conditioning
+from engine.gpu.save import encode
 from engine.job import Job
-from engine.request import resolve
 
 CATALOG = Catalog.load()
 SIDE, FRAMES = 32, 5
@@ -42,7 +43,9 @@ def levels(frames: list[Image.Image]) -> list[int]:
 
 
 def roles(wanted: Job, sample_rate: int = 0) -> dict[str, object]:
-    return inputs.roles(CATALOG.get(wanted.model).pipelines[wanted.task], inputs.Call(wanted, [1]), sample_rate)
+    return conditioning.roles(
+        CATALOG.get(wanted.model).pipelines[wanted.task], conditioning.Call(wanted, [1]), sample_rate
+    )
 
 
 def test_a_picture_is_cropped_to_the_frame_and_never_stretched(tmp_path: Path) -> None:

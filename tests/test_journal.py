@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from engine.job import OutputFile
-from engine.journal import KEY_LIFETIME_S, MIGRATIONS, Journal, JournalFault
-from engine.task import Status, Task
+from engine.queue.journal import KEY_LIFETIME_S, MIGRATIONS, Journal, JournalFault
+from engine.queue.tasks import Status, Task
 from tests.stand_ins import job
 
 

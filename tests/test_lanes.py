@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from engine import lanes, weights
-from engine.executor import Engine
-from engine.fetch import FetchError, fetch
+from engine.catalog import weights
+from engine.catalog.fetch import FetchError, fetch
 from engine.gpu import process, worker
 from engine.job import Cancelled, EngineError
-from engine.machine import Machine
-from engine.queue import Busy, EngineDown
-from engine.task import Status
+from engine.planning.machine import Machine
+from engine.queue.runner import Busy, EngineDown
+from engine.queue.tasks import Status
+from engine.workers import lanes
+from engine.workers.local import Engine
 from tests import stand_ins
 from tests.daemon import Daemon
 from tests.house import CATALOG, Desk, House, until

@@ -22,9 +22,9 @@ from aiohttp import web
 from PIL import Image
 
 import wangpd
-from engine import outputs as outputs_module
+from engine.files import outputs as outputs_module
+from engine.files.outputs import Outputs, Retention
 from engine.job import EngineError
-from engine.outputs import Outputs, Retention
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
 from tests.processes import alive, eventually, workers

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import loras
-from engine.catalog import HERE, Catalog
-from engine.gpu.adapters import strength
+from engine.catalog import loras
+from engine.catalog.loras import BadLora
+from engine.catalog.models import PACKAGE, Catalog
+from engine.gpu.run.adapters import strength
 from engine.job import Lora
-from engine.loras import BadLora
 from tests.daemon import Daemon
 from tests.frames import read_video
 from tests.idle import idle_daemon
 
 DEMO = Catalog.load().get("wan_demo")
-WEIGHTS = HERE / "demo"
+WEIGHTS = PACKAGE / "demo"
 RANK, WIDTH, BLOCKS = 4, 128, 4
 QUICK = {"num_inference_steps": 4, "video_length": 9, "seed": 7}
 
@@ -159,7 +159,7 @@ def test_the_phases_are_those_of_the_two_experts() -> None:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("loras")
     for name, seed in (("one", 1), ("two", 2)):
         written(folder / "loras", name, layers(seed))
@@ -168,25 +168,25 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield daemon
 
 
-def frames(studio: Daemon, **fields: Any) -> np.ndarray[Any, Any]:
-    return read_video(studio.made(studio.run(**QUICK, **fields)))
+def frames(session: Daemon, **fields: Any) -> np.ndarray[Any, Any]:
+    return read_video(session.made(session.run(**QUICK, **fields)))
 
 
-def test_the_loras_for_a_model_are_listed(studio: Daemon) -> None:
-    data = studio.get("/loras?model=wan_demo").json()["data"]
+def test_the_loras_for_a_model_are_listed(session: Daemon) -> None:
+    data = session.get("/loras?model=wan_demo").json()["data"]
     names = ["alien.safetensors", "one.safetensors", "two.safetensors"]
     assert data == {"model": "wan_demo", "family": "wan", "loras": names}
 
 
-def test_loras_of_an_unknown_model_are_404(studio: Daemon) -> None:
-    assert studio.get("/loras?model=wan_9").status_code == 404
+def test_loras_of_an_unknown_model_are_404(session: Daemon) -> None:
+    assert session.get("/loras?model=wan_9").status_code == 404
 
 
-def test_a_lora_that_does_not_fit_is_400_and_nothing_is_queued(studio: Daemon) -> None:
-    answer = studio.post("/generate", {"prompt": "a", "activated_loras": ["alien"]})
+def test_a_lora_that_does_not_fit_is_400_and_nothing_is_queued(session: Daemon) -> None:
+    answer = session.post("/generate", {"prompt": "a", "activated_loras": ["alien"]})
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith("activated_loras: 'alien.safetensors' does not fit model 'wan_demo'")
-    assert studio.get("/queue").json()["data"]["total_tasks"] == 0
+    assert session.get("/queue").json()["data"]["total_tasks"] == 0
 
 
 def test_before_the_weights_are_here_nothing_tells_whether_a_lora_fits(tmp_path: Path) -> None:
@@ -198,30 +198,30 @@ def test_before_the_weights_are_here_nothing_tells_whether_a_lora_fits(tmp_path:
     assert answer.json()["detail"].startswith(sentence)
 
 
-def test_loras_are_switched_on_and_off_without_loading_the_model_again(studio: Daemon) -> None:
-    plain = frames(studio)
-    loaded = studio.log.read_text().count("loaded model")
-    one, two = (frames(studio, activated_loras=[name]) for name in ("one", "two"))
+def test_loras_are_switched_on_and_off_without_loading_the_model_again(session: Daemon) -> None:
+    plain = frames(session)
+    loaded = session.log.read_text().count("loaded model")
+    one, two = (frames(session, activated_loras=[name]) for name in ("one", "two"))
     assert not np.array_equal(plain, one)
     assert not np.array_equal(one, two)
-    assert np.array_equal(frames(studio, activated_loras=["one"]), one)
-    assert np.array_equal(frames(studio), plain)
-    assert studio.log.read_text().count("loaded model") == loaded
+    assert np.array_equal(frames(session, activated_loras=["one"]), one)
+    assert np.array_equal(frames(session), plain)
+    assert session.log.read_text().count("loaded model") == loaded
 
 
-def test_a_multiplier_of_nothing_is_no_lora(studio: Daemon) -> None:
-    assert np.array_equal(frames(studio, activated_loras=["one"], loras_multipliers="0"), frames(studio))
+def test_a_multiplier_of_nothing_is_no_lora(session: Daemon) -> None:
+    assert np.array_equal(frames(session, activated_loras=["one"], loras_multipliers="0"), frames(session))
 
 
-def test_strengths_that_change_over_the_steps_are_neither_the_first_nor_the_last(studio: Daemon) -> None:
-    spread, first, last = (frames(studio, activated_loras=["one"], loras_multipliers=m) for m in ("0,1", "0", "1"))
+def test_strengths_that_change_over_the_steps_are_neither_the_first_nor_the_last(session: Daemon) -> None:
+    spread, first, last = (frames(session, activated_loras=["one"], loras_multipliers=m) for m in ("0,1", "0", "1"))
     assert not np.array_equal(spread, first)
     assert not np.array_equal(spread, last)
 
 
-def test_the_settings_of_a_status_ask_for_the_same_loras(studio: Daemon) -> None:
-    first = studio.run(**QUICK, activated_loras=["one", "two"], loras_multipliers="0.5 0,1;0.25")
+def test_the_settings_of_a_status_ask_for_the_same_loras(session: Daemon) -> None:
+    first = session.run(**QUICK, activated_loras=["one", "two"], loras_multipliers="0.5 0,1;0.25")
     assert first["settings"]["activated_loras"] == ["one.safetensors", "two.safetensors"]
     assert first["settings"]["loras_multipliers"] == "0.5 0,1;0.25"
-    again = studio.finish(studio.post("/generate", first["settings"]).json()["data"]["task_id"])
-    assert np.array_equal(read_video(studio.made(first)), read_video(studio.made(again)))
+    again = session.finish(session.post("/generate", first["settings"]).json()["data"]["task_id"])
+    assert np.array_equal(read_video(session.made(first)), read_video(session.made(again)))

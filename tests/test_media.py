@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from engine import media
+from engine.files import media
 
 LIMIT = 1_000_000  # pixels
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderKLWan, WanTransformer3DModel
 
-from engine import weights
-from engine.catalog import Catalog
-from engine.gpu import memory, pipeline
+from engine.catalog import weights
+from engine.catalog.models import Catalog
+from engine.gpu.load import offloading, pipelines
 from engine.job import Job
-from engine.machine import GIB
-from engine.memory import Plan, Way
-from engine.work import Work
+from engine.planning.machine import GIB
+from engine.planning.placement import Plan, Way
+from engine.planning.work import Work
 
 CPU = torch.device("cpu")
 DEMO = Catalog.load().get("wan_demo")
@@ -38,7 +38,7 @@ def one_thread() -> None:
 def loaded() -> Any:
     found = weights.locate(DEMO, Path("models"))
     assert found
-    return pipeline.load(DEMO, DEMO.pipelines["t2v"], found, CPU)
+    return pipelines.load(DEMO, DEMO.pipelines["t2v"], found, CPU)
 
 
 def frames(pipe: Any) -> torch.Tensor:
@@ -60,17 +60,17 @@ def plain_frames() -> torch.Tensor:
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_a_plan_that_is_carried_out_changes_no_frame(way: Way, plain_frames: torch.Tensor) -> None:
     pipe = loaded()
-    total = memory.parts_of(pipe, DEMO).denoisers
-    memory.carry_out(pipe, planned(way, total // 2, total // 2), CPU)
+    total = offloading.parts_of(pipe, DEMO).denoisers
+    offloading.carry_out(pipe, planned(way, total // 2, total // 2), CPU)
     assert torch.equal(frames(pipe), plain_frames)
     assert torch.equal(frames(pipe), plain_frames)  # and once more: prefetching starts with the second forward
 
 
 def test_without_a_card_a_pipeline_is_placed_in_ram() -> None:
     pipe = loaded()
-    parts = memory.parts_of(pipe, DEMO)
-    plan = memory.planned(DEMO, memory.measure(CPU), 0, 0, work=Work.usual(DEMO), parts=parts)
-    memory.carry_out(pipe, plan, CPU)
+    parts = offloading.parts_of(pipe, DEMO)
+    plan = offloading.planned(DEMO, offloading.measure(CPU), 0, 0, work=Work.usual(DEMO), parts=parts)
+    offloading.carry_out(pipe, plan, CPU)
     assert plan.describe().startswith("everything in RAM")
     assert {weight.device for weight in pipe.transformer.parameters()} == {CPU}
 
@@ -107,8 +107,8 @@ def hooked(denoiser: WanTransformer3DModel) -> list[int]:
 
 def room_for(denoiser: WanTransformer3DModel, blocks: int) -> int:
     """Bytes of `blocks` blocks and of all that is in none."""
-    block = memory.size_bytes(denoiser.blocks[0])
-    return memory.size_bytes(denoiser) - (BLOCKS - blocks) * block
+    block = offloading.size_bytes(denoiser.blocks[0])
+    return offloading.size_bytes(denoiser) - (BLOCKS - blocks) * block
 
 
 @pytest.mark.parametrize("pinned", [True, False])
@@ -119,21 +119,21 @@ def test_only_the_blocks_for_which_there_is_no_room_are_streamed(
     denoiser: WanTransformer3DModel, resident: int, streamed: list[int], pinned: bool
 ) -> None:
     before = forward(denoiser)
-    memory._stream_blocks(denoiser, room_for(denoiser, resident), CPU, pinned)
+    offloading._stream_blocks(denoiser, room_for(denoiser, resident), CPU, pinned)
     assert hooked(denoiser) == streamed
     assert torch.equal(forward(denoiser), before)
 
 
 def test_a_denoiser_is_whole_again_after_it_was_placed(denoiser: WanTransformer3DModel) -> None:
     names = list(denoiser.state_dict())
-    memory._stream_blocks(denoiser, room_for(denoiser, 6), CPU, pinned=True)
+    offloading._stream_blocks(denoiser, room_for(denoiser, 6), CPU, pinned=True)
     assert list(denoiser.state_dict()) == names
     assert len(denoiser.blocks) == BLOCKS
     assert not list(denoiser.named_buffers(recurse=False))
 
 
 def test_what_is_in_no_block_stays_on_the_card(denoiser: WanTransformer3DModel) -> None:
-    memory._stream_blocks(denoiser, room_for(denoiser, 0), CPU, pinned=True)
+    offloading._stream_blocks(denoiser, room_for(denoiser, 0), CPU, pinned=True)
     outside = [denoiser.patch_embedding, denoiser.condition_embedder, denoiser.proj_out]
     assert not any(hasattr(module, "_diffusers_hook") for part in outside for module in part.modules())
 
@@ -142,7 +142,7 @@ def test_what_is_in_no_block_stays_on_the_card(denoiser: WanTransformer3DModel) 
 
 
 def test_the_parts_are_those_that_the_pipeline_holds() -> None:
-    parts = memory.parts_of(loaded(), DEMO)
+    parts = offloading.parts_of(loaded(), DEMO)
     catalogued = (2 * DEMO.transformer_bf16_bytes, 2 * DEMO.vae_bf16_bytes)  # it runs in float32
     assert (parts.denoisers, parts.vae) == pytest.approx(catalogued, rel=0.02)
     assert parts.parameters == DEMO.transformer_bf16_bytes // 2
@@ -151,7 +151,7 @@ def test_the_parts_are_those_that_the_pipeline_holds() -> None:
 
 
 def test_a_machine_without_a_card_has_no_memory_of_one() -> None:
-    machine = memory.measure(CPU)
+    machine = offloading.measure(CPU)
     assert machine.free_vram_bytes == 0
     assert machine.free_ram_bytes > 0
     assert machine.flops_per_s > 1e8
@@ -161,7 +161,7 @@ def test_measuring_draws_no_random_number() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    memory._product_flops(CPU, torch.float32)
+    offloading._product_flops(CPU, torch.float32)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -176,7 +176,7 @@ def test_a_vae_that_decodes_in_small_tiles_leaves_no_gap() -> None:
     latents = torch.randn(1, 4, 1, 40, 40)  # 320x320 pixels, more than two tiles a side
     with torch.no_grad():
         whole = vae.decode(latents).sample
-        memory.tile_vae(SimpleNamespace(vae=vae), 128)
+        offloading.tile_vae(SimpleNamespace(vae=vae), 128)
         tiled = vae.decode(latents).sample
     assert vae.use_tiling
     assert tiled.shape == whole.shape
@@ -191,19 +191,19 @@ def test_tiles_have_the_asked_size_in_a_vae_that_takes_none_as_argument() -> Non
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
-    memory.tile_vae(SimpleNamespace(vae=vae), 128)
+    offloading.tile_vae(SimpleNamespace(vae=vae), 128)
     assert (vae.tile_sample_min_size, vae.tile_latent_min_size, vae.use_tiling) == (128, 16, True)
 
 
 def test_a_vae_that_knows_no_tiles_is_left_alone() -> None:
     with torch.device("meta"):
         vae = AutoencoderKLTemporalDecoder()
-    memory.tile_vae(SimpleNamespace(vae=vae), 256)
+    offloading.tile_vae(SimpleNamespace(vae=vae), 256)
     assert not hasattr(vae, "use_tiling")
 
 
 def test_a_pipeline_without_a_vae_needs_no_tiles() -> None:
-    memory.tile_vae(SimpleNamespace(), 256)
+    offloading.tile_vae(SimpleNamespace(), 256)
 
 
 # ---- when it was too much
@@ -212,9 +212,9 @@ def test_a_pipeline_without_a_vae_needs_no_tiles() -> None:
 def test_every_profile_leads_to_a_more_frugal_one_and_ends_at_the_last() -> None:
     chain = [0.0]
     while chain[-1] != 5:
-        chain.append(memory.more_frugal(chain[-1]))
+        chain.append(offloading.more_frugal(chain[-1]))
     assert chain == [0, 4, 5]
-    assert [memory.more_frugal(profile) for profile in (1, 2, 3, 3.5, 4.5, 5)] == [3, 4, 4, 4, 5, 5]
+    assert [offloading.more_frugal(profile) for profile in (1, 2, 3, 3.5, 4.5, 5)] == [3, 4, 4, 4, 5, 5]
 
 
 def test_a_job_that_fits_nowhere_is_told_a_size_that_the_model_can_make() -> None:
@@ -223,7 +223,7 @@ def test_a_job_that_fits_nowhere_is_told_a_size_that_the_model_can_make() -> Non
         model=model.id, task="t2v", prompt="x", negative_prompt="", width=1280, height=720, frames=81, fps=16, steps=30,
         guidance_scale=5, embedded_guidance_scale=0, flow_shift=5, seed=1, batch_size=2,
     )  # fmt: skip
-    sentence = memory.advice(job, model, "decoding", 4)
+    sentence = offloading.advice(job, model, "decoding", 4)
     assert "while decoding" in sentence
     assert "1280x720 with 81 frames" in sentence
     assert "try 896x496, or video_length 41, or batch_size 1." in sentence

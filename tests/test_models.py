@@ -32,9 +32,9 @@ QUICK = {
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose models are put there test by test. Nearly lossless files, so that small changes show."""
-    daemon = Daemon(tmp_path_factory.mktemp("studio"), video_crf=1)
+    daemon = Daemon(tmp_path_factory.mktemp("session"), video_crf=1)
     stand_in = str(ROOT / "tests" / "torchvision_stand_in")
     daemon.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": stand_in}
     with daemon:
@@ -46,12 +46,12 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     "case",
     [pytest.param(case, marks=[] if str(case) in QUICK else [pytest.mark.proof], id=str(case)) for case in CASES],
 )
-def test_a_model_does_its_task(case: Case, studio: Daemon, tmp_path: Path) -> None:
-    tiny.build(case.model, studio.models)
-    runs = {name: proof.submit(studio, case, change, other, tmp_path) for name, change, other in wanted(case)}
-    results = {name: proof.finished(studio, task_id) for name, task_id in runs.items()}
-    assert list(proof.faults(case, results, studio)) == []
-    shutil.rmtree(studio.models)  # tiny as they are, all of them would fill a small disk
+def test_a_model_does_its_task(case: Case, session: Daemon, tmp_path: Path) -> None:
+    tiny.build(case.model, session.models)
+    runs = {name: proof.submit(session, case, change, other, tmp_path) for name, change, other in wanted(case)}
+    results = {name: proof.finished(session, task_id) for name, task_id in runs.items()}
+    assert list(proof.faults(case, results, session)) == []
+    shutil.rmtree(session.models)  # tiny as they are, all of them would fill a small disk
 
 
 def wanted(case: Case) -> Iterator[tuple[str, dict[str, object], str]]:

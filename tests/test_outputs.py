@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import media
-from engine.outputs import Entry, Outputs
-from engine.thumbnails import ThumbnailCache
+from engine.files import media
+from engine.files.outputs import Entry, Outputs
+from engine.files.thumbnails import ThumbnailCache
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from engine import machine as machines
-from engine import memory
-from engine.catalog import Catalog, Model
+from engine.catalog.models import Catalog, Model
 from engine.job import EngineError, Job
-from engine.machine import GIB, Machine
-from engine.memory import Plan, Way
-from engine.work import Parts, Shape, Work, forward_flops, tokens
+from engine.planning import machine as machines
+from engine.planning import placement
+from engine.planning.machine import GIB, Machine
+from engine.planning.placement import Plan, Way
+from engine.planning.work import Parts, Shape, Work, forward_flops, tokens
 
 MODELS = {model.id: model for model in Catalog.load()}
 CARDS_GIB = (6, 8, 10, 12, 16, 24, 32, 48, 80, 141)
@@ -45,12 +45,12 @@ def work(model_id: str, **changes: Any) -> Work:
 
 def planned(model_id: str, machine: Machine, **options: Any) -> Plan:
     size = {name: options.pop(name) for name in ("width", "height", "frames", "steps") if name in options}
-    return memory.plan(MODELS[model_id], work(model_id, **size), machine, **options)
+    return placement.plan(MODELS[model_id], work(model_id, **size), machine, **options)
 
 
 def plan_or_none(model: Model, machine: Machine) -> Plan | None:
     try:
-        return memory.plan(model, Work.usual(model), machine)
+        return placement.plan(model, Work.usual(model), machine)
     except EngineError:
         return None
 
@@ -103,7 +103,7 @@ def test_no_plan_that_fits_takes_more_than_there_is(table: Table) -> None:
 def test_a_plan_that_may_not_fit_is_tried_only_within_the_doubt_of_the_estimate(table: Table) -> None:
     doubtful = [(plan, size) for (_, _, size), plan in table.items() if plan and not plan.fits]
     assert doubtful
-    assert all(plan.peak_vram_bytes <= memory.DOUBT * size * GIB for plan, size in doubtful)
+    assert all(plan.peak_vram_bytes <= placement.DOUBT * size * GIB for plan, size in doubtful)
 
 
 def test_every_model_runs_on_24_gb_of_gpu_memory_and_128_of_ram(table: Table) -> None:
@@ -184,9 +184,9 @@ def test_streaming_is_hidden_from_about_as_many_tokens_as_published(machine: Mac
 
     def slowdown(seen: int) -> float:
         some = Work(832, 480, 81, steps=40, tokens=seen, passes=2)
-        streamed = memory.plan(model, some, machine, profile=2)
+        streamed = placement.plan(model, some, machine, profile=2)
         compute_s = 2 * forward_flops(Parts.of(model).parameters, seen)
-        return streamed.step_s / (compute_s / (machine.flops_per_s * memory.EFFICIENCY))
+        return streamed.step_s / (compute_s / (machine.flops_per_s * placement.EFFICIENCY))
 
     assert slowdown(token_count) < 1.04
     assert slowdown(token_count // 3) > 1.3
@@ -224,7 +224,7 @@ def test_a_demanded_profile_is_obeyed_though_it_may_not_fit() -> None:
 
 
 def test_the_automatic_plan_is_as_fast_as_any_profile() -> None:
-    plans = [planned("wan_t2v_14B", card(23), profile=profile) for profile in memory.PROFILES]
+    plans = [planned("wan_t2v_14B", card(23), profile=profile) for profile in placement.PROFILES]
     assert planned("wan_t2v_14B", card(23)).job_s == min(plan.job_s for plan in plans if plan.fits)
 
 
@@ -239,7 +239,7 @@ def test_weights_that_ram_does_not_hold_are_read_from_the_disk_again() -> None:
     assert little.step_s > 1.2 * plenty.step_s
 
 
-@pytest.mark.parametrize(("vae_config", "side"), memory.TILES.items())
+@pytest.mark.parametrize(("vae_config", "side"), placement.TILES.items())
 def test_vae_config_forces_the_side_of_the_tiles(vae_config: int, side: int) -> None:
     assert planned("wan_t2v_14B", h100(), vae_config=vae_config).way.tile_side == side
 
@@ -266,7 +266,7 @@ def test_8_bit_weights_are_not_chosen_where_all_fits_without() -> None:
 
 def test_an_encoder_that_writes_many_words_is_not_streamed() -> None:
     model = MODELS["glm_image"]
-    assert memory.plan(model, Work.usual(model), card(23)).way.encoders != "streamed"
+    assert placement.plan(model, Work.usual(model), card(23)).way.encoders != "streamed"
 
 
 # ---- what is said
@@ -304,13 +304,13 @@ def test_without_a_card_everything_runs_in_ram() -> None:
 
 def test_a_plan_serves_smaller_jobs_and_not_much_larger_ones() -> None:
     model, plan = MODELS["wan_t2v_14B"], planned("wan_t2v_14B", card(23))
-    assert memory.serves(plan, model, work("wan_t2v_14B", width=640, height=480, frames=49))
-    assert not memory.serves(plan, model, work("wan_t2v_14B", width=1280, height=720, frames=161))
+    assert placement.serves(plan, model, work("wan_t2v_14B", width=640, height=480, frames=49))
+    assert not placement.serves(plan, model, work("wan_t2v_14B", width=1280, height=720, frames=161))
 
 
 def test_the_weights_that_were_found_count_more_than_the_catalogue() -> None:
     tiny = Parts(denoisers=10**6, encoders=10**6, vae=10**6, parameters=500_000)
-    assert memory.plan(MODELS["wan_t2v_14B"], work("wan_t2v_14B"), card(7.6), parts=tiny).placement == "resident"
+    assert placement.plan(MODELS["wan_t2v_14B"], work("wan_t2v_14B"), card(7.6), parts=tiny).placement == "resident"
 
 
 def test_a_batch_counts_in_memory_or_in_runs() -> None:
@@ -336,11 +336,11 @@ def test_guidance_doubles_the_forwards(guidance: float | None, passes: int) -> N
     ],
 )
 def test_streamed_blocks_are_few_and_evenly_spread(sizes: list[int], room: int, places: list[int]) -> None:
-    assert memory.streamed_blocks(sizes, room) == places
+    assert placement.streamed_blocks(sizes, room) == places
 
 
 def test_every_value_of_a_way_has_its_words() -> None:
-    ways = [way for ways in memory.PROFILES.values() for way in ways]
+    ways = [way for ways in placement.PROFILES.values() for way in ways]
     plans = [Plan(way, 1, 1, 1, 1, 1.0, 1.0, card_bytes=1) for way in ways]
     assert all(plan.describe() for plan in plans)
 

@@ -13,25 +13,26 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
-from engine.catalog import HERE, Catalog
-from engine.gpu import pipeline
-from engine.gpu.meter import Meter
-from engine.gpu.prompts import SUFFIX, Prompts, Reading, encoder_of
+from engine.admission import resolve
+from engine.catalog.models import PACKAGE, Catalog
+from engine.catalog.weights import Weights
+from engine.gpu.load import pipelines
+from engine.gpu.run import render
+from engine.gpu.run.meter import Meter
+from engine.gpu.run.prompts import SUFFIX, Prompts, Reading, encoder_of
 from engine.job import Board, Job
-from engine.request import resolve
-from engine.weights import Weights
 from tests.daemon import Daemon
 
 CATALOG = Catalog.load()
 DEMO = CATALOG.get("wan_demo")
-WEIGHTS = Weights(HERE / "demo")
+WEIGHTS = Weights(PACKAGE / "demo")
 MIB = 2**20
 
 
 @pytest.fixture
 def pipe() -> Any:
     torch.set_num_threads(1)
-    return pipeline.load(DEMO, DEMO.pipelines["t2v"], WEIGHTS, torch.device("cpu"))
+    return pipelines.load(DEMO, DEMO.pipelines["t2v"], WEIGHTS, torch.device("cpu"))
 
 
 def job(prompt: str = "a red circle moving right", **fields: Any) -> Job:
@@ -40,7 +41,7 @@ def job(prompt: str = "a red circle moving right", **fields: Any) -> Job:
 
 
 def frames(pipe: Any, wanted: Job) -> Any:
-    (clip,) = pipeline.render(pipe, DEMO, wanted, Meter(Board(), 1))
+    (clip,) = render.render(pipe, DEMO, wanted, Meter(Board(), 1))
     assert clip.frames is not None
     return torch.cat(list(clip.frames)).numpy()
 

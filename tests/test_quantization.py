@@ -22,16 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wangpd
-from engine import memory as plans
-from engine import quantization as kinds
-from engine.catalog import HERE, Catalog
-from engine.executor import EngineConfig
-from engine.gpu import adapters, memory, quantization
-from engine.gpu.studio import Studio
-from engine.job import EngineError
-from engine.quantization import KINDS
-from engine.weights import Weights
-from engine.work import Parts, Work
+from engine import capabilities
+from engine.capabilities import KINDS
+from engine.catalog.models import PACKAGE, Catalog
+from engine.catalog.weights import Weights
+from engine.gpu.load import offloading, quantization
+from engine.gpu.run import adapters
+from engine.gpu.session import ModelSession
+from engine.job import EngineConfig, EngineError
+from engine.planning import placement as plans
+from engine.planning.work import Parts, Work
 from tests.daemon import ROOT, Daemon
 from tests.frames import read_video
 from tests.idle import idle_daemon
@@ -43,7 +43,7 @@ from tests.test_single_file import original_denoiser
 
 CPU = torch.device("cpu")
 DEMO = Catalog.load().get("wan_demo")
-WEIGHTS = Weights(HERE / "demo")
+WEIGHTS = Weights(PACKAGE / "demo")
 REQUEST = {"prompt": "a red circle moving right", "video_length": 9, "num_inference_steps": 8, "seed": 1}
 LEAST_PSNR = 34.0  # of int8 against float32 in dB, both as compressed videos; README tells it
 TOLERATED = {"int8": 0.02, "nf4": 0.15}  # change of a layer's weight, as a share of its size
@@ -89,7 +89,7 @@ def start(folder: Path, lines: str) -> int:
 @pytest.mark.parametrize(("capability", "works"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_fp8_needs_a_card_that_computes_in_it(capability: tuple[int, int], works: bool) -> None:
     sentence = "transformer_quantization: 'fp8' needs compute capability 8.9, this card has 8.6; set it to \"int8\""
-    assert kinds.fault("fp8", "cuda", capability) == ("" if works else sentence)
+    assert capabilities.quantization_fault("fp8", "cuda", capability) == ("" if works else sentence)
 
 
 def test_a_worker_that_finds_itself_on_a_cpu_refuses_what_that_can_not_do(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_a_worker_that_finds_itself_on_a_cpu_refuses_what_that_can_not_do(tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_sees_only_the_package_that_it_needs(kind: str) -> None:
     code = (
-        "import sys; from importlib.util import find_spec; from engine.quantization import prepare_process;"
-        "prepare_process(sys.argv[1]); print(*(name for name in ('torchao', 'bitsandbytes') if find_spec(name)))"
+        "import sys; from importlib.util import find_spec; from engine.capabilities import hide_unused_packages;"
+        "hide_unused_packages(sys.argv[1]); print(*(name for name in ('torchao', 'bitsandbytes') if find_spec(name)))"
     )
     fresh = subprocess.run([sys.executable, "-c", code, kind], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(map(find_spec, ("torchao", "bitsandbytes")))  # both are here, so that this can fail
@@ -137,8 +137,8 @@ def test_auto_goes_by_the_card_that_is_there(
     """The model of 64 GB would be streamed to the smaller one."""
     config = EngineConfig(tmp_path, tmp_path, tmp_path, device="cpu", transformer_quantization="auto")
     model = Catalog.load().get("flux2_dev")
-    monkeypatch.setattr(memory, "measure", lambda _: card(free_gib))
-    assert Studio(config, print)._kind_of_weights(model, Work.usual(model)) == kind
+    monkeypatch.setattr(offloading, "measure", lambda _: card(free_gib))
+    assert ModelSession(config, print)._kind_of_weights(model, Work.usual(model)) == kind
 
 
 # -------------------------------------------------------------------------------------------------------- the frames
@@ -206,7 +206,7 @@ def store(models_dir: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def source() -> dict[str, torch.Tensor]:
-    return load_file(HERE / "demo" / "transformer" / "diffusion_pytorch_model.safetensors")
+    return load_file(PACKAGE / "demo" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize("kind", TOLERATED)
@@ -283,7 +283,7 @@ def test_a_layer_in_four_bits_has_the_shape_and_dtype_that_it_had(shape: tuple[i
     small, data = quantization.FourBit.of(layer), torch.randn(2, shape[0], dtype=dtype)
     assert (small.weight.shape, small.weight.dtype) == (layer.weight.shape, dtype)
     assert torch.equal(small(data), nn.functional.linear(data, small.weight, layer.bias))
-    assert memory.size_bytes(small) < memory.size_bytes(layer)
+    assert offloading.size_bytes(small) < offloading.size_bytes(layer)
 
 
 @pytest.mark.parametrize("way", ["streamed from pinned memory", "swapped", "sequential"])
@@ -293,8 +293,8 @@ def test_wherever_the_quantised_weights_lie_the_frames_are_the_same(
 ) -> None:
     models_dir, expected = stored[kind]
     pipe = load(kind, models_dir)
-    total = memory.size_bytes(pipe.transformer)
-    memory.carry_out(pipe, planned(WAYS[way], total // 2, total // 2), CPU)
+    total = offloading.size_bytes(pipe.transformer)
+    offloading.carry_out(pipe, planned(WAYS[way], total // 2, total // 2), CPU)
     assert torch.equal(frames(pipe), expected)
     assert torch.equal(frames(pipe), expected)
 
@@ -351,7 +351,7 @@ def forward(denoiser: Any) -> torch.Tensor:
 @pytest.fixture
 def installed(tmp_path: Path) -> Weights:
     """The embedded model's weights in a folder of the user's."""
-    return Weights(Path(shutil.copytree(HERE / "demo", tmp_path / "models" / "demo")))
+    return Weights(Path(shutil.copytree(PACKAGE / "demo", tmp_path / "models" / "demo")))
 
 
 def spoil(path: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_second_load_reads_what_was_written_and_not_the_source(kind: str, inst
 
 def test_a_second_load_does_not_read_the_single_file_that_it_came_from(tmp_path: Path) -> None:
     save_file(original_denoiser(), tmp_path / "own.safetensors")
-    weights = Weights(HERE / "demo", files={"": tmp_path / "own.safetensors"})
+    weights = Weights(PACKAGE / "demo", files={"": tmp_path / "own.safetensors"})
     first = frames(load("int8", tmp_path, weights))
     spoil(tmp_path / "own.safetensors")
     assert torch.equal(frames(load("int8", tmp_path, weights)), first)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from engine import lanes
-from engine import queue as queue_module
-from engine.executor import Progress
 from engine.job import Cancelled, EngineError, Phase
-from engine.journal import Journal, JournalFault
-from engine.queue import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
-from engine.speeds import Speeds
-from engine.task import Status
+from engine.queue import runner as queue_module
+from engine.queue.journal import Journal, JournalFault
+from engine.queue.runner import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
+from engine.queue.speeds import Speeds
+from engine.queue.tasks import Status
+from engine.workers import lanes
+from engine.workers.local import Progress
 from tests.house import CATALOG, FILE, PATIENCE_S, TIMINGS, House, until
 from tests.stand_ins import job
 

@@ -12,10 +12,10 @@ import pytest
 from huggingface_hub import constants
 
 import wangpd
-from engine import weights
-from engine.catalog import Catalog, Model, Pipeline
-from engine.request import BadRequest, resolve
-from engine.tasks import INPUTS, TASKS
+from engine.admission import BadRequest, resolve
+from engine.catalog import weights
+from engine.catalog.abilities import INPUTS, TASKS
+from engine.catalog.models import Catalog, Model, Pipeline
 from tests.daemon import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
@@ -170,7 +170,11 @@ def test_a_code_of_the_errors_is_one_that_the_engine_gives(row: list[str]) -> No
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?: = [^`]*)?`", TEXT))))
 def test_a_name_with_underscores_in_the_text_is_one_that_the_code_knows(name: str) -> None:
-    sources = [ROOT / "wangpd.py", *(ROOT / "engine").rglob("*.py"), *(ROOT / "engine" / "models").glob("*.toml")]
+    sources = [
+        ROOT / "wangpd.py",
+        *(ROOT / "engine").rglob("*.py"),
+        *(ROOT / "engine" / "catalog" / "models").glob("*.toml"),
+    ]
     assert any(re.search(rf"\b{name}\b", path.read_text()) for path in sources)
 
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import catalog, sliding
-from engine.catalog import Catalog, FrameRule, Model
-from engine.request import CONTRACT_DEFAULTS, BadRequest, Media, Resolved, resolve
-from engine.tasks import TASKS
+from engine.admission import CONTRACT_DEFAULTS, BadRequest, Media, Resolved, resolve
+from engine.catalog import models
+from engine.catalog.abilities import TASKS
+from engine.catalog.models import Catalog, FrameRule, Model
+from engine.planning import windows
 
 CATALOG = Catalog.load()
 MODELS = list(CATALOG)
@@ -126,8 +127,8 @@ def test_what_was_sent_wins(name: str, use_model_defaults: bool) -> None:
 def test_what_was_not_sent_takes_the_models_default(model: Model) -> None:
     task = model.tasks[0]
     result = resolve(CATALOG, model, {"prompt": "a cat", "task": task}, given_inputs(*possible(model, task)[0]))
-    there = {name for name in model.defaults if name not in catalog.OPTIONAL_SETTINGS or model.has_setting(name, task)}
-    there -= {*sliding.SETTINGS}  # they only show in a long video (test_sliding.py)
+    there = {name for name in model.defaults if name not in models.OPTIONAL_SETTINGS or model.has_setting(name, task)}
+    there -= {*windows.SETTINGS}  # they only show in a long video (test_sliding.py)
     assert {name: value(result, name) for name in there} == {name: model.defaults[name] for name in there}
 
 
@@ -210,7 +211,7 @@ def test_the_second_expert_keeps_its_own_default() -> None:
 def test_a_setting_that_the_model_does_not_have_is_told_and_left_out(model_id: str, name: str, sent: Any) -> None:
     result = resolved(model_id, **{name: sent})
     assert result.warnings == (no_setting(name, model_id),)
-    assert getattr(result.job, name) == catalog.OPTIONAL_SETTINGS[name][1]
+    assert getattr(result.job, name) == models.OPTIONAL_SETTINGS[name][1]
 
 
 def takes_none(name: str, model_id: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from engine.outputs import Outputs, Retention
+from engine.files.outputs import Outputs, Retention
 from tests import stand_ins
 from tests.daemon import Daemon
 from tests.processes import alive, eventually, workers

@@ -18,11 +18,11 @@ import pytest
 import requests
 from PIL import Image
 
-from engine.catalog import Catalog
+from engine.catalog.models import Catalog
+from engine.catalog.weights import Weights
 from engine.job import OutputFile
-from engine.journal import Journal
-from engine.task import Status, Task
-from engine.weights import Weights
+from engine.queue.journal import Journal
+from engine.queue.tasks import Status, Task
 from tests import tiny
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
@@ -521,10 +521,10 @@ def checkpoint(tmp_path: Path) -> Path:
 def load(checkpoint: Path) -> Any:
     import torch
 
-    from engine.gpu import pipeline
+    from engine.gpu.load import pipelines
 
     with warnings.catch_warnings(action="ignore"):
-        return pipeline.load(MODEL, MODEL.pipelines["t2v"], Weights(checkpoint), torch.device("cpu"))
+        return pipelines.load(MODEL, MODEL.pipelines["t2v"], Weights(checkpoint), torch.device("cpu"))
 
 
 def pickled(folder: Path, name: str, mark: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.catalog import HERE, Catalog
-from engine.gpu import pipeline
-from engine.weights import Weights
+from engine.catalog.models import PACKAGE, Catalog
+from engine.catalog.weights import Weights
+from engine.gpu.load import pipelines
 from tests.daemon import Daemon
 from tests.frames import read_video
 from tests.tiny import MODELS as MAKERS
@@ -56,7 +56,7 @@ LONG_S = 250  # for a worker to start, and torch in it
 
 def original_denoiser() -> dict[str, torch.Tensor]:
     """The embedded model's denoiser under the names that its publishers would have used."""
-    there = load_file(HERE / "demo" / "transformer" / "diffusion_pytorch_model.safetensors")
+    there = load_file(PACKAGE / "demo" / "transformer" / "diffusion_pytorch_model.safetensors")
     return {f"model.diffusion_model.{original_name(name)}": tensor for name, tensor in there.items()}
 
 
@@ -225,7 +225,7 @@ def test_a_whole_checkpoint_brings_all_its_weights(tmp_path: Path) -> None:
     MAKERS["sd15"]().save_pretrained(tmp_path / "base")
     model = Catalog.load().get("sd15")
     weights = Weights(tmp_path / "base", files={"": tmp_path / "whole.safetensors"})
-    loaded = pipeline.load(model, model.pipelines["t2i"], weights, torch.device("cpu"))
+    loaded = pipelines.load(model, model.pipelines["t2i"], weights, torch.device("cpu"))
     for part in ("unet", "vae", "text_encoder"):
         wanted, found = (getattr(pipe, part).state_dict() for pipe in (shared, loaded))
         assert wanted.keys() == found.keys()

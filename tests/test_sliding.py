@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.catalog import Catalog, FrameRule
-from engine.gpu import inputs, pace, sliding
-from engine.gpu.inputs import Call
+from engine.admission import Media, resolve
+from engine.catalog.models import Catalog, FrameRule
+from engine.gpu.run import conditioning, pace, sliding
+from engine.gpu.run.conditioning import Call
 from engine.job import Job
-from engine.request import Media, resolve
-from engine.sliding import windows
-from engine.work import Work
+from engine.planning.windows import windows
+from engine.planning.work import Work
 from tests.daemon import Daemon
 from tests.frames import read_video
 from tools.demo.judge import read_clip
@@ -156,7 +156,7 @@ def test_what_began_as_text_goes_on_from_a_frame_near_the_end() -> None:
     assert [call.job.task for call in calls] == ["t2v", "i2v", "i2v", "i2v"]
     assert [len(call.lead) for call in calls] == [0, 9, 9, 9]
     model = CATALOG.get("wan_demo")
-    start = inputs.roles(model.pipelines["i2v"], calls[1], 0)["start_image"]
+    start = conditioning.roles(model.pipelines["i2v"], calls[1], 0)["start_image"]
     assert np.asarray(start)[0, 0].tolist() == [10, 10, 10]
 
 
@@ -173,7 +173,7 @@ def test_start_and_end_picture_belong_to_the_first_and_the_last_window(tmp_path:
     assert [call.job.task for call in calls] == ["i2v", *["v2v"] * (len(calls) - 2), "v2v"]
     assert [sorted(call.job.inputs) for call in calls] == [["image_start"], *[[]] * (len(calls) - 2), ["image_end"]]
     pipeline = CATALOG.get(job.model).pipelines["v2v"]
-    last = inputs.roles(pipeline, calls[-1], 0)["conditions"]
+    last = conditioning.roles(pipeline, calls[-1], 0)["conditions"]
     assert [(condition.frame_index, condition.video is not None) for condition in last] == [
         (0, True),
         (calls[-1].job.frames - 1, False),
@@ -183,14 +183,14 @@ def test_start_and_end_picture_belong_to_the_first_and_the_last_window(tmp_path:
 def test_frames_that_are_known_are_kept_in_a_masked_video() -> None:
     job = long_job("wan_vace_1.3B", video_length=33, sliding_window_size=17, resolution="32x32")
     _, calls = made(job, iter([40, 50, 60]))
-    roles = inputs.roles(CATALOG.get(job.model).pipelines["t2v"], calls[1], 0)
+    roles = conditioning.roles(CATALOG.get(job.model).pipelines["t2v"], calls[1], 0)
     masks = [round(float(np.asarray(frame).mean())) for frame in roles["mask"]]
     assert masks == [0] * 5 + [255] * (calls[1].job.frames - 5)
     assert np.asarray(roles["source_video"][4])[0, 0].tolist() == [40, 40, 40]
 
 
 def test_a_guide_is_followed_from_where_the_window_begins(tmp_path: Path) -> None:
-    from engine.gpu import encode
+    from engine.gpu.save import encode
 
     path = tmp_path / "film.mp4"
     shades = np.arange(33, dtype=np.uint8)[:, None, None, None] * 7
@@ -198,7 +198,7 @@ def test_a_guide_is_followed_from_where_the_window_begins(tmp_path: Path) -> Non
     files = {"video_guide": Media((path,), 33 / 16)}
     job = long_job("wan_vace_1.3B", files, video_length=33, sliding_window_size=17, resolution="32x32")
     _, calls = made(job, iter([40, 50, 60]))
-    roles = inputs.roles(CATALOG.get(job.model).pipelines["vace"], calls[1], 0)
+    roles = conditioning.roles(CATALOG.get(job.model).pipelines["vace"], calls[1], 0)
     first_new = round(float(np.asarray(roles["source_video"][5]).mean()))
     assert first_new == pytest.approx((calls[1].start + 5) * 7, abs=4)
 

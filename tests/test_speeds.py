@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from engine.catalog import Catalog
+from engine.admission import Media, resolve
+from engine.catalog.models import Catalog
 from engine.job import Job, Result
-from engine.request import Media, resolve
-from engine.speeds import Speeds
+from engine.queue.speeds import Speeds
 
 CATALOG = Catalog.load()
 RESULT = Result(files=(), timings={"loading": 2.0, "denoising": 8.0, "decoding": 1.0}, peak_memory_bytes=0)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, FluxPipeline
 
-from engine.gpu import background, decoding, encode, saving
-from engine.gpu.background import Background
+from engine.gpu.run import decoding
+from engine.gpu.save import background, encode, saving
+from engine.gpu.save.background import Background
 from engine.job import EngineError
 from tests.daemon import Daemon
 from tests.frames import read_video

@@ -18,16 +18,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engine import parallel
-from engine.catalog import HERE, Catalog
-from engine.executor import Engine
-from engine.gpu import sharing, worker
-from engine.gpu.parcels import numbers, packed
-from engine.gpu.process import LOCAL_ONLY, Seat
+from engine import capabilities
+from engine.catalog.models import PACKAGE, Catalog
+from engine.gpu import worker
+from engine.gpu.process import LOCAL_ONLY, Rank
+from engine.gpu.team import sharing
+from engine.gpu.team.parcels import numbers, packed
 from engine.job import EngineError
-from engine.machine import Machine
-from engine.memory import plan
-from engine.work import Work
+from engine.planning.machine import Machine
+from engine.planning.placement import plan
+from engine.planning.work import Work
+from engine.workers.local import Engine
 from tests import stand_ins
 from tests.daemon import Daemon
 from tests.frames import read_video
@@ -97,7 +98,7 @@ def test_the_first_block_cache_skips_what_all_agree_on(team: Daemon, single: Dae
 
 def test_a_model_whose_heads_can_not_be_spread_is_made_by_the_first_device_alone(team: Daemon) -> None:
     folder = team.models / "one_head"
-    shutil.copytree(HERE / DEMO.builtin, folder)
+    shutil.copytree(PACKAGE / DEMO.builtin, folder)
     config = json.loads((folder / "transformer" / "config.json").read_text())
     width = config["num_attention_heads"] * config["attention_head_dim"]
     changed = config | {"num_attention_heads": 1, "attention_head_dim": width}
@@ -183,7 +184,7 @@ async def test_a_device_of_a_team_that_is_missing_is_told(tmp_path: Path) -> Non
 # ---- the share of each
 
 
-def _share(seat: Seat, cls: str, config: dict[str, Any], inputs: dict[str, Any]) -> tuple[int, int, float]:
+def _share(rank: Rank, cls: str, config: dict[str, Any], inputs: dict[str, Any]) -> tuple[int, int, float]:
     """In a process of its own: tokens of all and of this process's share, and the largest error of the result."""
     os.environ.update(LOCAL_ONLY)
     torch.manual_seed(0)
@@ -192,7 +193,7 @@ def _share(seat: Seat, cls: str, config: dict[str, Any], inputs: dict[str, Any])
     denoiser.blocks[1].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     with torch.no_grad():
         whole = denoiser(**inputs, return_dict=False)[0]
-        group = sharing.Group(seat, torch.device("cpu"))
+        group = sharing.Group(rank, torch.device("cpu"))
         pipe = typing.cast("Any", _Pipe({"transformer": denoiser}))
         with group.shared(pipe):
             shared = denoiser(**inputs, return_dict=False)[0]
@@ -241,8 +242,8 @@ def test_each_process_computes_half_of_the_tokens_and_has_the_whole_result(cls: 
     }
     if "VACE" in cls:
         inputs["control_hidden_states"] = torch.randn(1, 8, 3, 8, 8, generator=rng)
-    seats = [Seat(rank, 2, "cpu", tmp_path / "a meeting #1") for rank in range(2)]
-    results = pool.starmap(_share, [(seat, cls, DENOISERS[cls], inputs) for seat in seats], chunksize=1)
+    seats = [Rank(rank, 2, "cpu", tmp_path / "a rendezvous #1") for rank in range(2)]
+    results = pool.starmap(_share, [(rank, cls, DENOISERS[cls], inputs) for rank in seats], chunksize=1)
     assert [result[:2] for result in results] == [(48, 24), (48, 24)]
     assert max(result[2] for result in results) < 1e-5
 
@@ -284,7 +285,7 @@ def test_arguments_reach_another_process_as_they_were() -> None:
     ("heads", "count", "possible"), [(40, 8, True), (12, 8, False), (12, 5, False), (24, 5, True), (1, 2, False)]
 )
 def test_heads_are_spread_if_each_device_gets_some(heads: int, count: int, possible: bool) -> None:
-    assert parallel.splits(heads, count) is possible
+    assert capabilities.heads_split(heads, count) is possible
 
 
 def test_two_cards_take_little_more_than_half_of_the_time_of_a_step() -> None:
@@ -310,8 +311,8 @@ def test_a_model_that_can_not_be_shared_is_planned_for_one_card() -> None:
     ],
 )
 def test_what_can_not_work_together_stops_the_start(devices: list[str], mode: str, words: str) -> None:
-    assert words in parallel.fault(devices, mode)
-    assert parallel.fault(["cuda:0", "cuda:1"], "sdpa") == ""
+    assert words in capabilities.team_fault(devices, mode)
+    assert capabilities.team_fault(["cuda:0", "cuda:1"], "sdpa") == ""
 
 
 def test_a_configuration_without_devices_names_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.catalog import Model
-from engine.tasks import INPUTS
+from engine.catalog.abilities import INPUTS
+from engine.catalog.models import Model
 from tests import proof, tiny
 from tests.daemon import Daemon
 from tests.proof import CATALOG, Case
@@ -22,45 +22,45 @@ KEEPS_START = ["wan22_ti2v_5B", "fastwan22_ti2v_5B"]
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose models are put there test by test. Nearly lossless files."""
-    daemon = Daemon(tmp_path_factory.mktemp("studio"), video_crf=1)
+    daemon = Daemon(tmp_path_factory.mktemp("session"), video_crf=1)
     daemon.environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with daemon:
         yield daemon
 
 
-def run(studio: Daemon, model: Model, folder: Path, **change: Any) -> proof.Run:
+def run(session: Daemon, model: Model, folder: Path, **change: Any) -> proof.Run:
     """One run of the model's first task with all the inputs that it takes."""
-    tiny.build(model, studio.models)
+    tiny.build(model, session.models)
     case = Case(model.id, model.tasks[0])
-    return proof.finished(studio, proof.submit(studio, case, change, "", folder))
+    return proof.finished(session, proof.submit(session, case, change, "", folder))
 
 
 @pytest.mark.parametrize("model_id", KEEPS_START)
-def test_the_start_image_is_the_first_frame(model_id: str, studio: Daemon, tmp_path: Path) -> None:
+def test_the_start_image_is_the_first_frame(model_id: str, session: Daemon, tmp_path: Path) -> None:
     case = Case(model_id, "i2v")
-    tiny.build(case.model, studio.models)
-    made = proof.finished(studio, proof.submit(studio, case, {}, "", tmp_path))
+    tiny.build(case.model, session.models)
+    made = proof.finished(session, proof.submit(session, case, {}, "", tmp_path))
     sent = proof.blocks(case.side, case.inputs.index("image_start") + 1)
     assert np.abs(made.content[0] - sent).mean() < 3.0
 
 
 @pytest.mark.parametrize("model", RECIPES, ids=lambda model: model.id)
-def test_a_recipes_loras_change_the_frames_of_its_base(model: Model, studio: Daemon, tmp_path: Path) -> None:
-    plain = run(studio, CATALOG.get(model.base), tmp_path, guidance_scale=1.0)
-    assert proof.difference(run(studio, model, tmp_path, guidance_scale=1.0), plain) > 1.0
+def test_a_recipes_loras_change_the_frames_of_its_base(model: Model, session: Daemon, tmp_path: Path) -> None:
+    plain = run(session, CATALOG.get(model.base), tmp_path, guidance_scale=1.0)
+    assert proof.difference(run(session, model, tmp_path, guidance_scale=1.0), plain) > 1.0
 
 
-def test_a_switch_to_another_model_and_back_gives_the_same_frames_and_loads_each_once(studio: Daemon) -> None:
-    tiny.build(CATALOG.get("wan_t2v_1.3B"), studio.models)
+def test_a_switch_to_another_model_and_back_gives_the_same_frames_and_loads_each_once(session: Daemon) -> None:
+    tiny.build(CATALOG.get("wan_t2v_1.3B"), session.models)
     fields = [PLAIN | {"model_type": name, "resolution": "64x64"} for name in ("wan_demo", "wan_t2v_1.3B")]
-    before = studio.log.stat().st_size
-    made = [studio.made(studio.run(**fields[number])) for number in (0, 1, 1, 0)]
+    before = session.log.stat().st_size
+    made = [session.made(session.run(**fields[number])) for number in (0, 1, 1, 0)]
     first, second, again, back = (proof.content(path) for path in made)
     assert np.array_equal(first, back)
     assert np.array_equal(second, again)
-    loaded = re.findall(r"loaded model (\S+)", studio.log.read_text()[before:])
+    loaded = re.findall(r"loaded model (\S+)", session.log.read_text()[before:])
     assert loaded[-2:] == ["wan_t2v_1.3B", "wan_demo"]
     assert len(loaded) <= 3  # wan_demo may have been there from before
 
@@ -71,23 +71,23 @@ def test_a_switch_to_another_model_and_back_gives_the_same_frames_and_loads_each
 VIDEO_MODELS = [model for model in CATALOG if model.family == "wan"]
 
 
-def refused(studio: Daemon, model: Model, name: str, folder: Path) -> str:
+def refused(session: Daemon, model: Model, name: str, folder: Path) -> str:
     """The sentence of a request with this input alone; nothing is queued."""
     case = Case("wan_t2v_1.3B", "t2v")
     words = {"prompt": "a cat", "model_type": model.id}
     file = proof.file_of(name, case, 0, folder)
     parts = [*((key, (None, value)) for key, value in words.items()), (name, ("file", file))]
-    answer = studio.request("POST", "/generate", files=parts)
+    answer = session.request("POST", "/generate", files=parts)
     assert answer.status_code == 400
-    assert studio.get("/queue").json()["data"]["total_tasks"] == 0
+    assert session.get("/queue").json()["data"]["total_tasks"] == 0
     return str(answer.json()["detail"])
 
 
 @pytest.mark.parametrize("model", VIDEO_MODELS, ids=lambda model: model.id)
-def test_an_input_that_a_model_does_not_take_is_refused(model: Model, studio: Daemon, tmp_path: Path) -> None:
+def test_an_input_that_a_model_does_not_take_is_refused(model: Model, session: Daemon, tmp_path: Path) -> None:
     if not model.builtin:
-        tiny.build(model, studio.models)  # what is not installed is refused for that alone
+        tiny.build(model, session.models)  # what is not installed is refused for that alone
     for name in INPUTS:
         if not model.takes(name):
             sentence = f"{name}: model '{model.id}' takes no such {INPUTS[name].kind}; models that do: "
-            assert refused(studio, model, name, tmp_path) == sentence + CATALOG.that_take(name)
+            assert refused(session, model, name, tmp_path) == sentence + CATALOG.that_take(name)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine import weights
-from engine.catalog import HERE, Catalog, Model
+from engine.catalog import weights
+from engine.catalog.models import PACKAGE, Catalog, Model
 from tests.daemon import Daemon
 
 CATALOG = Catalog.load()
@@ -76,7 +76,7 @@ def folder_of(model: Model, models_dir: Path) -> Path | None:
 
 
 def test_the_embedded_model_lies_in_the_package(models_dir: Path) -> None:
-    assert folder_of(CATALOG.get("wan_demo"), models_dir) == HERE / "demo"
+    assert folder_of(CATALOG.get("wan_demo"), models_dir) == PACKAGE / "demo"
 
 
 def test_nothing_is_found_where_nothing_is(models_dir: Path) -> None:

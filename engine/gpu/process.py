@@ -12,34 +12,31 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from engine import compilation, quantization
-
-if TYPE_CHECKING:
-    from engine.executor import EngineConfig
+from engine.capabilities import compile_environment, hide_unused_packages
+from engine.job import EngineConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOCAL_ONLY = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a team does not listen to the LAN
 
 
 @dataclass(frozen=True)
-class Seat:
-    """The place of one process in a team of `count`; the lead is rank 0. They find each other by the file `meeting`."""
+class Rank:
+    """The place of one process in a team of `count`; the lead is rank 0. They meet by the file `rendezvous`."""
 
-    rank: int
+    number: int
     count: int
     device: str
-    meeting: Path
+    rendezvous: Path
 
 
-def prepare(config: "EngineConfig", device: str) -> None:
+def prepare(config: EngineConfig, device: str) -> None:
     """Make this process one that works on `device`, as configured, and that ends with the one that started it."""
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
     if config.compile:
-        os.environ.update(compilation.environment(config.state_path))
-    quantization.prepare_process(config.transformer_quantization)
+        os.environ.update(compile_environment(config.state_path))
+    hide_unused_packages(config.transformer_quantization)
     if device.startswith("cuda:"):
         os.environ[VISIBLE] = only_card(int(device[5:]), os.environ.get(VISIBLE))
     if not config.allow_download:
@@ -49,15 +46,15 @@ def prepare(config: "EngineConfig", device: str) -> None:
     threading.Thread(target=_end_with_parent, name="watchdog", daemon=True).start()
 
 
-def follow(connection: Connection, seat: Seat, config: "EngineConfig", visible: str | None) -> None:
+def follow(connection: Connection, rank: Rank, config: EngineConfig, visible: str | None) -> None:
     """The whole life of a follower; `visible` are the cards that the lead could see before it chose its own."""
     os.environ.pop(VISIBLE, None)
     if visible is not None:
         os.environ[VISIBLE] = visible
-    prepare(config, seat.device)
-    from engine.gpu.follower import Follower  # not before: it imports torch
+    prepare(config, rank.device)
+    from engine.gpu.team.follower import Follower  # not before: it imports torch
 
-    Follower(connection, seat, config).serve()
+    Follower(connection, rank, config).serve()
 
 
 def _end_with_parent() -> None:

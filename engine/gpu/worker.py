@@ -9,26 +9,37 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from engine.catalog import Model
+from engine.catalog.models import Model
 from engine.gpu import process
-from engine.gpu.meter import Meter
-from engine.job import FAULT_BYTES, NO_TASK, PLAN_BYTES, Board, Cancelled, EngineError, Job, Phase, Result, fingerprint
-from engine.machine import Machine
+from engine.gpu.run.meter import Meter
+from engine.job import (
+    FAULT_BYTES,
+    NO_TASK,
+    PLAN_BYTES,
+    Board,
+    Cancelled,
+    EngineConfig,
+    EngineError,
+    Job,
+    Phase,
+    Result,
+    fingerprint,
+)
+from engine.planning.machine import Machine
 
 if TYPE_CHECKING:
-    from engine.executor import EngineConfig
-    from engine.gpu.studio import Studio
+    from engine.gpu.session import ModelSession
 
 log = logging.getLogger("wangpd.worker")
 T = TypeVar("T")
 
 _board: Board
-_config: "EngineConfig"
+_config: EngineConfig
 _visible: str | None  # CUDA_VISIBLE_DEVICES as the daemon has it
-_studio: "Studio | None" = None
+_session: "ModelSession | None" = None
 
 
-def start(board: Board, config: "EngineConfig") -> None:
+def start(board: Board, config: EngineConfig) -> None:
     """Make this process the worker of `board`. Trivial on purpose: an error in an initializer loses its message."""
     global _board, _config, _visible
     _board, _config, _visible = board, config, os.environ.get(process.VISIBLE)
@@ -39,15 +50,15 @@ def start(board: Board, config: "EngineConfig") -> None:
 
 def generate(task_id: int, job: Job, model: Model) -> Result:
     """Run one job and return its files, which are still being written. Raises EngineError or Cancelled."""
-    return _guarded(task_id, lambda studio, meter: studio.make(task_id, job, model, meter))
+    return _guarded(task_id, lambda session, meter: session.make(task_id, job, model, meter))
 
 
 def warm(model: Model) -> None:
     """Load `model`, so that the next task of it need not. Raises EngineError."""
-    _guarded(NO_TASK, lambda studio, _meter: studio.load(model, model.tasks[0]))
+    _guarded(NO_TASK, lambda session, _meter: session.load(model, model.tasks[0]))
 
 
-def _guarded(task_id: int, work: "Callable[[Studio, Meter], T]") -> T:
+def _guarded(task_id: int, work: "Callable[[ModelSession, Meter], T]") -> T:
     """Do `work`; what it raises becomes one of the two exceptions that may cross the border.
 
     To unpickle an exception of torch, the daemon would have to import torch.
@@ -73,14 +84,14 @@ def _for_the_daemon(error: BaseException, task_id: int, where: str) -> Exception
     return _translated(error, where)
 
 
-def _opened() -> "Studio":
-    global _studio
-    if _studio is None:
-        from engine.gpu.studio import Studio
+def _opened() -> "ModelSession":
+    global _session
+    if _session is None:
+        from engine.gpu.session import ModelSession
 
-        _studio = Studio(_config, _settled, _visible)
-        _tell(_studio.machine())  # now, while no model takes anything of it
-    return _studio
+        _session = ModelSession(_config, _settled, _visible)
+        _tell(_session.machine())  # now, while no model takes anything of it
+    return _session
 
 
 def _tell(machine: Machine) -> None:
@@ -97,16 +108,16 @@ def _settled(fault: str) -> None:
 
 
 def _give_back() -> None:
-    if _studio is None:
+    if _session is None:
         return
-    _show(_studio)
-    _studio.give_back()
+    _show(_session)
+    _session.give_back()
 
 
-def _show(studio: "Studio") -> None:
+def _show(session: "ModelSession") -> None:
     """Say on the board which model is loaded, and where it lies."""
-    loaded = fingerprint(studio.model_id) if studio.model_id else 0
-    plan = f"{studio.model_id}: {studio.plan}".encode()[:PLAN_BYTES] if loaded else b""
+    loaded = fingerprint(session.model_id) if session.model_id else 0
+    plan = f"{session.model_id}: {session.plan}".encode()[:PLAN_BYTES] if loaded else b""
     if (_board.loaded, _board.plan) != (loaded, plan):
         _board.loaded = 0  # meanwhile: the plan is read only beside a model
         _board.plan = plan

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from engine.catalog import Model
+from engine.catalog.models import Model
 from tests.proof import Proof
 
 _MODULES = [importlib.import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for every model of engine/models/wan.toml but the embedded one, made from nothing in a moment.
+"""Tiny checkpoints for every model of wan.toml but the embedded one, made from nothing in a moment.
 
 Each becomes a folder in diffusers layout with the classes, the configuration flags and the component list of the real
 model, so that loading and rendering go through the same code. The denoisers are random (from a fixed seed) with enough

@@ -1,0 +1,1 @@
+"""The HTTP vocabulary that wangpd.py speaks."""

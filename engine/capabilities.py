@@ -1,0 +1,184 @@
+"""What this machine can run: attention kernels, quantised weights, compiled blocks, several devices for one task.
+
+On the daemon's side, so that what can't work stops the start, with the command to type, and not the first task.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import cast
+
+from engine.catalog.models import Model
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`backend` is diffusers' name for it; `package` what it imports, and `install` what pip calls that."""
+
+    backend: str
+    package: str = ""
+    install: str = ""
+
+    @property
+    def installed(self) -> bool:
+        """True if its package is there; whether the card can run it shows only when it is tried."""
+        return not self.package or find_spec(self.package) is not None
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "sdpa": Kernel("native"),
+    "cudnn": Kernel("_native_cudnn"),
+    "flash": Kernel("flash", "flash_attn", "flash-attn"),
+    "flash3": Kernel("_flash_3", "flash_attn_interface", "flash-attn-3"),
+    "sage": Kernel("sage", "sageattention", "sageattention"),
+    "sage2": Kernel("_sage_qk_int8_pv_fp8_cuda", "sageattention", "sageattention>=2"),
+    "xformers": Kernel("xformers", "xformers", "xformers"),
+}
+
+
+def attention_fault(mode: str) -> str:
+    """Why `mode` can't be used on this machine, with what to type; "" if it can."""
+    if mode == AUTO or KERNELS[mode].installed:
+        return ""
+    return (
+        f"attention_mode: '{mode}' needs a package that is not here; install it: pip install '{KERNELS[mode].install}'"
+    )
+
+
+# ---- quantised weights
+
+QUANTIZATION = "transformer_quantization"
+NONE, GGUF = "none", "gguf"
+TALKATIVE = ("torchao", "torch.utils._pytree")  # at each import, of what this machine can't do and needn't
+EVERYWHERE = ("cuda", "mps", "cpu")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`package` is what it imports, `install` what pip calls that; `devices` are torch's types of them.
+
+    `capability` is the least compute capability of a CUDA card, and `instead` the kind for a device that lacks it.
+    """
+
+    package: str = ""
+    install: str = ""
+    devices: tuple[str, ...] = EVERYWHERE
+    capability: tuple[int, int] = (0, 0)
+    instead: str = NONE
+
+
+KINDS: Mapping[str, Kind] = {
+    NONE: Kind(),
+    AUTO: Kind("torchao", "torchao>=0.18"),
+    "int8": Kind("torchao", "torchao>=0.18"),
+    # The products themselves are computed in 8 bits, for which older cards have no circuits.
+    "fp8": Kind("torchao", "torchao>=0.18", ("cuda",), (8, 9), "int8"),
+    "nf4": Kind("bitsandbytes", "bitsandbytes>=0.46", ("cuda", "cpu"), instead="int8"),
+    GGUF: Kind("gguf", "gguf>=0.17"),
+}
+
+
+def quantization_fault(kind: str, device: str = "auto", capability: tuple[int, int] | None = None) -> str:
+    """Why `kind` can't be used, and what to do; "" if it can.
+
+    `device` is a value of the key of that name, or a torch device; `capability` that of its card, where it is known.
+    """
+    needs, place = KINDS[kind], device.partition(":")[0]
+    if needs.package and find_spec(needs.package) is None:
+        return f"{QUANTIZATION}: '{kind}' needs a package that is not here; install it: pip install '{needs.install}'"
+    if place != "auto" and place not in needs.devices:
+        return f"{QUANTIZATION}: '{kind}' does not work on device '{device}'; set it to \"{needs.instead}\""
+    if capability is not None and capability < needs.capability:
+        wanted, has = (".".join(map(str, pair)) for pair in (needs.capability, capability))
+        rule = f"'{kind}' needs compute capability {wanted}, this card has {has}"
+        return f'{QUANTIZATION}: {rule}; set it to "{needs.instead}"'
+    return ""
+
+
+def is_gguf(model: Model) -> bool:
+    """Whether the model's entry names a GGUF file, whose weights are quantised already."""
+    files = [model.single_file] if isinstance(model.single_file, str) else model.single_file.values()
+    return any(file.endswith(".gguf") for file in files)
+
+
+def quantization_refusal(kind: str, model: Model) -> str:
+    """Why `model` can't run with `kind`, and what to do; "" if it can."""
+    if kind != GGUF or is_gguf(model):
+        return ""
+    return (
+        f"{QUANTIZATION}: 'gguf' is configured, and model '{model.id}' has no GGUF file; put one into models_dir,"
+        f' with an entry there that says base = "{model.id}" and single_file = "NAME.gguf", or set the key to "int8"'
+    )
+
+
+def hide_unused_packages(kind: str) -> None:
+    """Before diffusers is imported: let it find no package of a kind that is not configured, and quiet torchao.
+
+    Diffusers and peft import whatever of these is installed: torchao alone costs each start two seconds and 50 MB.
+    """
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    unused = {other.package for other in KINDS.values()} - {"", "gguf", KINDS[kind].package}
+    modules = cast("dict[str, object]", sys.modules)
+    modules.update(dict.fromkeys(unused - modules.keys()))
+
+
+# ---- compiled blocks
+
+
+def compile_fault(device: str) -> str:
+    """Why blocks can't be compiled for `device` on this machine, with what to type; "" if they can."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
+    if shutil.which(compiler) is None:
+        return (
+            f"compile: true needs a C++ compiler, and '{compiler}' is not here; install it, as with: apt install g++,"
+            " or set compile = false"
+        )
+    if device.startswith("cuda") and find_spec("triton") is None:
+        return f"compile: true needs triton on device '{device}'; install it: pip install triton"
+    return ""
+
+
+def compile_cache(state_path: Path) -> Path:
+    """Where what was compiled is kept. It can be deleted at any time: it is then compiled again."""
+    return state_path / "compiled"
+
+
+def compile_environment(state_path: Path) -> Mapping[str, str]:
+    """The variables that make torch and triton keep there what they compile; they are read when torch is imported."""
+    cache = compile_cache(state_path)
+    return {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+
+
+# ---- several devices for one task
+
+# Of KERNELS, those for which diffusers can split the tokens.
+SHAREABLE_KERNELS = (AUTO, "sdpa", "cudnn", "flash", "sage")
+
+
+def heads_split(heads: int, count: int) -> bool:
+    """True if so many attention heads can be spread over `count` devices: the last one must have some, too."""
+    each = -(-heads // count)
+    return each * count - heads < each
+
+
+def team_fault(devices: Sequence[str], attention_mode: str) -> str:
+    """Why these devices can't compute a task together, and what to do; "" if they can."""
+    kinds = sorted({device.partition(":")[0] for device in devices})
+    if len(devices) < 2:
+        return 'context_parallel: devices must name those that work together, as in devices = ["cuda:0", "cuda:1"]'
+    if len(kinds) > 1:
+        return f"context_parallel: devices must be of one kind, and are {' and '.join(kinds)}"
+    if kinds == ["cuda"] and len(set(devices)) < len(devices):
+        return "context_parallel: devices must name each card once"
+    if attention_mode not in SHAREABLE_KERNELS:
+        choice = ", ".join(SHAREABLE_KERNELS)
+        return f"context_parallel: attention_mode '{attention_mode}' does not work with it; choose {choice}"
+    return ""

@@ -1,0 +1,1 @@
+"""The models: what each can do, its weights and its LoRAs."""

@@ -1,0 +1,1 @@
+"""Files on disk: outputs, thumbnails, inputs, and what is in them."""

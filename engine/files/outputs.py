@@ -1,0 +1,225 @@
+"""The output folder: what is in it, which names lead into it, and the thumbnails of its files.
+
+The folder alone is the truth: the worker publishes by rename, and users may copy, overwrite and delete at any time.
+"""
+
+import os
+import re
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Final
+
+from engine.files import media
+from engine.files.folders import scan, stats
+from engine.files.thumbnails import ThumbnailCache, key_of
+from engine.job import EngineError
+
+# A change within the same tick of the file system's clock leaves a time stamp as it was: 10 ms on Linux file systems,
+# 1 or 2 s on FAT and some network shares. What was touched this recently may be changing still.
+_UNSETTLED_S: Final = 2.0
+# A file overwritten in place does not touch its folder's time stamp, so nothing is believed for longer than this.
+_MAX_AGE_S: Final = 30.0
+
+# A leading dot (`..`, hidden files, unpublished parts), separators of any system, control characters, and the lone
+# surrogates that stand for bytes which are no UTF-8 and could not be sent as JSON.
+_UNSAFE_NAME: Final = re.compile(r"^\.|[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A media file of the output folder. Times are epoch seconds.
+
+    Linux's `stat` tells no time of birth, so `created_at` is the earlier of the file's last modification and its last
+    change of inode: exact for a file that the worker published, and never later than `modified_at`.
+    """
+
+    filename: str
+    type: str  # video, image, audio
+    size_bytes: int
+    created_at: float
+    modified_at: float
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How much room the folder may take and must leave; 0 means no limit."""
+
+    keep_s: float = 0
+    keep_bytes: int = 0
+    min_free_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """One reading of the folder. `by_type[None]` holds every entry."""
+
+    folder_mtime_ns: int | None = None  # None: no such folder
+    read_at: float = float("-inf")  # time.monotonic() before the reading
+    settled: bool = False  # nothing was touched so recently that its time stamp could hide a change
+    by_type: Mapping[str | None, tuple[Entry, ...]] = field(default_factory=dict)
+
+
+class Outputs:
+    """The output folder. Every method may be called from any thread, and all of them block: use `asyncio.to_thread`."""
+
+    def __init__(self, folder: Path, cache: Path, retention: Retention | None = None) -> None:
+        self._folder = folder
+        self._retention = retention or Retention()
+        self._thumbnails = ThumbnailCache(cache)
+        self._snapshot = _Snapshot()
+        self._reading = threading.Lock()
+
+    def fresh(self) -> bool:
+        """Whether `listing` would answer from memory. Costs one stat, so that the event loop may ask."""
+        known = self._snapshot
+        if not known.settled or time.monotonic() - known.read_at > _MAX_AGE_S:
+            return False
+        return known.folder_mtime_ns == _mtime_ns(self._folder)
+
+    def listing(self, file_type: str | None = None) -> Sequence[Entry]:
+        """Return the media files, all or of one type, newest modification first, ties by name.
+
+        One stat while nothing changes, else one stat a file. A folder that is not there is an empty one.
+        """
+        if not self.fresh():
+            self._read_once()
+        return self._snapshot.by_type.get(file_type, ())
+
+    def find(self, filename: str) -> Path | None:
+        """Return the regular file of that name, or None. No string raises, and none leads out of the folder.
+
+        Symbolic links, folders, devices, names with no media suffix and all that `listing` hides are None. One lstat.
+        """
+        if not _is_media_name(filename):
+            return None
+        path = self._folder / filename
+        try:
+            mode = path.lstat().st_mode
+        except (OSError, ValueError):  # no such file, a name too long, or one that the file system can't express
+            return None
+        return path if stat.S_ISREG(mode) else None
+
+    def thumbnail(self, path: Path, width: int) -> bytes:
+        """Return the JPEG of `media.thumbnail`, kept on disk for the next call. Raises what that raises."""
+        about = path.lstat()
+        key = key_of(path.name, about, width)
+        kept = self._thumbnails.get(key)
+        if kept is not None:
+            return kept
+        jpeg = media.thumbnail(path, width)
+        self._thumbnails.put(key, jpeg)
+        return jpeg
+
+    def remove_attempt(self, task_id: int) -> int:
+        """Delete what a broken attempt at a task left, published or in parts, and return how many files went.
+
+        Only names that the worker gives are touched: a user's own "trip_t000123_.mp4" stays. Raises OSError.
+        """
+        return self._remove(rf"\.?\d{{8}}-\d{{6}}_t{task_id:06d}_.+")
+
+    def remove_parts(self, task_id: int) -> int:
+        """Delete what a task did not finish writing, and return how many files went. Raises OSError."""
+        return self._remove(rf"\.\d{{8}}-\d{{6}}_t{task_id:06d}_.+\.part")
+
+    def remove_all_parts(self) -> int:
+        """Delete what no task finished writing, also of tasks that nobody knows any more. For when no worker runs."""
+        return self._remove(r"\.\d{8}-\d{6}_t\d{6,}_.+\.part")
+
+    def _remove(self, pattern: str) -> int:
+        left = [item.name for item in scan(self._folder) if re.fullmatch(pattern, item.name)]
+        for name in left:
+            (self._folder / name).unlink(missing_ok=True)
+        return len(left)
+
+    def prepare(self) -> None:
+        """Make room for a task: remove the oldest files beyond what is to be kept.
+
+        Raises EngineError if that is too little: better now than after an hour of denoising.
+        """
+        for entry in list(self._outdated()):
+            (self._folder / entry.filename).unlink(missing_ok=True)
+        if sentence := self.no_room():
+            raise EngineError(sentence, "disk_full")
+
+    def no_room(self) -> str | None:
+        """A sentence if the disk is too full for a task, else None. One statvfs: the event loop may ask."""
+        least_bytes = self._retention.min_free_bytes
+        try:
+            free_bytes = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            return f"save_path can't be used now ({error.strerror}); bring the folder back"
+        if free_bytes >= least_bytes:
+            return None
+        free_mb, least_mb = free_bytes // 2**20, least_bytes // 2**20
+        return f"The disk of save_path has {free_mb} MiB free and min_free_mb asks for {least_mb}: delete old outputs"
+
+    def _outdated(self) -> Iterator[Entry]:
+        """The files that retention gives up, oldest first."""
+        keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
+        if not (keep_s or keep_bytes):
+            return
+        entries = self.listing()
+        total_bytes, now = sum(entry.size_bytes for entry in entries), time.time()
+        for entry in reversed(entries):
+            too_old = keep_s and now - entry.modified_at > keep_s
+            if not too_old and not (keep_bytes and total_bytes > keep_bytes):
+                return
+            total_bytes -= entry.size_bytes
+            yield entry
+
+    def highest_task_id(self) -> int:
+        """Return the largest task id in a name that the worker gave, or 0: a lost journal can't tell it any more."""
+        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", item.name) for item in scan(self._folder))
+        return max((int(match[1]) for match in found if match), default=0)
+
+    def _read_once(self) -> None:
+        """Read the folder, unless another thread has done so since this call began."""
+        asked_at = time.monotonic()
+        with self._reading:
+            if self._snapshot.read_at < asked_at:
+                self._snapshot = _read(self._folder)
+
+
+def _kind(name: str) -> str | None:
+    _, dot, suffix = name.rpartition(".")  # pathlib would take most of the time of a large folder's listing
+    return media.MEDIA_TYPES.get(dot + suffix.lower(), (None, ""))[0]
+
+
+def _is_media_name(name: str) -> bool:
+    return not _UNSAFE_NAME.search(name) and _kind(name) is not None
+
+
+def _mtime_ns(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _read(folder: Path) -> _Snapshot:
+    read_at, now = time.monotonic(), time.time()
+    folder_mtime_ns = _mtime_ns(folder)  # before the files: a change during the reading then shows as one afterwards
+    entries = [_entry(name, about) for name, about in stats(folder) if _is_media_name(name)]
+    # Two plain sorts, the second one stable: half the time of one by a pair, and a sort lets no other thread run.
+    entries.sort(key=attrgetter("filename"))
+    entries.sort(key=attrgetter("modified_at"), reverse=True)
+    touched = [(folder_mtime_ns or 0) / 1e9, *(entry.modified_at for entry in entries)]
+    settled = all(abs(now - touched_at) > _UNSETTLED_S for touched_at in touched)
+    return _Snapshot(folder_mtime_ns, read_at, settled, _by_type(entries))
+
+
+def _entry(name: str, about: os.stat_result) -> Entry:
+    created_at = min(about.st_mtime, about.st_ctime)
+    return Entry(name, _kind(name) or "", about.st_size, created_at, about.st_mtime)
+
+
+def _by_type(entries: list[Entry]) -> dict[str | None, tuple[Entry, ...]]:
+    kinds = {kind for kind, _ in media.MEDIA_TYPES.values()}
+    split: dict[str | None, tuple[Entry, ...]] = {None: tuple(entries)}
+    return split | {kind: tuple(entry for entry in entries if entry.type == kind) for kind in kinds}

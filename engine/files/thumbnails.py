@@ -1,0 +1,79 @@
+"""Thumbnails that were made before: a cache on the disk, which the daemon reads and workers fill too."""
+
+import hashlib
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from engine.files.folders import stats
+
+THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
+PREVIEW_WIDTH: Final = 320  # of a thumbnail where nobody asks for another width
+
+
+def key_of(name: str, about: os.stat_result, width: int) -> str:
+    """The key of a file's thumbnail: another one as soon as the file is another."""
+    told = ascii((name, about.st_mtime_ns, about.st_size, width))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+class ThumbnailCache:
+    """JPEG files by key in a folder of their own, the oldest removed when they outgrow `limit_bytes`.
+
+    A cache that can't be read or written costs time and nothing else: no method raises OSError.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int = THUMBNAIL_CACHE_BYTES) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._size_bytes: int | None = None  # not counted yet
+        self._counting = threading.Lock()
+
+    def get(self, key: str) -> bytes | None:
+        """Return what was put under `key`, or None."""
+        try:
+            return self._file(key).read_bytes() or None  # a power cut may leave a name without its bytes
+        except OSError:
+            return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep `data` for a later `get`, if there is room on the disk."""
+        part = self._folder / f".{key}.{threading.get_ident()}.part"
+        with suppress(OSError):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(data)
+                part.replace(self._file(key))
+                self._count(len(data))
+            finally:
+                part.unlink(missing_ok=True)
+
+    def put_poster(self, path: Path, jpeg: bytes) -> None:
+        """Keep the thumbnail of a file that is whole now, in the width that a preview has where none is asked for."""
+        with suppress(OSError):
+            about = path.lstat()
+            self.put(key_of(path.name, about, PREVIEW_WIDTH), jpeg)
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{key}.jpg"
+
+    def _count(self, added_bytes: int) -> None:
+        with self._counting:
+            known_bytes = None if self._size_bytes is None else self._size_bytes + added_bytes
+            if known_bytes is None or known_bytes > self._limit_bytes:
+                known_bytes = self._shrink()
+            self._size_bytes = known_bytes
+
+    def _shrink(self) -> int:
+        """Bring a cache above its limit down to three quarters of it, and return the bytes that it holds."""
+        files = sorted(stats(self._folder), key=lambda file: file[1].st_mtime_ns)
+        total_bytes = sum(about.st_size for _, about in files)
+        goal_bytes = self._limit_bytes if total_bytes <= self._limit_bytes else self._limit_bytes * 3 // 4
+        for name, about in files:
+            if total_bytes <= goal_bytes:
+                break
+            (self._folder / name).unlink(missing_ok=True)
+            total_bytes -= about.st_size
+        return total_bytes

@@ -1,0 +1,1 @@
+"""A model from its files: conversion, quantisation, placement on the device."""

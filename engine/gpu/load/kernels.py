@@ -1,0 +1,103 @@
+"""Which attention kernel the denoisers run with: the configured one, or the fastest of those that work here.
+
+The fastest is found by a short measurement at the size of the job, once for each size of denoiser and job.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+
+from engine.capabilities import AUTO, KERNELS, SHAREABLE_KERNELS
+from engine.job import EngineError
+
+log = logging.getLogger("wangpd.worker")
+NATIVE = "native"
+MOST_TOKENS = 32_768  # a longer sequence is not measured at its length: the order of the kernels does not change
+RUNS = 3
+DENOISERS = ("transformer", "transformer_2")
+# Kernels that round to 8 bits are taken by name only: nobody asked `auto` for other pictures.
+EXACT = ("sdpa", "cudnn", "flash", "flash3", "xformers")
+EXACT_SHAREABLE_KERNELS = tuple(name for name in EXACT if name in SHAREABLE_KERNELS)
+
+Clock = Callable[[str, torch.Tensor], float]
+_fastest: dict[tuple[int, int, int, tuple[str, ...]], str] = {}
+
+
+def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, together: bool = False) -> str:
+    """Let the denoisers of `pipe` run with the kernel of `mode`; returns its name.
+
+    `tokens` is the length of the job's sequence, which several devices share if they compute it `together`. Raises
+    EngineError if the card can't run a kernel that was named.
+    """
+    denoisers = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+    sized = [part for part in denoisers if hasattr(part, "set_attention_backend") and _heads(part)]
+    if not sized or device.type != "cuda":
+        return "sdpa"  # diffusers' own default
+    names = EXACT_SHAREABLE_KERNELS if together else EXACT
+    name = mode if mode != AUTO else _remembered(_heads(sized[0]), tokens, device, names)
+    for part in sized:
+        try:
+            set_backend(part, KERNELS[name].backend)
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(f"attention_mode '{name}' does not work here: {error}", "no_attention") from None
+    return name
+
+
+def set_backend(denoiser: Any, backend: str) -> None:
+    """Let this denoiser alone run with a backend; diffusers by itself would make it the default of all models too."""
+    with attention_backend(NATIVE):
+        denoiser.set_attention_backend(backend)
+
+
+def _heads(denoiser: Any) -> tuple[int, int] | None:
+    """Number and width of the attention heads."""
+    config = denoiser.config
+    count, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+    return (count, width) if isinstance(count, int) and isinstance(width, int) else None
+
+
+def _remembered(heads: tuple[int, int] | None, tokens: int, device: torch.device, names: tuple[str, ...]) -> str:
+    assert heads is not None
+    count, width = heads
+    length = min(MOST_TOKENS, 1 << max(8, tokens.bit_length() - 1))
+    key = (count, width, length, names)
+    if key not in _fastest:
+        query = torch.randn(1, length, count, width, device=device, dtype=torch.bfloat16)
+        _fastest[key] = fastest(query, seconds, names)
+        log.info("attention: %s is the fastest of those here, at %d tokens", _fastest[key], length)
+    return _fastest[key]
+
+
+def fastest(query: torch.Tensor, clock: Clock, names: tuple[str, ...] = EXACT) -> str:
+    """Which of the kernels `clock` finds fastest; those that fail are left out. query: (1, tokens, heads, width)"""
+    times: dict[str, float] = {}
+    for name in names:
+        if not KERNELS[name].installed:
+            continue
+        try:
+            times[name] = clock(KERNELS[name].backend, query)
+        except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
+            log.debug("attention: %s does not run here: %s", name, error)
+    return min(times, key=times.__getitem__, default="sdpa")
+
+
+@torch.no_grad()
+def seconds(backend: str, query: torch.Tensor) -> float:
+    """The shortest of some calls of a kernel, after one that does not count."""
+    times = []
+    for _ in range(RUNS + 1):
+        _settle(query)
+        since = time.perf_counter()
+        dispatch_attention_fn(query, query, query, backend=backend)
+        _settle(query)
+        times.append(time.perf_counter() - since)
+    return min(times[1:])
+
+
+def _settle(tensor: torch.Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)

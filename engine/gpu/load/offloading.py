@@ -1,0 +1,313 @@
+"""Carry out a memory plan: put a pipeline's parts where engine.memory decided, and measure what it decides by."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers.hooks import apply_group_offloading
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine.catalog.models import Model
+from engine.gpu.run import decoding
+from engine.job import Job
+from engine.planning import placement
+from engine.planning.machine import Machine, free_ram_bytes
+from engine.planning.placement import Plan
+from engine.planning.work import Parts, Work
+
+log = logging.getLogger("wangpd.worker")
+
+SMALLEST_TILE = min(placement.TILES.values())
+FEW_BLOCKS = 8  # with fewer (a U-Net's), each is too large a piece to have twice on the card
+LINK_PROBE_BYTES = 2**26
+PRODUCT_SIDE = {"cuda": 4096}  # device → side of the matrices whose product is timed
+SMALL_PRODUCT_SIDE = 512
+PROBES = 4
+
+
+def planned(
+    model: Model,
+    machine: Machine,
+    profile: float,
+    vae_config: int,
+    *,
+    work: Work,
+    parts: Parts,
+    quantization: str = "none",
+) -> Plan:
+    """Where the model is to lie for `work`, told in the log. Raises EngineError if it fits nowhere."""
+    plan = placement.plan(
+        model, work, machine, profile=profile, vae_config=vae_config, quantization=quantization, parts=parts
+    )
+    log.info("model %s: %s", model.id, plan.describe())
+    return plan
+
+
+def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
+    """Put the parts, which lie in RAM, where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
+    _PLACINGS[plan.way.placement](pipe, plan, device)
+    tile_vae(pipe, plan.way.tile_side)
+
+
+# ---- what is there
+
+
+def measure(device: torch.device) -> Machine:
+    """What is free now, and how fast the device is; it is timed once in a process, for some tenths of a second."""
+    link_bytes_per_s, flops_per_s = _speeds(device)
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return Machine(free_bytes, free_ram_bytes(), link_bytes_per_s, flops_per_s)
+
+
+@cache
+def _speeds(device: torch.device) -> tuple[float, float]:
+    if device.type != "cuda":
+        return math.inf, _product_flops(device, torch.float32)  # nothing has to be copied
+    return _link_bytes_per_s(device), _product_flops(device, torch.bfloat16)
+
+
+def _product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product."""
+    side = PRODUCT_SIDE.get(device.type, SMALL_PRODUCT_SIDE)
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+
+    def probe() -> None:
+        (matrix @ matrix)[0, 0].item()  # reading a number waits for the device
+
+    return 2 * side**3 / _seconds(probe)
+
+
+def _link_bytes_per_s(device: torch.device) -> float:
+    """Bytes a second from pinned RAM to the card."""
+    source = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+
+    def probe() -> None:
+        source.to(device)[0].item()
+
+    return LINK_PROBE_BYTES / _seconds(probe)
+
+
+def _seconds(probe: Callable[[], None]) -> float:
+    """How long `probe` takes at its best: the first one starts the device's libraries."""
+    times = []
+    for _ in range(PROBES):
+        started = time.perf_counter()
+        probe()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def parts_of(pipe: Any, model: Model) -> Parts:
+    """The weights that the pipeline really holds, in the dtypes that they have."""
+    denoisers, encoders, others = _denoisers(pipe), _encoders(pipe), _others(pipe)
+    return Parts(
+        denoisers=sum(map(size_bytes, denoisers)),
+        encoders=sum(map(size_bytes, encoders)),
+        vae=sum(map(size_bytes, others)),
+        denoiser_count=max(1, len(denoisers)),
+        parameters=max(map(_parameters, denoisers), default=0),
+        vae_width=decoding.width_of(pipe),
+        changed=bool(model.recipe_loras),
+    )
+
+
+def size_bytes(module: nn.Module) -> int:
+    """Bytes of the module's weights as they are stored."""
+    return sum(map(tensor_bytes, (*module.parameters(), *module.buffers())))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor as it is stored: a quantised one passes itself off as what it widens to."""
+    return sum(part.numel() * part.element_size() for part in inner_tensors(tensor) or [tensor])
+
+
+def inner_tensors(tensor: Any) -> list[torch.Tensor]:
+    """What a tensor of torchao is made of; nothing for any other."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
+def _parameters(module: nn.Module) -> int:
+    """Numbers of the module's weights. Packed ones, several in a byte, are all of linear layers."""
+    wide = sum(weight.numel() for weight in module.parameters() if weight.is_floating_point())
+    linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    packed = [part for part in linear if not _is_wide(part._parameters.get("weight"))]
+    return wide + sum(part.in_features * part.out_features for part in packed)
+
+
+def _is_wide(weight: torch.Tensor | None) -> bool:
+    return weight is not None and weight.is_floating_point()
+
+
+def _components(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """Component → what runs at every step."""
+    return {name: part for name, part in _components(pipe).items() if is_denoiser(name)}
+
+
+def is_denoiser(component: str) -> bool:
+    """True for transformer, transformer_2, unconditional_transformer, unet …"""
+    return "transformer" in component or "unet" in component
+
+
+def _denoisers(pipe: Any) -> list[nn.Module]:
+    return list(denoisers(pipe).values())
+
+
+def _encoders(pipe: Any) -> list[nn.Module]:
+    """What reads prompts and pictures; transformers' models have none of the other duties."""
+    denoisers = _denoisers(pipe)
+    return [part for part in _components(pipe).values() if isinstance(part, PreTrainedModel) and part not in denoisers]
+
+
+def _others(pipe: Any) -> list[nn.Module]:
+    """The VAE, and small parts."""
+    known = [*_denoisers(pipe), *_encoders(pipe)]
+    return [part for part in _components(pipe).values() if part not in known]
+
+
+# ---- where it goes
+
+
+def _resident(pipe: Any, plan: Plan, device: torch.device) -> None:
+    for part in (*_denoisers(pipe), *_others(pipe)):
+        part.to(device)
+    _place_encoders(pipe, plan, device)
+
+
+def _streamed(pipe: Any, plan: Plan, device: torch.device) -> None:
+    for part in _others(pipe):
+        part.to(device)
+    share = plan.resident_bytes / max(1, plan.resident_bytes + plan.streamed_bytes)
+    for denoiser in _denoisers(pipe):
+        _stream_blocks(denoiser, round(share * size_bytes(denoiser)), device, plan.way.pinned)
+    _place_encoders(pipe, plan, device)
+
+
+def _swapped(pipe: Any, _: Plan, device: torch.device) -> None:
+    pipe.enable_model_cpu_offload(device=device)
+
+
+def _sequential(pipe: Any, _: Plan, device: torch.device) -> None:
+    for part in (*_denoisers(pipe), *_encoders(pipe)):
+        _stream_layers(part, device, pinned=False)
+    for part in _others(pipe):
+        # Without a stream: a VAE in tiles takes its layers in another order than the one that was seen first.
+        apply_group_offloading(part, device, offload_type="leaf_level")
+
+
+_PLACINGS: Mapping[str, Callable[[Any, Plan, torch.device], None]] = {
+    "resident": _resident,
+    "streamed": _streamed,
+    "swapped": _swapped,
+    "sequential": _sequential,
+}
+
+
+def _place_encoders(pipe: Any, plan: Plan, device: torch.device) -> None:
+    for encoder in _encoders(pipe):
+        if plan.way.encoders == "streamed":
+            _stream_layers(encoder, device, plan.way.encoders_pinned)
+        else:
+            encoder.to(device)
+
+
+def _stream_layers(part: nn.Module, device: torch.device, pinned: bool) -> None:
+    """Bring each layer when it is its turn. (An encoder's blocks lie too deep for diffusers to find.)"""
+    apply_group_offloading(part, device, offload_type="leaf_level", **_stream(device, pinned))
+
+
+def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pinned: bool) -> None:
+    """Keep `resident_bytes` of the denoiser on the device and stream the rest of its blocks."""
+    lists = {name: list(part) for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
+    blocks = [block for blocks in lists.values() for block in blocks]
+    sizes = [size_bytes(block) for block in blocks]
+    places = placement.streamed_blocks(sizes, resident_bytes - (size_bytes(denoiser) - sum(sizes)))
+    streamed = {blocks[place] for place in places}
+    with _showing(denoiser, {name: [b for b in blocks if b not in streamed] for name, blocks in lists.items()}):
+        denoiser.to(device)
+    if not streamed:
+        return
+    # Diffusers prefetches one block ahead. From memory that is not pinned, layers are quicker: it would copy twice.
+    kind = "block_level" if pinned and len(blocks) >= FEW_BLOCKS else "leaf_level"
+    shown = {name: [b for b in blocks if b in streamed] for name, blocks in lists.items()}
+    with _showing(denoiser, shown, alone=True):
+        denoiser.enable_group_offload(device, offload_type=kind, num_blocks_per_group=1, **_stream(device, pinned))
+
+
+def _stream(device: torch.device, pinned: bool) -> dict[str, bool]:
+    """How to copy. Without `record_stream`: with it, blocks that came early pile up on the card."""
+    return {"use_stream": device.type == "cuda", "low_cpu_mem_usage": not pinned}
+
+
+@contextmanager
+def _showing(module: nn.Module, lists: Mapping[str, list[nn.Module]], alone: bool = False) -> Iterator[None]:
+    """Within, the block lists of `module` hold only these; `alone`, it has nothing else.
+
+    So what is done to a whole module can be done to a part of it. The empty buffer is there because diffusers
+    prefetches only if a module has something of its own to move.
+    """
+    whole = {name: module._modules[name] for name in lists}
+    own = module._modules, module._parameters, module._buffers
+    if alone:
+        module._modules, module._parameters, module._buffers = {}, {}, {"nothing": torch.empty(0)}
+    module._modules.update({name: nn.ModuleList(blocks) for name, blocks in lists.items()})
+    try:
+        yield
+    finally:
+        module._modules, module._parameters, module._buffers = own
+        module._modules.update(whole)
+
+
+def tile_vae(pipe: Any, side: int) -> None:
+    """Let the VAE work on tiles of `side` pixels that overlap by a quarter, where it can; 0 means whole frames.
+
+    The stride is set too: a class's own may be longer than a small tile.
+    """
+    vae: Any = getattr(pipe, "vae", None)
+    if not side or not hasattr(vae, "use_tiling"):
+        return
+    sizes = {name: size for name, size in _tile_sizes(vae, side) if hasattr(vae, name)}
+    vae.enable_tiling()
+    for name, size in sizes.items():  # not as arguments: half of the classes take none
+        setattr(vae, name, size)
+
+
+def _tile_sizes(vae: Any, side: int) -> Iterator[tuple[str, int]]:
+    for edge in ("height", "width", "size"):
+        yield f"tile_sample_min_{edge}", side
+        yield f"tile_sample_stride_{edge}", side * 3 // 4
+        latent, sample = (getattr(vae, f"tile_{kind}_min_{edge}", 0) for kind in ("latent", "sample"))
+        if latent and sample:
+            yield f"tile_latent_min_{edge}", round(side * latent / sample)
+
+
+# ---- when it was too much
+
+
+def more_frugal(profile: float) -> float:
+    """The next profile that needs less memory of the card."""
+    return {0: 4, 1: 3, 2: 4, 3: 4}.get(int(profile), 5)
+
+
+def advice(job: Job, model: Model, where: str, profile: float) -> str:
+    """What to tell a user whose job fits with no profile: the same job at half the pixels, or half the frames."""
+    step = model.spatial_multiple
+    width, height = (max(step, round(side * 0.7 / step) * step) for side in (job.width, job.height))
+    frames = model.frames.nearest(job.frames // 2)
+    return (
+        f"Out of memory while {where}, also with profile {profile:g}. {job.width}x{job.height} with {job.frames} frames"
+        f" is too much for this card: try {width}x{height}, or video_length {frames}"
+        + (", or batch_size 1." if job.batch_size > 1 else ".")
+    )

@@ -1,0 +1,130 @@
+"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names."""
+
+import inspect
+import json
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from engine.catalog.models import Model, Pipeline
+from engine.catalog.weights import Weights
+from engine.gpu.load import kernels, offloading, single_file
+from engine.gpu.run import prompts
+from engine.gpu.run.adapters import load_file
+from engine.job import EngineError
+
+# The meter reports progress, and a fault is an exception: bars and hints would only fill the log.
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def load(
+    model: Model,
+    pipeline: Pipeline,
+    weights: Weights,
+    device: torch.device,
+    ready: Mapping[str, Any] = NOTHING,
+    *,
+    without: Collection[str] = (),
+) -> Any:
+    """The model's pipeline, in the catalogue's dtypes on a GPU and in float32 on a CPU. It lies in RAM.
+
+    `ready` are denoisers that are there already, with the recipe in them; their weights are not read. Nor are the
+    components `without` which the pipeline is to be.
+    Only safetensors are read: a pickled checkpoint could run code.
+    """
+    options: dict[str, Any] = {"variant": model.variant} if model.variant else {}
+    parts = {name: folder for name, folder in weights.parts.items() if name not in without}
+    options |= {name: _part(folder, model, name, device) for name, folder in parts.items()}
+    if weights.files:
+        options |= single_file.components(class_of(pipeline), weights, partial(dtype_of, model, device))
+    options |= {**ready, **dict.fromkeys(without)}
+    pipe = class_of(pipeline).from_pretrained(
+        weights.folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True, **options
+    )
+    _set_up(pipe, model, pipeline)
+    if not ready:
+        _fuse_recipe(pipe, model, weights)
+    return pipe
+
+
+def _set_up(pipe: Any, model: Model, pipeline: Pipeline) -> None:
+    """What the catalogue says that a fresh pipeline needs."""
+    pipe.set_progress_bar_config(disable=True)
+    if pipeline.tiled_vae and pipe.vae:
+        pipe.vae.enable_tiling()
+    if model.attention_backend:
+        kernels.set_backend(pipe.transformer, model.attention_backend)
+    if model.schedule:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **model.schedule)
+
+
+def others(weights: Weights) -> list[str]:
+    """The components that are neither denoisers nor the scheduler."""
+    index = json.loads((weights.folder / "model_index.json").read_text())
+    named = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+    return [name for name in named if name != "scheduler" and not offloading.is_denoiser(name)]
+
+
+def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:
+    """Add the LoRAs that make this model out of its base to the weights themselves: they cost nothing at run time."""
+    recipe = list(zip(model.recipe_loras, weights.loras, strict=True))
+    if not recipe:
+        return
+    for lora, path in recipe:
+        load_file(pipe, path, lora["adapter"], lora["target"])
+    pipe.set_adapters([lora["adapter"] for lora, _ in recipe], [lora["weight"] for lora, _ in recipe])
+    pipe.fuse_lora(components=sorted({lora["target"] for lora, _ in recipe}))
+    pipe.unload_lora_weights()
+
+
+def _part(folder: Path, model: Model, name: str, device: torch.device) -> Any:
+    """A component from a repository of its own, in the class that its files name."""
+    if name.startswith("tokenizer"):  # it may lie beside its model, whose configuration says nothing of it
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not (folder / "config.json").is_file():
+        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    own = config.get("_class_name")
+    cls = getattr(diffusers, own) if own else getattr(transformers, config["architectures"][0])
+    dtype = dtype_of(model, device, name)
+    return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+def dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:
+    dtypes = _dtypes(model, device)
+    return dtypes.get(name, dtypes["default"]) if isinstance(dtypes, dict) else dtypes
+
+
+def class_of(pipeline: Pipeline) -> Any:
+    try:
+        return getattr(diffusers, pipeline.cls)
+    except AttributeError:
+        raise EngineError(f"This diffusers ({diffusers.__version__}) has no {pipeline.cls}.", "no_such_class") from None
+
+
+def _dtypes(model: Model, device: torch.device) -> torch.dtype | dict[str, torch.dtype]:
+    if device.type == "cpu":
+        return torch.float32
+    by_component = {name: getattr(torch, dtype) for name, dtype in model.dtypes.items()}
+    return {"default": by_component.get("transformer", torch.bfloat16), **by_component}
+
+
+def sibling(pipe: Any, pipeline: Pipeline) -> Any:
+    """The components of `pipe` behind another class. (`from_pipe` would cast them all to one dtype.)"""
+    cls = class_of(pipeline)
+    if type(pipe) is cls:
+        return pipe
+    known = {**pipe.config, **pipe.components}
+    other = cls(**{name: known[name] for name in inspect.signature(cls).parameters if name in known})
+    other.set_progress_bar_config(disable=True)
+    prompts.inherit(pipe, other)
+    return other

@@ -1,0 +1,1 @@
+"""One job through a loaded pipeline."""

@@ -1,0 +1,125 @@
+"""Step caches: denoising steps whose result can be told from the steps before are not computed.
+
+How many is the request's wish (`skip_steps_multiplier`); which ones, each cache decides in its own way.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+
+from engine.catalog.models import Model
+from engine.gpu.run import teacache
+from engine.job import Job
+from engine.planning import calibration
+
+# The change of the first block's output, in shares, below which the others are left out, for a wanted speed.
+FIRST_BLOCK_THRESHOLDS: Mapping[float, float] = {1.5: 0.06, 1.75: 0.08, 2.0: 0.12, 2.25: 0.16, 2.5: 0.2}
+# diffusers matches its patterns against whole names, and its own end before the number of `attn1` and `attn2`.
+TAYLOR_MODULES = [r"(transformer_)?blocks\.\d+\.(attn\d?|ffn|ff)", r"single_transformer_blocks\.\d+\.attn"]
+TRAIN_TIMESTEPS = 1000
+TAYLOR_WARM_STEPS = 3  # a tangent needs two points, and the first steps change too much
+
+Switch = Callable[[], None]
+
+
+@contextmanager
+def cached(pipe: Any, model: Model, job: Job) -> Iterator[None]:
+    """Within the block, the denoisers of `pipe` skip steps as the job asks; afterwards they are as before."""
+    with ExitStack() as switched:
+        if job.skip_steps_cache_type:
+            enable = _CACHES[job.skip_steps_cache_type]
+            for denoiser, timesteps in _shares(pipe, model, job):
+                if len(timesteps):
+                    switched.callback(enable(denoiser, timesteps, model, job))
+        yield
+
+
+def _shares(pipe: Any, model: Model, job: Job) -> list[tuple[Any, torch.Tensor]]:
+    """The denoisers, each with the timesteps that fall to it."""
+    if model.boundary_ratio is None and job.skip_steps_cache_type != "tea":
+        return [(pipe.transformer, torch.arange(job.steps, 0, -1))]  # only their number counts
+    pipe.scheduler.set_timesteps(job.steps)
+    timesteps = pipe.scheduler.timesteps
+    if model.boundary_ratio is None:
+        return [(pipe.transformer, timesteps)]
+    early = timesteps >= model.boundary_ratio * TRAIN_TIMESTEPS
+    return [(pipe.transformer, timesteps[early]), (pipe.transformer_2, timesteps[~early])]
+
+
+def _warm_steps(steps: int, job: Job) -> int:
+    return max(1, round(steps * job.skip_steps_start_step_perc / 100))
+
+
+def _mag(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Switch:
+    """MagCache, with the share of the ratios that belongs to this denoiser."""
+    steps = len(timesteps)
+    whole = calibration.ratios(model.mag_calibration, job.steps)
+    ratios = whole[-steps:] if _is_second(model, timesteps) else whole[:steps]
+    warm = _warm_steps(steps, job)
+    threshold = calibration.threshold_for(
+        job.skip_steps_multiplier, lambda value: calibration.mag_schedule(ratios, value, warm)
+    )
+    return _switched_on(
+        denoiser,
+        MagCacheConfig(
+            threshold=threshold,
+            max_skip_steps=calibration.MAX_SKIPS,
+            retention_ratio=warm / steps,
+            num_inference_steps=steps,
+            mag_ratios=ratios,
+        ),
+    )
+
+
+def _is_second(model: Model, timesteps: torch.Tensor) -> bool:
+    """True for the timesteps of the low-noise expert, which end the run."""
+    return model.boundary_ratio is not None and bool(timesteps[0] < model.boundary_ratio * TRAIN_TIMESTEPS)
+
+
+def _first_block(denoiser: Any, _t: torch.Tensor, _m: Model, job: Job) -> Switch:
+    nearest = min(FIRST_BLOCK_THRESHOLDS, key=lambda multiplier: abs(multiplier - job.skip_steps_multiplier))
+    return _switched_on(denoiser, FirstBlockCacheConfig(threshold=FIRST_BLOCK_THRESHOLDS[nearest]))
+
+
+def _taylor(denoiser: Any, timesteps: torch.Tensor, _: Model, job: Job) -> Switch:
+    warm = max(TAYLOR_WARM_STEPS, _warm_steps(len(timesteps), job))
+    config = TaylorSeerCacheConfig(
+        cache_interval=max(2, round(job.skip_steps_multiplier)),
+        disable_cache_before_step=warm,
+        cache_identifiers=TAYLOR_MODULES,
+        taylor_factors_dtype=denoiser.dtype,
+    )
+    return _switched_on(denoiser, config)
+
+
+def _switched_on(denoiser: Any, config: Any) -> Switch:
+    denoiser.enable_cache(config)
+
+    def off() -> None:
+        denoiser._reset_stateful_cache()  # after an exception the pipeline has not done it
+        denoiser.disable_cache()
+
+    return off
+
+
+def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Switch:
+    coefficients = calibration.constants()["teacache"][model.tea_calibration]["coefficients"]
+    changes = teacache.embedding_changes(denoiser, timesteps.to(denoiser.device))
+    warm = _warm_steps(len(timesteps), job)
+
+    def schedule(threshold: float) -> list[bool]:
+        return calibration.tea_schedule(coefficients, changes, threshold, warm)
+
+    teacache.enable(denoiser, schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule)))
+    return lambda: teacache.disable(denoiser)
+
+
+_CACHES: Mapping[str, Callable[[Any, torch.Tensor, Model, Job], Switch]] = {
+    "mag": _mag,
+    "tea": _tea,
+    "fbc": _first_block,
+    "taylorseer": _taylor,
+}

@@ -1,0 +1,196 @@
+"""The input media of a job as arguments of a pipeline: pictures, lists of frames, masks, waveforms.
+
+How start picture, end picture and source video reach a class is its form (`start_image_as` in the catalogue); every
+other input has a parameter of its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from engine.catalog.abilities import INPUTS
+from engine.catalog.models import FORMS, MASKED_FORMS, Pipeline
+from engine.files import footage, media
+from engine.job import Job
+
+MID_GREY = (128, 128, 128)  # what a masked control video holds where a frame is to be generated
+KEEP, GENERATE = 0, 255
+LEAD = "lead"  # beside the inputs of a masked video: the frames that it begins with
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a pipeline: `job`, which makes a result for each of `seeds`.
+
+    A window of a longer video begins with the frames of `lead`, each (H, W, 3) uint8, if it is not the first, and its
+    first frame is frame `start` of the videos that were sent.
+    """
+
+    job: Job
+    seeds: Sequence[int]
+    lead: Sequence[NDArray[np.uint8]] = ()
+    start: int = 0
+
+
+def roles(pipeline: Pipeline, call: Call, sample_rate: int) -> dict[str, Any]:
+    """Role → value for everything that was sent; what fills the frame is cropped to it and never stretched.
+
+    Sound comes at `sample_rate` samples a second.
+    """
+    job = call.job
+    opened = {name: _opened(name, paths, call, sample_rate) for name, paths in job.inputs.items()}
+    if pipeline.continues_from and "video_source" in opened:
+        opened["video_source"] = _last_frames(job, pipeline.continues_from)
+    return _FORMS[pipeline.start_image_as](pipeline, job, opened | _led(pipeline, call))
+
+
+def _led(pipeline: Pipeline, call: Call) -> dict[str, Any]:
+    """The frames that a window begins with, as the input that carries them."""
+    lead = [Image.fromarray(frame) for frame in call.lead]
+    if not lead:
+        return {}
+    if pipeline.start_image_as in MASKED_FORMS:
+        return {LEAD: lead}
+    return {"video_source": lead} if pipeline.continues_from else {"image_start": lead[0]}
+
+
+def _opened(name: str, paths: tuple[Path, ...], call: Call, sample_rate: int) -> Any:
+    values = [_OPENERS[INPUTS[name].kind](path, name, call, sample_rate) for path in paths]
+    return values if INPUTS[name].several else values[0]
+
+
+def _picture(path: Path, name: str, call: Call, _: int) -> Image.Image:
+    picture = media.open_image(path)
+    return picture if INPUTS[name].several else _fitted(picture, name, call.job)
+
+
+def _video(path: Path, name: str, call: Call, _: int) -> list[Image.Image]:
+    frames = footage.read_frames(path, call.job.fps, call.job.frames, call.start)
+    return [_fitted(frame, name, call.job) for frame in frames]
+
+
+def _last_frames(job: Job, count: int) -> list[Image.Image]:
+    """The end of the source video; it may be longer than what is made, and a short one begins with a held frame."""
+    frames = footage.read_last_frames(job.inputs["video_source"][0], job.fps, count)
+    held = frames[:1] * (count - len(frames))
+    return [_fitted(frame, "video_source", job) for frame in held + frames]
+
+
+def _sound(path: Path, _name: str, _call: Call, sample_rate: int) -> torch.Tensor:
+    """The whole sound, (2, N) float32 in -1..1, at `sample_rate` samples a second. Raises BadFootage."""
+    resampler = av.AudioResampler("fltp", "stereo", sample_rate)
+    with path.open("rb") as file, footage.opened(file, "audio") as container:
+        frames = container.decode(container.streams.audio[0])
+        chunks = [part.to_ndarray() for frame in frames for part in resampler.resample(frame)]
+        chunks += [part.to_ndarray() for part in resampler.resample(None)]
+    return torch.from_numpy(np.concatenate(chunks, axis=1))
+
+
+def _fitted(picture: Image.Image, name: str, job: Job) -> Image.Image:
+    size = (job.width, job.height)
+    if INPUTS[name].role == "mask":  # a mask has no shades
+        return ImageOps.fit(picture.convert("L"), size, Image.Resampling.NEAREST)
+    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+
+
+_OPENERS: Mapping[str, Callable[[Path, str, Call, int], Any]] = {"image": _picture, "video": _video, "audio": _sound}
+
+
+def _as_themselves(pipeline: Pipeline, _: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
+    return {pipeline.role(name): value for name, value in opened.items()}
+
+
+def _as_sound_batch(pipeline: Pipeline, _: Job, opened: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {pipeline.role(name): sound[None] for name, sound in opened.items()}  # (1, 2, N)
+
+
+def _as_masked_video(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
+    """A video that is grey where nothing is known, and a mask that is black where a frame stays as it is.
+
+    A video without a mask leads the new one and is painted over everywhere.
+    """
+    taken = FORMS[pipeline.start_image_as] | {LEAD}
+    others = _as_themselves(pipeline, job, {name: value for name, value in opened.items() if name not in taken})
+    if len(others) == len(opened):
+        return others
+    size = (job.width, job.height)
+    pictures = {0: opened.get("image_start"), job.frames - 1: opened.get("image_end")}
+    stills = {at: picture for at, picture in pictures.items() if picture} | dict(enumerate(opened.get(LEAD, ())))
+    video = opened.get("video_guide") or opened.get("video_source") or [Image.new("RGB", size, MID_GREY)]
+    masks = opened.get("video_mask") or [Image.new("L", size, GENERATE)]
+    keep = Image.new("L", size, KEEP)
+    return {
+        **others,
+        "source_video": [stills.get(i) or _at(video, i) for i in range(job.frames)],
+        "mask": [keep if i in stills else _at(masks, i) for i in range(job.frames)],
+    }
+
+
+def _at(frames: list[Image.Image], i: int) -> Image.Image:
+    return frames[min(i, len(frames) - 1)]
+
+
+def _as_rgba(pipeline: Pipeline, _: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
+    return {pipeline.role(name): picture.convert("RGBA") for name, picture in opened.items()}
+
+
+def _as_conditions(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
+    """Each picture, and a source video, with the number of the frame where it belongs, in LTX-Video's own words."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition  # heavy: only for who needs it
+
+    def condition(value: Any, frame: int) -> LTXVideoCondition:
+        return LTXVideoCondition(**{"video" if isinstance(value, list) else "image": value}, frame_index=frame)
+
+    return _conditions(job, opened, condition)
+
+
+def _as_conditions_2(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in the words of LTX-2, which counts latent frames: the end is its last one."""
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition  # heavy: only for who needs it
+
+    return _conditions(job, opened, lambda value, frame: LTX2VideoCondition(frames=value, index=-1 if frame else 0))
+
+
+def _conditions(job: Job, opened: Mapping[str, Any], condition: Callable[[Any, int], Any]) -> dict[str, Any]:
+    places = {"image_start": 0, "video_source": 0, "image_end": job.frames - 1}
+    made = [condition(opened[name], frame) for name, frame in places.items() if name in opened]
+    return {"conditions": made} if made else {}
+
+
+def _as_frame_tensors(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors with the frames before the colours: (1, F, C, H, W)."""
+    return {pipeline.role(name): _stacked(value, job).transpose(1, 2) for name, value in opened.items()}
+
+
+def _as_masked_tensors(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
+    """A masked video in one tensor, with a mask of 0 and 255: at 255 everywhere the class leaves the video out."""
+    roles = _as_masked_video(pipeline, job, opened)
+    return {**roles, "source_video": _stacked(roles["source_video"], job), "mask": 255 * _stacked(roles["mask"], job)}
+
+
+def _stacked(pictures: Image.Image | list[Image.Image], job: Job) -> torch.Tensor:
+    """Pictures → (1, C, F, H, W) float32 in 0..1, cropped to the frame."""
+    frames = pictures if isinstance(pictures, list) else [pictures]
+    size = (job.width, job.height)
+    arrays = [np.asarray(ImageOps.fit(frame, size, Image.Resampling.LANCZOS)) for frame in frames]
+    video = torch.from_numpy(np.stack(arrays)).reshape(len(arrays), job.height, job.width, -1)
+    return video.permute(3, 0, 1, 2)[None] / 255
+
+
+_FORMS: Mapping[str, Callable[[Pipeline, Job, Mapping[str, Any]], dict[str, Any]]] = {
+    "image": _as_themselves,
+    "sound_batch": _as_sound_batch,
+    "video_and_mask": _as_masked_video,
+    "conditions": _as_conditions,
+    "conditions_2": _as_conditions_2,
+    "frame_tensors": _as_frame_tensors,
+    "rgba": _as_rgba,
+    "masked_tensors": _as_masked_tensors,
+}

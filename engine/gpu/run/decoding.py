@@ -1,0 +1,106 @@
+"""From latents to frames: the precision in which a VAE decodes, and Wan's VAE piece by piece.
+
+What it encodes stays as precise as the catalogue says: a condition's error is seen in all that is made after it, an
+error of the decoder only where it happens.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import nn
+
+from engine.gpu.run.results import pixels
+
+AUTO = "auto"
+# Classes whose decoder works in bfloat16 as well: no value in it grows beyond what 8 bits of mantissa can tell apart.
+SAFE = frozenset({"AutoencoderKLWan"})
+
+
+def set_precision(pipe: Any, wanted: str, device: torch.device) -> None:
+    """Let the VAE decode in 16 bits where that is safe; `wanted` is auto (16 on CUDA), 16 or 32.
+
+    What goes in and what comes out have the dtype of its encoder, as before.
+    """
+    vae: Any = getattr(pipe, "vae", None)
+    halved = wanted == "16" or (wanted == AUTO and device.type == "cuda")
+    if not halved or type(vae).__name__ not in SAFE or vae.dtype != torch.float32:
+        return
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.to(torch.bfloat16)
+        part.register_forward_pre_hook(_narrowed)
+    vae.decoder.register_forward_hook(_widened)
+
+
+def width_of(pipe: Any) -> float:
+    """How wide the numbers are in which the VAE decodes, against 16 bits."""
+    vae: Any = getattr(pipe, "vae", None)
+    decoder = getattr(vae, "decoder", vae)
+    weight = next(decoder.parameters(), None) if isinstance(decoder, nn.Module) else None
+    return 1.0 if weight is None else weight.element_size() / 2
+
+
+def _narrowed(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].to(torch.bfloat16), *inputs[1:])
+
+
+def _widened(_: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.float()
+
+
+# ---- piece by piece
+
+
+@torch.no_grad()
+def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tensor]:
+    """What Wan's VAE makes of the normalised latents of one video: the frames of each latent frame, (F, H, W, 3) uint8.
+
+    latents: (1, C, F, H, W); a class may have put reference pictures before those of the video's `frames`. The frames
+    are those of `vae.decode`, bit by bit, but they can be encoded while the next ones are decoded, and the whole video
+    is never on the card.
+    """
+    vae = pipe.vae
+    if hook := getattr(vae, "_hf_hook", None):  # it brings the VAE to the card, and hangs on `decode`
+        hook.pre_forward(vae)
+    count = (frames - 1) // vae.config.scale_factor_temporal + 1
+    z = _restored(vae, latents[:, :, -count:])
+    try:
+        for chunk in _tiled(vae, z) if _in_tiles(vae, z) else _chunks(vae, z):
+            yield pixels(chunk[0].transpose(0, 1) * 0.5 + 0.5)
+    finally:
+        vae.clear_cache()
+        pipe.maybe_free_model_hooks()
+
+
+def _restored(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents as the VAE knows them, with the mean and the deviation that they had."""
+    z = latents.to(get_module_execution_device(vae), dtype=vae.dtype)
+    mean, deviation = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(z) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return z / (1.0 / deviation) + mean  # as the classes write it: the last bit counts
+
+
+def _in_tiles(vae: Any, z: torch.Tensor) -> bool:
+    ratio = vae.spatial_compression_ratio
+    sides = (vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio)
+    return bool(vae.use_tiling) and (z.shape[3] > sides[0] or z.shape[4] > sides[1])
+
+
+def _tiled(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield vae.decode(z, return_dict=False)[0]  # tile after tile, each through all frames
+
+
+def _chunks(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    """(1, 3, F, H, W) in -1..1 for each latent frame: one frame for the first, four for every other."""
+    vae.clear_cache()
+    z = vae.post_quant_conv(z)
+    for i in range(z.shape[2]):
+        vae._conv_idx = [0]
+        memory = {"feat_cache": vae._feat_map, "feat_idx": vae._conv_idx}
+        chunk = vae.decoder(z[:, :, i : i + 1], first_chunk=i == 0, **memory)
+        if vae.config.patch_size is not None:
+            chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
+        yield chunk.clamp(-1.0, 1.0)

@@ -1,0 +1,208 @@
+"""Run a Job through a loaded diffusers pipeline.
+
+What differs from class to class is the catalogue's table of parameter names; there is no branch on a class here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import reduce
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+
+from engine.catalog.models import Model, Pipeline
+from engine.gpu.load import compiling, kernels, offloading, pipelines
+from engine.gpu.run import caching, conditioning, decoding, results, sliding
+from engine.gpu.run.adapters import Adapters
+from engine.gpu.run.conditioning import Call
+from engine.gpu.run.meter import Meter
+from engine.gpu.run.results import Clip
+from engine.gpu.run.steps import StepCounter
+from engine.job import SEED_RANGE, Job, Phase
+from engine.planning.work import Work
+
+if TYPE_CHECKING:
+    from engine.gpu.team.lead import Team
+
+LATENT = "latent"
+CHECKS = 8  # for a cancel, within a call of a denoiser: a call takes up to a minute, and each look a hundredth of a ms
+
+
+def render(
+    pipe: Any, model: Model, job: Job, meter: Meter, adapters: Adapters | None = None, *, team: "Team | None" = None
+) -> Iterator[Clip]:
+    """Run `job`, together with `team`, and yield its clips as they are ready, file i with the seed `job.seed + i`.
+
+    Reports encoding, each denoising step and decoding to `meter`, from where a cancel raises Cancelled.
+    """
+    work, numbers = Work.of(model, job), count()
+    loras = adapters or Adapters()
+
+    def run(call: Call) -> Iterator[Clip]:
+        meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
+        meter.begin_run(next(numbers), work.runs, job.steps)
+        return _run(pipe, model, call, meter, loras, team=team)
+
+    with _reported(pipe, meter, alone=team is None):
+        for seeds in seeds_of_calls(job, work.batch):
+            if job.window_frames:
+                yield Clip(seeds[0], sliding.frames(model, job, seeds[0], lambda call: _only_frames(run(call))))
+            else:
+                yield from run(Call(job, seeds))
+
+
+def _only_frames(clips: Iterator[Clip]) -> torch.Tensor:
+    """(F, H, W, 3) uint8 of a call that makes one video."""
+    (clip,) = clips
+    assert clip.frames is not None
+    return torch.cat(list(clip.frames))
+
+
+def seeds_of_calls(job: Job, size: int) -> list[list[int]]:
+    """The seeds of the job's files, `size` of them made at once."""
+    seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
+    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
+
+
+def sample_rate(pipe: Any, pipeline: Pipeline) -> int:
+    """Samples a second of the sound that the pipeline makes; 0 where it makes none."""
+    return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
+
+
+def _run(
+    pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters, *, team: "Team | None"
+) -> Iterator[Clip]:
+    """One call of the pipeline, and the clips that it makes."""
+    job, pipeline = call.job, model.pipelines[call.job.task]
+    with prepared(pipe, model, job, adapters) as (fitted, set_strengths):
+        torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
+        together = team.together(fitted, job, set_strengths) if team else nullcontext(set_strengths)
+        with together as after_step, StepCounter(fitted, job, pipeline, meter, after_step).counting() as arguments:
+            output = fitted(**call_arguments(fitted, model, call), **arguments)
+    if pipeline.output_type == LATENT:
+        return _decoded(fitted, output.frames, call)
+    return results.clips(output, pipeline, call.seeds, sample_rate(fitted, pipeline), job.frames)
+
+
+@contextmanager
+def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[tuple[Any, Callable[[int], None]]]:
+    """Within the block, the pipeline for the job's task with its schedule, guidance, LoRAs and step cache.
+
+    With it comes what is to be called after each step with the number of steps that are done.
+    """
+    pipeline = model.pipelines[job.task]
+    pipe = pipelines.sibling(pipe, pipeline)
+    if job.flow_shift is not None and "shift_param" in model.scheduler:
+        _shift(pipe, model.scheduler["shift_param"], job.flow_shift)
+    if pipeline.guider and job.guidance_scale is not None:
+        _guide(pipe, job.guidance_scale)
+    if pipeline.side_attribute:
+        setattr(pipe, pipeline.side_attribute, _latent_side(pipe, job))
+    kernel = attention_backend(model.attention_backend or kernels.NATIVE)
+    with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job), kernel:
+        compiling.suit(pipe, job)
+        yield pipe, set_strengths
+
+
+def _decoded(pipe: Any, latents: torch.Tensor, call: Call) -> Iterator[Clip]:
+    """The clips of Wan's latents, (B, C, F, H, W); their frames are decoded when they are asked for."""
+    for i, seed in enumerate(call.seeds):
+        yield Clip(seed, decoding.pieces(pipe, latents[i : i + 1], call.job.frames))
+
+
+def _shift(pipe: Any, parameter: str, value: float) -> None:
+    """Let the scheduler have this shift; one that has it stays, and begins anew when its timesteps are set."""
+    scheduler = pipe.scheduler
+    if scheduler.config[parameter] != value:
+        pipe.scheduler = type(scheduler).from_config(scheduler.config, **{parameter: value})
+
+
+def _guide(pipe: Any, scale: float) -> None:
+    """Set the strength of the guiders; some classes have a second one for prompts with writing in them."""
+    for name in ("guider", "ocr_guider"):
+        if (guider := getattr(pipe, name, None)) is not None:
+            setattr(pipe, name, guider.new(guidance_scale=scale))
+
+
+def _latent_side(pipe: Any, job: Job) -> float:
+    """The side of a square of the job's area, in latent pixels; a touch longer, as sizes are rounded down."""
+    return float((job.width * job.height) ** 0.5 / pipe.vae_scale_factor * (1 + 1e-9))
+
+
+def call_arguments(pipe: Any, model: Model, call: Call) -> dict[str, Any]:
+    """The keyword arguments of the pipeline's `__call__`."""
+    job, seeds, pipeline = call.job, call.seeds, model.pipelines[call.job.task]
+    roles = {**_plain_roles(model, job), **conditioning.roles(pipeline, call, sample_rate(pipe, pipeline))}
+    # A CPU generator draws the same noise on every device.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    roles |= {"seed": generators[0], "output_type": pipeline.output_type}
+    if len(seeds) > 1:  # a list of prompts, not `num_videos_per_prompt`: that breaks classes with an image encoder
+        roles |= {"seed": generators, "prompt": [job.prompt] * len(seeds)}
+    named = {pipeline.call[role]: value for role, value in roles.items() if role in pipeline.call}
+    unset = {name: None for name, steps in pipeline.only_at_steps.items() if job.steps != steps}
+    return {
+        **model.extra_call,
+        **pipeline.by_task.get(job.task, {}),
+        **{name: value for name, value in named.items() if value is not None},
+        **unset,
+    }
+
+
+def _plain_roles(model: Model, job: Job) -> dict[str, Any]:
+    pipeline = model.pipelines[job.task]
+    steps = job.steps if pipeline.stages == 1 else [-(-job.steps // pipeline.stages)] * pipeline.stages
+    return {
+        "prompt": _marked(job.prompt, pipeline.picture_mark, len(job.inputs.get("image_refs", ()))),
+        "negative_prompt": _negative_prompt(model, job),
+        "frames": model.frames.told(job.frames),
+        "window": min(model.window_frames, job.frames) or None,
+        "fps": job.fps,
+        "steps": steps if model.has_setting("num_inference_steps", job.task) else None,
+        "guidance": job.guidance_scale,
+        "guidance_2": job.guidance2_scale,
+        "embedded_guidance": job.embedded_guidance_scale,
+        "width": job.width,
+        "height": job.height,
+        "area": job.width * job.height,
+        "shift": job.flow_shift,
+        "strength": job.denoising_strength,
+        "duration": job.duration_s,
+        "lyrics": job.lyrics,
+    }
+
+
+def _negative_prompt(model: Model, job: Job) -> str | None:
+    if not model.has_setting("negative_prompt", job.task):
+        return None
+    return job.negative_prompt or (None if model.pipelines[job.task].null_negative else "")
+
+
+def _marked(prompt: str, mark: str, pictures: int) -> str:
+    """The prompt with a mark for each reference picture in front, where the class wants them and none are there."""
+    marks = [mark.format(number + 1) for number in range(pictures)] if mark else []
+    return " ".join([*(each for each in marks if each not in prompt), prompt])
+
+
+@contextmanager
+def _reported(pipe: Any, meter: Meter, *, alone: bool) -> Iterator[None]:
+    """Within the block, `meter` hears of every denoiser and VAE decoder call, and can cancel there.
+
+    One who works `alone` can be stopped at some blocks of a denoiser too: nobody waits for the others.
+    """
+    with ExitStack() as hooks:
+        for module, phase in _milestones(pipe, alone):
+            handle = module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase))
+            hooks.callback(handle.remove)
+        yield
+
+
+def _milestones(pipe: Any, blocks: bool) -> Iterator[tuple[torch.nn.Module, Phase]]:
+    for denoiser in offloading.denoisers(pipe).values():
+        yield denoiser, Phase.DENOISING
+        if blocks:
+            every = list(getattr(denoiser, "blocks", ()))
+            yield from ((block, Phase.DENOISING) for block in every[:: max(1, len(every) // CHECKS)])
+    if (decoder := getattr(getattr(pipe, "vae", None), "decoder", None)) is not None:
+        yield decoder, Phase.DECODING

@@ -1,0 +1,81 @@
+"""What a pipeline returns, as clips: whichever field it is in, tensors, arrays or pictures."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.catalog.models import Pipeline
+
+PICTURES = ("frames", "images", "image", "video")
+SOUND = ("audios", "audio", "sound")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One finished file's content. `layer` counts the files that share a seed, from 0.
+
+    frames: pieces of (F, H, W, 3 or 4) uint8 on the CPU, which may be made only when they are asked for, or None;
+    sound: (channels, N) float32 in -1..1 on the CPU, or None, at `sample_rate` samples a second.
+    """
+
+    seed: int
+    frames: Iterable[torch.Tensor] | None = None
+    sound: torch.Tensor | None = None
+    sample_rate: int = 0
+    layer: int = 0
+
+
+def clips(output: Any, pipeline: Pipeline, seeds: Sequence[int], sample_rate: int, most_frames: int) -> Iterator[Clip]:
+    """The clips of one call, in the order of their seeds. A class that makes more than `most_frames` is cut."""
+    videos, sounds = _field(output, PICTURES, pipeline), _field(output, SOUND, pipeline)
+    for i, seed in enumerate(seeds):
+        sound = None if sounds is None else waveform(sounds[i])
+        if videos is None:
+            yield Clip(seed, None, sound, sample_rate)
+            continue
+        for layer, video in enumerate(_layers(videos[i])):
+            frames = pixels(video)
+            kept = frames[-most_frames:] if pipeline.keeps_end else frames[:most_frames]
+            yield Clip(seed, [kept], sound, sample_rate, layer)
+
+
+def _field(output: Any, names: Sequence[str], pipeline: Pipeline) -> Any:
+    """The first of these fields that there is, one item a seed; else None."""
+    found = next((output[name] for name in names if name in output and output[name] is not None), None)
+    return [found] if pipeline.single and found is not None else found
+
+
+def _layers(item: Any) -> list[Any]:
+    """The pictures of a layered image, each for itself; anything else is one."""
+    layered = isinstance(item, list) and getattr(item[0], "mode", "") == "RGBA"
+    return [[layer] for layer in item] if layered else [item]
+
+
+def pixels(item: Any) -> torch.Tensor:
+    """A video or a picture in any of the forms that classes return → (F, H, W, C) uint8 on the CPU.
+
+    A tensor is (F, C, H, W) or (C, H, W), an array (F, H, W, C) or (H, W, C), both in 0..1; else pictures of Pillow.
+    """
+    if isinstance(item, torch.Tensor):
+        video = item if item.ndim == 4 else item[None]
+        return _levels(video).permute(0, 2, 3, 1).contiguous().cpu()
+    if isinstance(item, np.ndarray):
+        return _levels(torch.from_numpy(item if item.ndim == 4 else item[None]))
+    frames = item if isinstance(item, list) else [item]
+    if isinstance(frames[0], np.ndarray | torch.Tensor):
+        return torch.cat([pixels(frame) for frame in frames])
+    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
+
+
+def _levels(video: torch.Tensor) -> torch.Tensor:
+    """0..1 → 0..255, rounded on the device, where it is cheap."""
+    return (video.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def waveform(item: Any) -> torch.Tensor:
+    """(channels, N) or (N,) in any float type → (channels, N) float32 in -1..1 on the CPU."""
+    sound = torch.as_tensor(item).float().cpu()
+    return (sound if sound.ndim == 2 else sound[None]).clamp(-1, 1)

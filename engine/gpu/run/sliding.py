@@ -1,0 +1,110 @@
+"""Long videos: the windows of engine.sliding, each made after the end of the one before, joined without a seam."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.catalog.abilities import TASKS
+from engine.catalog.models import MASKED_FORMS, Model
+from engine.gpu.run import pace
+from engine.gpu.run.conditioning import Call
+from engine.job import SEED_RANGE, Job
+from engine.planning.windows import Window, windows
+
+SEED_STRIDE = 2**32  # from window to window; the files of a job count up by one
+MOST_GAIN = 1.25  # of a correction: frames that differ by more differ in what they show
+LEVELS = torch.arange(256, dtype=torch.float32)
+
+Make = Callable[[Call], torch.Tensor]
+
+
+def frames(model: Model, job: Job, seed: int, make: Make) -> Iterator[torch.Tensor]:
+    """The frames of one video in pieces, (F, H, W, 3) uint8, as they are ready; never more than two windows are held.
+
+    `make` makes the frames of one call. Each window begins with the last frames of the one before: it learns them from
+    there, takes over their colours, fades in over them, and keeps the pace while it does.
+    """
+    pieces = windows(job, model.frames)
+    end = torch.empty(0)  # of the window before: the last frame that was handed over, and those of the overlap
+    for number, window in enumerate(pieces):
+        overlaps = [piece.overlap for piece in pieces[number + 1 :]]
+        call = _call(model, job, window, end[1:], seed + number * SEED_STRIDE, last=not overlaps)
+        made = make(call)
+        if window.overlap:
+            made = joined(end, recoloured(made, end[1:], job.color_correction))
+        made = made[: job.frames - window.start]
+        done = len(made) - (overlaps[0] if overlaps else 0)
+        yield made[:done]
+        end = made[done - 1 :]
+
+
+def _call(model: Model, job: Job, window: Window, lead: torch.Tensor, seed: int, *, last: bool) -> Call:
+    """What makes one window; `lead` are the frames that it begins with."""
+    kept = {name: paths for name, paths in job.inputs.items() if last or name != "image_end"}
+    task = _task(model, job, frozenset(kept), first=not window.overlap)
+    if window.overlap:
+        led = "image_start" if model.pipelines[task].start_image_as in MASKED_FORMS else "image_start video_source"
+        kept = {name: paths for name, paths in kept.items() if name not in led.split()}
+    usable = {name: paths for name, paths in kept.items() if name in model.inputs_of(task)}
+    part = replace(job, task=task, frames=window.frames, inputs=usable, window_frames=0)
+    return Call(part, [seed % SEED_RANGE], list(lead.numpy()) if window.overlap else [], window.start)
+
+
+def _task(model: Model, job: Job, given: frozenset[str], *, first: bool) -> str:
+    """The task of a window. Without its end picture, what began as flf2v is i2v until the last window."""
+    way = model.continuation(job.task)
+    assert way
+    if first:
+        return job.task if TASKS[job.task].fits(given) else "i2v"
+    ends = "image_end" in given
+    return job.task if ends and "image_end" not in model.inputs_of(way.task) else way.task
+
+
+def recoloured(made: torch.Tensor, known: torch.Tensor, strength: float) -> torch.Tensor:
+    """`made` with the colours of `known`, which are its first frames as they should be; both (F, H, W, 3) uint8.
+
+    Mean and contrast of each channel are matched: coding a frame again and again shifts both a little every time.
+    """
+    if not strength:
+        return made
+    tables = [
+        _table(made[: len(known), ..., channel].float(), known[..., channel].float(), strength)
+        for channel in range(made.shape[-1])
+    ]
+    return torch.from_numpy(np.stack([_looked_up(frame, tables) for frame in made.numpy()]))
+
+
+def _table(seen: torch.Tensor, wanted: torch.Tensor, strength: float) -> NDArray[np.uint8]:
+    """For each level of a channel, the level that it becomes."""
+    gain = float(wanted.std() / seen.std().clamp(min=1e-6))
+    gain = min(max(gain, 1 / MOST_GAIN), MOST_GAIN)
+    matched = (LEVELS - seen.mean()) * gain + wanted.mean()
+    levels: NDArray[np.uint8] = LEVELS.lerp(matched, strength).round().clamp(0, 255).to(torch.uint8).numpy()
+    return levels
+
+
+def _looked_up(frame: NDArray[np.uint8], tables: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return np.stack([table[frame[..., channel]] for channel, table in enumerate(tables)], axis=-1)
+
+
+def joined(end: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """`made`, faded in over all frames of `end` but the first, which is the one before them, without a jump.
+
+    A window moves at a pace of its own, and its object stands where that has brought it: what is missing to it, or too
+    much, is spread over the overlap and the changes into it and out of it.
+    """
+    count = len(end)
+    frames = torch.cat([end[:1], faded(end[1:], made)])
+    seam = pace.evened(frames[: count + 1], usual=float(pace.changes(made).mean()))
+    return torch.cat([seam[1:], frames[count + 1 :]])
+
+
+def faded(known: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """`made`, its first frames blended with `known`: mostly that at first, mostly itself at the end of the overlap."""
+    count = len(known)
+    weights = (torch.arange(1, count + 1) / (count + 1)).view(-1, 1, 1, 1)
+    blended = known.float().lerp(made[:count].float(), weights).round().to(torch.uint8)
+    return torch.cat([blended, made[count:]])

@@ -1,0 +1,309 @@
+"""Frames and sound to files with their settings inside, visible in the output folder only when whole.
+
+Settings travel as JSON in pure ASCII: no container, tag reader or shell can garble that, not even a lone surrogate.
+"""
+
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any, Final, Literal, NamedTuple
+
+import imageio_ffmpeg
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from engine.files.media import EXIF_ASCII, EXIF_IFD, EXIF_USER_COMMENT, PNG_KEYWORD
+from engine.job import EngineError, Job
+
+log = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
+Samples = NDArray[np.float32]
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+_SLUG_CHARS: Final = 40
+_HANDLE: Final = "/dev/fd/"
+_NICENESS: Final = 5  # of ffmpeg: a third of what the generation gets where both want the same core
+_JPEG_SEGMENT_BYTES: Final = 65533  # a JPEG segment's length has 16 bits and counts itself
+
+# Without the matrix named at both ends, swscale converts with BT.601 and players decode small videos with BT.601 and
+# large ones with BT.709: reds and greens shift. The encoder takes its tags from the frames, hence `setparams`.
+_BT709: Final = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
+
+_SOUND_OPTIONS: Final[Mapping[str, list[str]]] = {
+    ".wav": ["-c:a", "pcm_s16le", "-f", "wav"],
+    ".flac": ["-c:a", "flac", "-f", "flac"],
+    ".mp3": ["-c:a", "libmp3lame", "-q:a", "0", "-f", "mp3"],
+}
+
+# x264's presets mean nothing to NVENC; its constant quality is about as good as x264's CRF of the same number.
+_CODECS: Final[Mapping[str, str]] = {
+    "x264": "-c:v libx264 -preset {preset} -crf {crf}",
+    "nvenc": "-c:v h264_nvenc -preset p5 -rc vbr -cq {crf} -b:v 0",
+}
+
+_REMEDIES: Final[Mapping[str, str]] = {
+    "No space left on device": "free space on the output disk and retry the task",
+    "Disk quota exceeded": "raise the quota or delete old outputs, and retry the task",
+    "Read-only file system": "make the output folder writable and retry the task",
+    "Permission denied": "let the daemon's user write to the output folder and retry the task",
+}
+
+
+class Sound(NamedTuple):
+    """samples: (channels, N) in -1..1, at `sample_rate` a second."""
+
+    samples: Samples
+    sample_rate: int
+
+
+def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: str) -> str:
+    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4"; `suffix` brings its dot."""
+    return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_{_slug(job.prompt)}_s{seed}{suffix}"
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[Pixels],  # each (H, W, 3) uint8, RGB; taken one by one
+    fps: int,
+    settings: Mapping[str, Any] | None,
+    *,
+    crf: int = 18,
+    preset: str = "veryfast",
+    encoder: str = "x264",
+    sound: Sound | None = None,
+) -> None:
+    """Write an H.264 yuv420p MP4 that plays everywhere: BT.709, its index in front, `settings` in the comment tag.
+
+    An odd width or height gains one column or row, a copy of the last. The file's mtime is the time of completion.
+    `sound` becomes its AAC track. Raises EngineError with code "save_failed", or what `frames` raises; nothing is left
+    in the folder then.
+    """
+    coming = iter(frames)
+    first = next(coming)
+    height, width = (side + side % 2 for side in first.shape[:2])
+    picture = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0".split()
+    codec = _CODECS[encoder].format(preset=preset, crf=crf).split()
+    end = ["-map", "1:v", "-vf", _BT709, *codec, "-movflags", "+faststart", "-f", "mp4"]
+    with ExitStack() as stack:
+        if sound is not None:
+            picture += [*_raw_sound(sound), "-i", stack.enter_context(_spooled(_bytes_of(sound)))]
+            end = ["-map", "2:a", "-c:a", "aac", "-b:a", "192k", *end]
+        _encode(path, (_even(frame).tobytes() for frame in chain([first], coming)), settings, picture, end)
+
+
+@cache
+def works(encoder: str) -> bool:
+    """True if this machine can encode with it: NVENC needs a card that has it (an H100 has none) and a driver."""
+    codec = _CODECS[encoder].format(preset="veryfast", crf=18)
+    trial = f"-v error -f lavfi -i color=size=256x256:rate=1 -frames:v 1 -pix_fmt yuv420p {codec} -f null -"
+    try:
+        done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *trial.split()], capture_output=True, check=False)
+    except (OSError, RuntimeError):  # the first real file will tell
+        return False
+    return done.returncode == 0
+
+
+def write_sound(path: Path, sound: Sound, settings: Mapping[str, Any] | None) -> None:
+    """Write a WAV, FLAC or MP3, told by the suffix of `path`, `settings` in its comment tag.
+
+    Raises EngineError with code "save_failed"; nothing is left in the folder then.
+    """
+    end = ["-map", "1:a", *_SOUND_OPTIONS[path.suffix]]
+    _encode(path, [_bytes_of(sound)], settings, [*_raw_sound(sound), "-i", "pipe:0"], end)
+
+
+def _encode(
+    path: Path, chunks: Iterable[bytes], settings: Mapping[str, Any] | None, inputs: list[str], end: list[str]
+) -> None:
+    """Let ffmpeg make `path` of what is piped in. Its input 0 are the settings, those of `inputs` come after it."""
+    with _part_of(path) as part, TemporaryFile() as complaints, _spooled(_ffmetadata(settings)) as tags:
+        command = ["-hide_banner", "-loglevel", "error", "-y", "-f", "ffmetadata", "-i", tags, *inputs]
+        command += ["-map_metadata", "0", *end, f"file:{part}"]
+        # stderr goes to a file: a pipe that nobody reads while the frames are written would fill up and stop ffmpeg.
+        with _started(command, complaints, path) as ffmpeg:
+            os.setpriority(os.PRIO_PROCESS, ffmpeg.pid, _NICENESS)  # x264 alone would take every core
+            _feed(ffmpeg, chunks)
+        if ffmpeg.returncode:
+            raise _save_failed(path, _reason(ffmpeg.returncode, complaints))
+
+
+@contextmanager
+def _spooled(data: bytes) -> Iterator[str]:
+    """The name under which ffmpeg can read `data` within the block."""
+    with TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        file.seek(0)  # the name may stand for this very handle, with its place in the file
+        yield f"{_HANDLE}{file.fileno()}"
+
+
+def _raw_sound(sound: Sound) -> list[str]:
+    return f"-f f32le -ar {sound.sample_rate} -ac {len(sound.samples)}".split()
+
+
+def _bytes_of(sound: Sound) -> bytes:
+    """The samples, channels interleaved."""
+    return np.ascontiguousarray(sound.samples.T, dtype="<f4").tobytes()
+
+
+def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, format: ImageFormat) -> None:
+    """Write one picture, (H, W, 3) uint8 RGB or (H, W, 4) RGBA, `settings` in its PNG text or its EXIF UserComment.
+
+    Raises EngineError with code "save_failed"; nothing is left in the folder then.
+    """
+    with _part_of(path) as part:
+        buffer = io.BytesIO()  # Pillow hides the cause of a failed write ("encoder error -2"): the disk comes after it
+        comment = None if settings is None else _json(settings)
+        Image.fromarray(frame).save(buffer, format, **_IMAGE_OPTIONS[format](comment))
+        part.write_bytes(buffer.getbuffer())
+
+
+def publish(part: Path, final: Path) -> None:
+    """Rename `part` to `final` in the same folder, its bytes and then its name proof against a power cut.
+
+    Raises OSError.
+    """
+    _sync(part)
+    part.replace(final)
+    _sync(final.parent)
+
+
+@contextmanager
+def _part_of(final: Path) -> Iterator[Path]:
+    """A hidden path to write to: published as `final` at the end of the block, removed when the block raises."""
+    part = final.with_name(f".{final.name}.part")
+    try:
+        yield part
+        publish(part, final)
+    except (OSError, ValueError) as error:  # ValueError: Pillow, on sizes that a format can't hold
+        raise _save_failed(final, getattr(error, "strerror", None) or str(error)) from error
+    finally:
+        with suppress(OSError):  # gone by rename; or the disk is worse off than one leftover
+            part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _slug(prompt: str) -> str:
+    """The prompt's start in a-z, 0-9 and hyphens, so that a name needs no quoting anywhere."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
+
+
+def _json(settings: Mapping[str, Any]) -> str:
+    return json.dumps(dict(settings), ensure_ascii=True)
+
+
+def _ffmetadata(settings: Mapping[str, Any] | None) -> bytes:
+    """FFmpeg's metadata file: one argument of a command line holds 128 KiB, which two long prompts can outgrow."""
+    if settings is None:
+        return b";FFMETADATA1\n"
+    escaped = re.sub(r"([\\=;#\n])", r"\\\1", _json(settings))
+    return f";FFMETADATA1\ncomment={escaped}\n".encode("ascii")
+
+
+def _started(command: list[str], complaints: IO[bytes], path: Path) -> "subprocess.Popen[bytes]":
+    try:
+        return subprocess.Popen(
+            [imageio_ffmpeg.get_ffmpeg_exe(), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            pass_fds=[int(word.removeprefix(_HANDLE)) for word in command if word.startswith(_HANDLE)],
+        )
+    except (OSError, RuntimeError) as error:  # RuntimeError: imageio-ffmpeg found none at all
+        log.error("ffmpeg can't be started: %s", error)
+        remedy = "reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name a working one"
+        raise EngineError(
+            f"'{path.name}' could not be saved: ffmpeg can't be started; {remedy}", "save_failed"
+        ) from None
+
+
+def _feed(ffmpeg: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
+    """Pipe the input in, a chunk at a time. An ffmpeg that ended early breaks the pipe; its status then tells why."""
+    assert ffmpeg.stdin
+    with suppress(BrokenPipeError), ffmpeg.stdin as pipe:
+        for chunk in chunks:
+            pipe.write(chunk)
+
+
+def _even(frame: Pixels) -> Pixels:
+    """The frame with even sides, which yuv420p needs; the last column and row repeated where one is missing."""
+    height, width, _ = frame.shape
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _reason(status: int, complaints: IO[bytes]) -> str:
+    """Why ffmpeg failed: a cause that has a remedy, else its exit status. Its own words, with paths, go to the log."""
+    complaints.seek(0)
+    text = complaints.read().decode(errors="replace")
+    log.error("ffmpeg ended with status %d: %s", status, text.strip())
+    return next((cause for cause in _REMEDIES if cause in text), f"ffmpeg ended with status {status}")
+
+
+def _save_failed(path: Path, reason: str) -> EngineError:
+    remedy = _REMEDIES.get(reason, "the log of the daemon says more")
+    return EngineError(f"'{path.name}' could not be saved: {reason}; {remedy}", "save_failed")
+
+
+def _png_options(comment: str | None) -> dict[str, Any]:
+    text = PngImagePlugin.PngInfo()
+    if comment is not None:
+        text.add_text(PNG_KEYWORD, comment)
+    return {"pnginfo": text}
+
+
+def _jpeg_options(comment: str | None) -> dict[str, Any]:
+    look = {"quality": 95, "subsampling": "4:4:4"}
+    exif = _exif(comment)
+    if len(exif) <= _JPEG_SEGMENT_BYTES:
+        return look | {"exif": exif}
+    return look | {"extra": _comment_segments(comment or "")}
+
+
+def _webp_options(comment: str | None) -> dict[str, Any]:
+    return {"quality": 95, "exif": _exif(comment)}
+
+
+def _exif(comment: str | None) -> bytes:
+    if comment is None:
+        return b""
+    exif = Image.Exif()
+    exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + comment.encode("ascii")}
+    return exif.tobytes()
+
+
+def _comment_segments(comment: str) -> bytes:
+    """A text too long for JPEG's one EXIF segment, in as many comment segments as it takes."""
+    data = comment.encode("ascii")
+    chunks = (data[at : at + _JPEG_SEGMENT_BYTES] for at in range(0, len(data), _JPEG_SEGMENT_BYTES))
+    return b"".join(b"\xff\xfe" + (len(chunk) + 2).to_bytes(2, "big") + chunk for chunk in chunks)
+
+
+_IMAGE_OPTIONS: Final[Mapping[str, Callable[[str | None], dict[str, Any]]]] = {
+    "png": _png_options,
+    "jpeg": _jpeg_options,
+    "webp": _webp_options,
+}

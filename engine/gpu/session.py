@@ -1,0 +1,229 @@
+"""The session: the loaded model, kept warm from task to task, and the way of a job through it to its files."""
+
+import gc
+import logging
+import resource
+from collections.abc import Callable
+from concurrent.futures import wait
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from engine.capabilities import NONE
+from engine.catalog import fetch, weights
+from engine.catalog.models import Model
+from engine.catalog.weights import Weights
+from engine.gpu.load import compiling, conversion, kernels, offloading, pipelines, quantization
+from engine.gpu.load.devices import choose_device, give_back
+from engine.gpu.run import decoding, prompts, render
+from engine.gpu.run.adapters import Adapters
+from engine.gpu.run.meter import Meter
+from engine.gpu.save.saving import Saved, Saver
+from engine.gpu.team import sharing
+from engine.gpu.team.lead import ModelSource, Team
+from engine.job import EngineConfig, EngineError, Job, Phase, Result
+from engine.planning import placement as plans
+from engine.planning.machine import Machine
+from engine.planning.work import Parts, Work
+
+log = logging.getLogger("wangpd.worker")
+
+
+class ModelSession:
+    """Makes the files of one job after the other; holds at most one model."""
+
+    def __init__(self, config: EngineConfig, settled: Callable[[str], None], visible: str | None = None) -> None:
+        """`settled` is called for each job whose files are written, with the reason if they could not be.
+
+        `visible` are the cards that a team can have, as CUDA_VISIBLE_DEVICES; None: all.
+        """
+        self._config = config
+        self._device = choose_device(config.device)
+        self._team = Team(config, self._device, visible) if config.team else None
+        self._profile = config.profile
+        self._tiled = False  # whatever vae_config says: memory has just run out
+        self.model_id = ""  # of the model that is loaded
+        self._pipe: Any = None
+        self._adapters = Adapters()
+        self._saver = Saver(config, settled)
+        self._shapes = compiling.Shapes(config.state_path) if config.compile else None
+        self._prompts = prompts.Prompts(config.state_path / "prompts", config.prompt_cache_mb * 2**20)
+        self._helping: Team | None = None  # the team, if it computes what is loaded too
+        self._plan: plans.Plan | None = None
+        self._parts: Parts | None = None
+
+    def make(self, task_id: int, job: Job, model: Model, meter: Meter) -> Result:
+        """Load what is not loaded, generate, and return the files, which are still being written.
+
+        Out of memory, it gives everything back and tries once more with the next more frugal profile and the VAE in
+        its smallest tiles. Raises EngineError or Cancelled.
+        """
+        started = datetime.now(UTC)
+        try:
+            return self._attempt(task_id, job, model, meter, started)
+        except torch.OutOfMemoryError:
+            frugal = offloading.more_frugal(self._profile)
+            log.warning("task %d: out of memory while %s; once more with profile %g", task_id, meter.where, frugal)
+        self._unload()
+        self._profile, self._tiled = frugal, True
+        try:
+            return self._attempt(task_id, job, model, meter, started)
+        except torch.OutOfMemoryError:
+            raise EngineError(offloading.advice(job, model, meter.where, frugal), "out_of_memory") from None
+        finally:
+            self._unload()  # the next task may fit as configured
+            self._profile, self._tiled = self._config.profile, False
+
+    def _attempt(self, task_id: int, job: Job, model: Model, meter: Meter, started: datetime) -> Result:
+        self._reset_peak()
+        meter.enter(Phase.LOADING)
+        pipe = self.load(model, job.task, job)
+        if self._shapes:
+            self._shapes.expect(pipe, model.id, job)
+        saved: list[Saved] = []
+        try:
+            for clip in render.render(pipe, model, job, meter, self._adapters, team=self._helping):
+                for file in saved:
+                    file.require_well()  # else no more of them are made
+                saved.append(self._saver.save(task_id, clip, job, started))
+        except BaseException:
+            wait([file.written for file in saved])  # nothing is written behind the daemon's back; what is whole stays
+            raise
+        if self._shapes:
+            self._shapes.remember(pipe, model.id, job)
+        pending = self._saver.finish(saved)
+        return Result(tuple(file.file for file in saved), meter.done(), self._peak_bytes(), self.plan, pending)
+
+    def load(self, model: Model, task: str, job: Job | None = None) -> Any:
+        """The pipeline of `model`, ready to run `job`; nothing happens if it is loaded and lies well for it."""
+        work = Work.of(model, job) if job else Work.usual(model)
+        if not self._serves(model, work):
+            self._unload()  # first: two may not fit
+            found, kind = self._weights(model), self._kind_of_weights(model, work)
+            cast = self._cast(found, model, kind)
+            pipe, parts = quantization.load(
+                model, task, cast, self._device, kind=kind, models_dir=self._config.models_dir
+            )
+            self._prompts.remember(pipe, prompts.encoder_of(pipe, found))
+            self._fit(pipe, parts, ModelSource(model, task, cast, kind), work)
+            self._keep(model, pipe)
+            log.info("loaded model %s on %s", model.id, self._device)
+        return self._pipe
+
+    def _fit(self, pipe: Any, parts: Parts, source: ModelSource, work: Work) -> None:
+        """Make the pipeline, which lies in RAM, ready for `work` on the device, and let a team load the same."""
+        model, machine = source.model, self.machine()
+        shared = self._team is not None and model.context_parallel and sharing.splits(pipe, machine.cards)
+        self._helping = self._team if shared else None
+        decoding.set_precision(pipe, self._config.vae_precision, self._device)
+        self._parts = replace(parts, vae_width=decoding.width_of(pipe))
+        if self._config.compile:  # before they are placed: what places them hooks their blocks
+            log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
+        self._plan = offloading.planned(
+            model, machine if shared else replace(machine, cards=1), self._profile, self._config.vae_config,
+            work=work, parts=self._parts, quantization=source.kind,
+        )  # fmt: skip
+        kernel = self._set_kernel(pipe, model, work.tokens)
+        log.info("attention: %s", kernel)
+        with self._helping.loading(source, self._plan, kernel) if self._helping else nullcontext():
+            offloading.carry_out(pipe, self._plan, self._device)
+        if self._tiled:
+            offloading.tile_vae(pipe, offloading.SMALLEST_TILE)
+
+    def _serves(self, model: Model, work: Work) -> bool:
+        """True if `model` is loaded, by the whole team if it is made together, and lies well for `work`."""
+        if self.model_id != model.id or not self._plan:
+            return False
+        if self._helping and not self._helping.holds(model):
+            return False  # its followers were ended
+        return plans.serves(self._plan, model, work, self._parts)
+
+    def _keep(self, model: Model, pipe: Any) -> None:
+        """Hold `pipe` from now on.
+
+        Python looks no more through it and the libraries for what can be freed: half a million objects, a third of a
+        second after each task.
+        """
+        self.model_id, self._pipe = model.id, pipe
+        gc.collect()
+        gc.freeze()
+
+    @property
+    def plan(self) -> str:
+        """Where the weights of the loaded model lie, in a line; empty without one."""
+        return self._plan.describe() if self._plan else ""
+
+    def machine(self) -> Machine:
+        """What is free of the device now, and how fast it is."""
+        own = offloading.measure(self._device)
+        return self._team.least(own) if self._team else own
+
+    def _kind_of_weights(self, model: Model, work: Work) -> str:
+        def planned() -> str:
+            free = self.machine()
+            plan = plans.plan(
+                model, work, free, profile=self._profile, vae_config=self._config.vae_config, quantization="auto"
+            )
+            return plan.way.quantization
+
+        return quantization.kind_for(model, self._config.transformer_quantization, planned)
+
+    def _set_kernel(self, pipe: Any, model: Model, tokens: int) -> str:
+        if model.attention_backend:  # it was set when the model was loaded
+            return model.attention_backend
+        mode, together = self._config.attention_mode, self._helping is not None
+        return kernels.set_kernel(pipe, mode, self._device, tokens, together=together)
+
+    def _unload(self) -> None:
+        self.model_id, self._pipe, self._adapters = "", None, Adapters()
+        self._plan, self._parts, self._helping = None, None, None
+        if self._team:
+            self._team.unload()
+        gc.unfreeze()
+        self.give_back()
+
+    def _weights(self, model: Model) -> Weights:
+        found = weights.locate(model, self._config.models_dir)
+        if found is None and self._config.allow_download:
+            return self._fetched(model)
+        if found is None:
+            remedy = weights.remedy(model, self._config.models_dir)
+            raise EngineError(f"Model '{model.id}' is not installed any more; {remedy}", "no_weights")
+        return found
+
+    def _cast(self, found: Weights, model: Model, kind: str) -> Weights:
+        """The same weights, without float32 where the device computes in less.
+
+        Denoisers of a quantised `kind` are left as they lie: they have copies of their own.
+        """
+
+        def dtype_of(name: str) -> torch.dtype:
+            quantised = kind != NONE and offloading.is_denoiser(name)
+            return torch.float32 if quantised else pipelines.dtype_of(model, self._device, name)
+
+        if not self._config.convert_float32:
+            return found
+        return conversion.cast(found, model.variant, dtype_of, self._config.models_dir)
+
+    def _fetched(self, model: Model) -> Weights:
+        try:
+            return fetch.fetch(model, self._config.models_dir, wait=True)  # a worker beside this one may be at it
+        except fetch.FetchError as error:
+            raise EngineError(f"Model '{model.id}' could not be downloaded: {error}", "no_weights") from error
+
+    def give_back(self) -> None:
+        """Return what no tensor holds any more to the card; after a fault too."""
+        give_back(self._device)
+
+    def _reset_peak(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _peak_bytes(self) -> int:
+        """The most memory in use at once: of the card, or on a CPU of this process since it started."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

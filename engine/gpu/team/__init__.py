@@ -1,0 +1,1 @@
+"""Several devices that compute one task together."""

@@ -1,0 +1,1 @@
+"""Arithmetic before the work: memory, time, windows, step caches."""

@@ -1,0 +1,70 @@
+"""Sliding windows: how a video that is longer than a model makes at once is cut into overlapping pieces.
+
+Pure arithmetic; `engine.gpu.sliding` makes the pieces and joins them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.catalog.models import FrameRule, Model
+from engine.job import Job
+
+SETTINGS = ("sliding_window_size", "sliding_window_overlap", "sliding_window_color_correction_strength")
+
+
+@dataclass(frozen=True)
+class Window:
+    """`frames` frames from frame `start` of the whole video; the first `overlap` of them are known already."""
+
+    start: int
+    frames: int
+    overlap: int
+
+
+def windows(job: Job, rule: FrameRule) -> list[Window]:
+    """The windows of a job, in order; one for a job that is not cut.
+
+    They are about equally long: a last one of a few frames would be unlike anything that the model was trained on. The
+    last may reach beyond the video's end by less than a step of `rule`.
+    """
+    return list(_windows(job, rule)) if job.window_frames else [Window(0, job.frames, 0)]
+
+
+def _windows(job: Job, rule: FrameRule) -> Iterator[Window]:
+    known = done = job.window_overlap  # as if the first window began with known frames too
+    while done < job.frames:
+        missing = job.frames - done
+        count = -(-missing // (job.window_frames - known))
+        frames = rule.shortest_of(-(-missing // count) + known)
+        yield Window(done - known, frames, known if done > known else 0)
+        done += frames - known
+
+
+def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[str]) -> tuple[int, int]:
+    """The most frames of a window, and how many it shares with the one before; 0 and 0: no windows.
+
+    What a request asks for and the model can't do is changed, and told in `warnings`.
+    """
+    way, size, overlap = model.continuation(task), values["sliding_window_size"], values["sliding_window_overlap"]
+    if way is None:
+        if size or overlap:
+            warnings.append(f"sliding_window_size: model '{model.id}' has no such setting, the value was ignored")
+        return 0, 0
+    if size == 0:
+        return 0, 0
+    shared = min(overlap or way.overlap, way.most)
+    if shared != (overlap or shared):
+        warnings.append(f"sliding_window_overlap: {overlap} was changed to {shared}, the most for model '{model.id}'")
+    wanted = size or int(model.defaults["video_length"])  # what the model was made for
+    made = max(model.frames.nearest(wanted), model.frames.shortest_of(2 * shared))  # more than half of it is new
+    if size and made != size:
+        warnings.append(f"sliding_window_size: {size} was changed to {made}, the nearest for model '{model.id}'")
+    return made, min(shared, made - 1)
+
+
+def usual(model: Model) -> dict[str, int] | None:
+    """Size and overlap of a window where nobody says; None if the model makes every video at once."""
+    values = dict.fromkeys(SETTINGS) | {name: model.defaults[name] for name in SETTINGS if name in model.defaults}
+    size, overlap = chosen(model, model.tasks[0], values, [])
+    return {"size": size, "overlap": overlap} if size else None

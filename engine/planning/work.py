@@ -1,0 +1,195 @@
+"""What a job is made of: the bytes of a model, the tokens of a request, and the arithmetic that both ask for."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from engine.admission import default_settings
+from engine.catalog.models import Model
+from engine.job import Job
+from engine.planning.windows import windows
+
+NUMBER_BYTES = {"float32": 2.0}  # dtype → size against bf16
+ATTENTION_WIDTH = 28  # layers x width is the parameters to the power 2/3, divided by this: within 15% for ten families
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the sizes of a family mean; what is 0 follows a rule.
+
+    A token is `pixel_step` pixels square (rule: the size step, between 16 and 32) and `frame_step` frames long (rule:
+    the length step). The VAE needs `frame_bytes` for a pixel of one frame however many there are, and `voxel_bytes` for
+    a pixel of each frame, both with numbers of 2 bytes. `work` is the share of the weights that a token meets,
+    `encoder_runs` how often the encoders run for one prompt.
+    """
+
+    pixel_step: int = 0
+    frame_step: int = 0
+    frame_bytes: int = 0
+    voxel_bytes: int = 0
+    work: float = 1.0
+    encoder_runs: int = 1
+
+    @classmethod
+    def of(cls, model: Model) -> "Shape":
+        """The shape of the model's family, or that of its kind."""
+        shape = SHAPES.get(model.family) or SHAPES[model.kind]
+        pixel_step = shape.pixel_step or min(32, max(16, model.spatial_multiple))
+        return replace(shape, pixel_step=pixel_step, frame_step=shape.frame_step or model.frames.step)
+
+
+# The VAEs were counted on meta tensors at 480p to 720p: frame_bytes where the decoder goes through the frames in time.
+SHAPES: Mapping[str, Shape] = {
+    "video": Shape(frame_bytes=9_800),  # Wan's VAE, which most have
+    "image": Shape(voxel_bytes=1_550),  # Stable Diffusion's and Flux's
+    "audio": Shape(),
+    "allegro": Shape(frame_step=4, frame_bytes=9_800),
+    "animatediff": Shape(voxel_bytes=1_550, work=0.3),
+    "chrono_edit": Shape(frame_bytes=9_800),
+    "cogvideox": Shape(frame_step=4, frame_bytes=45_800),
+    "cogview": Shape(pixel_step=16, voxel_bytes=1_550),
+    "easyanimate": Shape(voxel_bytes=1_160),
+    "glm": Shape(pixel_step=16, voxel_bytes=1_550, encoder_runs=1_000),  # it writes the picture as words first
+    "helios": Shape(pixel_step=16, frame_step=4, frame_bytes=9_800),
+    "hunyuan": Shape(frame_step=4, frame_bytes=39_500),
+    "hunyuan_1_5": Shape(voxel_bytes=1_800),
+    "hunyuan_image": Shape(pixel_step=32, voxel_bytes=1_700),
+    "kandinsky5": Shape(pixel_step=16, frame_bytes=39_500),
+    "kandinsky6": Shape(frame_bytes=39_500),
+    "krea2": Shape(voxel_bytes=3_500),
+    "latte": Shape(voxel_bytes=1_550),
+    "ltx2": Shape(voxel_bytes=90),
+    "ltxv": Shape(voxel_bytes=100),
+    "mochi": Shape(voxel_bytes=2_050),
+    "qwen": Shape(voxel_bytes=3_500),
+    "sd1": Shape(voxel_bytes=1_550, work=0.3),
+    "sdxl": Shape(voxel_bytes=1_550, work=0.3),
+    "svd": Shape(voxel_bytes=1_550, work=0.3),
+    "wan": Shape(frame_step=4, frame_bytes=9_800),
+}
+SOUND_TOKENS_PER_S = 25
+SOUND_S = 60.0  # where a job names no duration
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of the weights by component, in the dtypes in which they run; all denoisers together."""
+
+    denoisers: int
+    encoders: int
+    vae: int
+    denoiser_count: int = 1
+    parameters: int = 0  # of one denoiser
+    vae_width: float = 1.0  # bytes of its numbers against bf16
+    quantization: str = "none"  # of the denoisers, whose bytes are counted as they are then
+    changed: bool = False  # after loading: the denoisers' weights are no longer a file's pages, which RAM may drop
+
+    @classmethod
+    def of(cls, model: Model) -> "Parts":
+        """By the catalogue."""
+        wide = {name: NUMBER_BYTES.get(model.dtypes.get(name, ""), 1.0) for name in ("transformer", "vae")}
+        return cls(
+            denoisers=round(model.transformer_bf16_bytes * wide["transformer"]),
+            encoders=model.encoders_bf16_bytes,
+            vae=round(model.vae_bf16_bytes * wide["vae"]),
+            denoiser_count=model.transformer_count,
+            parameters=model.transformer_bf16_bytes // (2 * model.transformer_count),
+            vae_width=wide["vae"],
+            changed=bool(model.recipe_loras),
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one job asks for. `frames` is 0 for sound.
+
+    A run is one call of the pipeline, for a window if there are several, and makes `batch` results in `steps` denoising
+    steps for each of its `sections`; a step takes `passes` forwards, or one with everything twice if they are `joined`.
+    """
+
+    width: int
+    height: int
+    frames: int
+    steps: int
+    tokens: int  # of one result in one forward
+    passes: int = 1
+    joined: bool = False
+    batch: int = 1
+    runs: int = 1
+    sections: int = 1
+
+    @classmethod
+    def of(cls, model: Model, job: Job) -> "Work":
+        """What `job` asks of `model`."""
+        # A long video is made for itself: each of its windows goes on from the one before.
+        batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
+        size = (job.width, job.height, job.window_frames or job.frames)
+        work = cls._of_size(model, job.task, size, job.duration_s)
+        guided = _is_guided(model, job.task, job.guidance_scale)
+        runs = job.repeat_generation * job.batch_size // batch * len(windows(job, model.frames))
+        return replace(work, steps=work.steps * job.steps, passes=1 + guided, batch=batch, runs=runs)
+
+    @classmethod
+    def usual(cls, model: Model) -> "Work":
+        """What a request that names only a prompt asks for."""
+        task, settings = model.tasks[0], default_settings(model)
+        width, height = map(int, settings.get("resolution", "0x0").split("x"))
+        frames = settings.get("video_length", 1 if width else 0)
+        work = cls._of_size(model, task, (width, height, frames), settings.get("duration_seconds"))
+        steps = settings.get("num_inference_steps") or model.fixed_steps or 1
+        guided = _is_guided(model, task, settings.get("guidance_scale"))
+        return replace(work, steps=work.steps * steps, passes=1 + guided)
+
+    @classmethod
+    def _of_size(cls, model: Model, task: str, size: tuple[int, int, int], duration_s: float | None) -> "Work":
+        """One step without guidance."""
+        width, height, frames = size
+        pipeline = model.pipelines[task]
+        section = min(pipeline.section_frames or frames, frames)
+        return cls(
+            width=width,
+            height=height,
+            frames=frames,
+            steps=pipeline.stages,
+            tokens=tokens(model, width, height, section, duration_s),
+            joined=pipeline.cfg_passes.startswith("batched"),
+            sections=math.ceil(frames / section) if section else 1,
+        )
+
+    @property
+    def voxels(self) -> int:
+        """Pixels of all frames of one run."""
+        return self.width * self.height * self.frames * self.batch
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens that one forward carries."""
+        return self.tokens * self.batch * (self.passes if self.joined else 1)
+
+    @property
+    def told(self) -> str:
+        """The size in words."""
+        return f"{self.width}x{self.height} with {self.frames} frames" if self.frames else "this length"
+
+
+def tokens(model: Model, width: int, height: int, frames: int, duration_s: float | None = None) -> int:
+    """How many tokens the denoiser sees for one result: latent frames x latent size / patch, or seconds of sound."""
+    if not frames:
+        return math.ceil((duration_s or SOUND_S) * SOUND_TOKENS_PER_S)
+    shape = Shape.of(model)
+    rows, columns = (math.ceil(side / shape.pixel_step) for side in (height, width))
+    return math.ceil(frames / shape.frame_step) * rows * columns
+
+
+def _is_guided(model: Model, task: str, guidance_scale: float | None) -> bool:
+    return (guidance_scale or 0) > 1 and model.pipelines[task].cfg_passes != "single"
+
+
+def forward_flops(parameters: int, token_count: int, work: float = 1.0) -> float:
+    """Operations of one forward: the products with the weights, and self-attention."""
+    return 2 * parameters * work * token_count + 4 * token_count**2 * power(parameters, 2 / 3) / ATTENTION_WIDTH
+
+
+def power(base: float, exponent: float) -> float:
+    """`base ** exponent`, of which mypy does not know that it is no complex number."""
+    return math.pow(base, exponent)

@@ -1,0 +1,292 @@
+"""The journal: what must outlive the process, in one SQLite file.
+
+One connection, used by one thread. Every change is committed and synced to the disk before its call returns, so an
+answer that follows it is a promise that a power cut can't break.
+"""
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.queue.tasks import ENDED, Status, Task
+
+# One script a schema version, applied in order: entry i brings a journal from version i to i + 1.
+MIGRATIONS = (
+    """
+    CREATE TABLE tasks (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,  -- AUTOINCREMENT: an id is never used twice, also after a deletion
+        status TEXT NOT NULL,
+        rank REAL NOT NULL,  -- the order in which tasks wait
+        finished_at REAL,  -- NULL until the task has ended
+        record TEXT NOT NULL
+    );
+    CREATE INDEX tasks_by_status ON tasks (status, rank);
+    CREATE INDEX tasks_by_end ON tasks (finished_at);  -- with it, forgetting costs no more as the history grows
+    CREATE TABLE replies (  -- idempotency keys
+        key TEXT PRIMARY KEY,
+        request TEXT NOT NULL,  -- digest of the request that the key was used for
+        answer TEXT NOT NULL,
+        created_at REAL NOT NULL
+    );
+    CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
+)
+KEY_LIFETIME_S = 24 * 3600
+DISK_FAULTS = frozenset(  # faults of the place where the journal lies, not of what is in it
+    {
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
+T = TypeVar("T")
+
+_ENDED = tuple(sorted(status.value for status in ENDED))
+_MARKS = ", ".join("?" * len(_ENDED))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that was given under an idempotency key."""
+
+    request: str
+    answer: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `add` found or did: the new row's id, or the reply that this key already had."""
+
+    task_id: int
+    reply: Reply | None = None
+
+
+class JournalFault(Exception):
+    """The journal can't be written or read now, most often because its disk is full: one sentence."""
+
+
+class Journal:
+    """The rows, behind async calls that each run in the journal's own thread.
+
+    `set_aside` is where an unreadable journal was moved at `open`, or None.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._db: sqlite3.Connection
+        self.set_aside: Path | None = None
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except sqlite3.Error as error:
+            raise JournalFault(
+                f"The queue's journal can't be used now ({error}); free its disk, then try again"
+            ) from error
+
+    async def open(self, id_floor: int = 0) -> None:
+        """Open or create the file; one that can't be read is moved aside, and an empty one takes its place.
+
+        The next id is above `id_floor` in any case, so that a lost journal does not make ids start again.
+        Raises OSError or JournalFault if there is no place to write.
+        """
+        await self._call(lambda: self._open(id_floor))
+
+    def _open(self, id_floor: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = _connect(self._path)
+        except (sqlite3.DatabaseError, TypeError, ValueError, LookupError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK_FAULTS:
+                raise  # a full disk says nothing against the journal, and its tasks must not be lost to it
+            self.set_aside = _move_aside(self._path)
+            self._db = _connect(self._path)
+        if _highest_id(self._db) < id_floor:
+            with self._db:
+                self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'tasks'")
+                self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('tasks', ?)", (id_floor,))
+
+    async def close(self) -> None:
+        """Close the file. Nothing is lost without it."""
+        await self._call(self._close)
+        self._thread.shutdown()
+
+    def _close(self) -> None:
+        self._db.close()
+
+    async def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Stored:
+        """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
+
+        If `key` was used in the last 24 hours, nothing is stored and that answer comes back.
+        """
+        return await self._call(lambda: self._add(task, key, request, answer))
+
+    def _add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Stored:
+        with self._db:
+            if key is not None and (reply := self._reply(key)):
+                return Stored(reply.answer["task_id"], reply)
+            row = self._db.execute("INSERT INTO tasks (status, rank, record) VALUES (?, 0, '')", (task.status.value,))
+            assert row.lastrowid is not None
+            task.id = row.lastrowid
+            self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
+            self._write(task)
+            if key is not None:
+                stored = json.dumps({**answer, "task_id": task.id})
+                self._db.execute(
+                    "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, request, stored, time.time())
+                )
+        return Stored(task.id)
+
+    def _reply(self, key: str) -> Reply | None:
+        row = self._db.execute(
+            "SELECT request, answer FROM replies WHERE key = ? AND created_at >= ?", (key, time.time() - KEY_LIFETIME_S)
+        ).fetchone()
+        return Reply(row[0], json.loads(row[1])) if row else None
+
+    async def reply(self, key: str) -> Reply | None:
+        """The answer that was given under this idempotency key in the last 24 hours."""
+        return await self._call(lambda: self._reply(key))
+
+    async def save(self, *tasks: Task, **facts: Any) -> None:
+        """Commit the tasks as they are now, and JSON values under the names of `facts`, together."""
+        rows = [(task.status.value, task.finished_at, json.dumps(task.record()), task.id) for task in tasks]
+        values = [(name, json.dumps(value)) for name, value in facts.items()]
+        await self._call(lambda: self._save(rows, values))
+
+    def _save(self, rows: Iterable[Sequence[Any]], facts: Iterable[Sequence[str]]) -> None:
+        with self._db:
+            self._db.executemany("UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?", rows)
+            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts)
+
+    def _write(self, task: Task) -> None:
+        row = (task.status.value, task.finished_at, json.dumps(task.record()), task.id)
+        self._db.execute("UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?", row)
+
+    async def reorder(self, task_ids: Sequence[int]) -> None:
+        """Remember that these tasks wait in this order."""
+        rows = list(enumerate(task_ids))
+        await self._call(lambda: self._reorder(rows))
+
+    def _reorder(self, rows: Sequence[tuple[int, int]]) -> None:
+        # Negative, so that whatever is submitted later (rank = id) still comes behind.
+        with self._db:
+            self._db.executemany(
+                "UPDATE tasks SET rank = ? WHERE id = ?", [(place - len(rows), task_id) for place, task_id in rows]
+            )
+
+    async def unfinished(self) -> list[Task]:
+        """The tasks that have not ended, in the order in which they wait."""
+        return await self._call(lambda: _unfinished(self._db))
+
+    async def get(self, task_id: int) -> Task | None:
+        """The task with this id, or None if there is no such row (any more)."""
+        if abs(task_id) >= 2**63:
+            return None  # beyond what SQLite can hold
+        found = await self._call(lambda: self._tasks("WHERE id = ?", (task_id,)))
+        return found[0] if found else None
+
+    async def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
+        """A page of all tasks, newest first, and how many there are."""
+        where, values = ("WHERE status = ?", (status.value,)) if status else ("", ())
+        return await self._call(lambda: self._page(where, values, limit, offset))
+
+    def _page(self, where: str, values: tuple[str, ...], limit: int, offset: int) -> tuple[list[Task], int]:
+        total = self._db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
+        return self._tasks(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", (*values, limit, offset)), total
+
+    def _tasks(self, rest: str, values: Sequence[Any] = ()) -> list[Task]:
+        return _read(self._db, rest, values)
+
+    async def prune(self, keep_count: int, keep_s: float) -> None:
+        """Forget ended tasks beyond the newest `keep_count`, and those that ended over `keep_s` seconds ago."""
+        await self._call(lambda: self._prune(keep_count, time.time() - keep_s))
+
+    def _prune(self, keep_count: int, before: float) -> None:
+        newest_too_many = (
+            "SELECT finished_at, id FROM tasks WHERE finished_at IS NOT NULL"
+            " ORDER BY finished_at DESC, id DESC LIMIT 1 OFFSET ?"
+        )
+        with self._db:
+            self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (before,))
+            self._db.execute(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
+            self._db.execute("DELETE FROM replies WHERE created_at < ?", (time.time() - KEY_LIFETIME_S,))
+
+    async def inputs(self) -> set[str]:
+        """The names of all stored input files that some row still needs."""
+        tasks = await self._call(lambda: self._tasks("WHERE json_extract(record, '$.job.inputs') != '{}'"))
+        return {path.name for task in tasks for paths in task.job.inputs.values() for path in paths}
+
+    async def fact(self, name: str, default: Any = None) -> Any:
+        """The JSON value last stored under `name`."""
+        row = await self._call(lambda: self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone())
+        return json.loads(row[0]) if row else default
+
+    async def set_fact(self, name: str, value: Any) -> None:
+        """Store a JSON value under `name`."""
+        row = (name, json.dumps(value))
+        await self._call(lambda: self._save((), [row]))
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """An open, checked and up-to-date journal. Raises sqlite3.DatabaseError if the file is not one.
+
+    A row that waits and can't be read raises what `Task.restore` raises: better now than when its turn comes.
+    """
+    db = sqlite3.connect(path, check_same_thread=True)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("quick_check failed")
+        _migrate(db)
+        _unfinished(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _unfinished(db: sqlite3.Connection) -> list[Task]:
+    return _read(db, f"WHERE status NOT IN ({_MARKS}) ORDER BY rank, id", _ENDED)
+
+
+def _read(db: sqlite3.Connection, rest: str, values: Sequence[Any]) -> list[Task]:
+    rows = db.execute(f"SELECT record FROM tasks {rest}", values)
+    return [Task.restore(json.loads(record)) for (record,) in rows]
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise sqlite3.DatabaseError(f"schema version {version} is newer than this wangpd")
+    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def _highest_id(db: sqlite3.Connection) -> int:
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
+    return int(row[0]) if row else 0
+
+
+def _move_aside(path: Path) -> Path:
+    """Rename the journal and its WAL, so that a person can still look at them."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    aside = path.with_name(f"{path.name}.unreadable-{stamp}")
+    path.rename(aside)
+    for suffix in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    return aside

@@ -1,0 +1,149 @@
+"""The lanes: engines that work side by side, one a device, which of them is free, and what keeps one from working."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.catalog.models import Model
+from engine.job import Job, Result
+from engine.planning.machine import Machine
+from engine.workers.local import Progress
+
+ENGINE_FAULT_S = 60.0  # how long an engine that could not even start gets no work that another could do
+ENGINE_FAULTS = frozenset({"no_device", "engine_unavailable"})
+
+
+class Runner(Protocol):
+    """What the queue needs of an Engine."""
+
+    async def run(self, task_id: int, job: Job, model: Model, patience_s: float, free: Callable[[], object]) -> Result:
+        """Run one job; `free` is called as soon as the next may be run. Raises EngineError or Cancelled."""
+
+    async def load(self, model: Model) -> None:
+        """Make a model warm. Raises EngineError."""
+
+    def loaded(self, model_id: str) -> bool:
+        """True if a model is warm."""
+
+    def unload(self) -> bool:
+        """Give all memory back. False if there was nothing to give, or if it works."""
+
+    def cancel(self, task_id: int) -> None:
+        """End the job that runs, if it is this task's."""
+
+    def progress(self, task_id: int) -> Progress | None:
+        """How far it is; None if another one runs."""
+
+    @property
+    def device(self) -> str:
+        """Where it works, as configured."""
+
+    @property
+    def plan(self) -> str:
+        """Where the weights of its model lie, in a line; empty while nothing is warm."""
+
+    @property
+    def machine(self) -> Machine | None:
+        """What its process has measured; None until then."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """An engine as the queue sees it. Times are of `time.monotonic`."""
+
+    engine: Runner
+    holder: object | None = None  # what it works on, a task or a model to be made warm; None: it is free
+    idle_since: float = field(default_factory=time.monotonic)
+    fault: str = ""  # why it could not start, until it has worked again
+    fault_at: float = 0.0
+
+    def release(self, holder: object) -> None:
+        """Be free for the next holder; nothing happens if this one has let it go already."""
+        if self.holder is holder:
+            self.holder, self.idle_since = None, time.monotonic()
+
+    def fail(self, sentence: str) -> None:
+        """Note that its engine can't work on this machine as it is."""
+        self.fault, self.fault_at = sentence, time.monotonic()
+
+    @property
+    def down(self) -> bool:
+        """It could not start a short time ago."""
+        return bool(self.fault) and time.monotonic() - self.fault_at < ENGINE_FAULT_S
+
+
+class Lanes:
+    """All lanes, in the order of the configuration. Used on the event loop only."""
+
+    def __init__(self, engines: Sequence[Runner]) -> None:
+        self._lanes = [Lane(engine) for engine in engines]
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes)
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def up(self) -> list[Lane]:
+        """The lanes that work, as far as is known."""
+        return [lane for lane in self._lanes if not lane.down]
+
+    def take(self, holder: object, model_id: str) -> Lane | None:
+        """Give `holder` the free lane where its model is warm, or else the longest idle one; None if none is free.
+
+        Where no lane works, each is tried all the same: what waits has to come to an end.
+        """
+        free = [lane for lane in self.up() or self._lanes if lane.holder is None]
+        lane = min(free, key=lambda lane: (not lane.engine.loaded(model_id), lane.idle_since), default=None)
+        if lane:
+            lane.holder = holder
+        return lane
+
+    @property
+    def busy(self) -> bool:
+        """Some lane works."""
+        return any(lane.holder is not None for lane in self._lanes)
+
+    @property
+    def fault(self) -> str:
+        """Why no lane can work; empty as long as one can."""
+        return self._lanes[0].fault if all(lane.fault for lane in self._lanes) else ""
+
+    def remarks(self) -> list[str]:
+        """What keeps some lanes from working, a sentence each, while others do."""
+        return [] if self.fault else [f"{lane.engine.device}: {lane.fault}" for lane in self._lanes if lane.fault]
+
+    def loaded(self, model_id: str) -> bool:
+        """True if a model is warm in some lane."""
+        return any(lane.engine.loaded(model_id) for lane in self._lanes)
+
+    def progress(self, task_id: int) -> Progress | None:
+        """How far a task is, by the engine that runs it; None if none does."""
+        return next(filter(None, (lane.engine.progress(task_id) for lane in self._lanes)), None)
+
+    def cancel(self, task_id: int) -> None:
+        """End the work on this task, wherever it runs."""
+        for lane in self._lanes:
+            lane.engine.cancel(task_id)
+
+    def unload(self) -> bool:
+        """Give all memory back; False if there was nothing to give."""
+        return sum(lane.engine.unload() for lane in self._lanes) > 0  # not `any`, which would stop at the first
+
+    def unload_idle(self, idle_s: float) -> list[str]:
+        """Give back the memory of lanes that have been idle for `idle_s` seconds; returns the devices that had some."""
+        now = time.monotonic()
+        idle = [lane for lane in self._lanes if lane.holder is None and now - lane.idle_since >= idle_s]
+        for lane in idle:
+            lane.idle_since = now
+        return [lane.engine.device for lane in idle if lane.engine.unload()]
+
+    def rest_s(self, idle_s: float) -> float | None:
+        """Seconds until a free lane will have been idle for `idle_s` (0: never), or one that is down is tried again.
+
+        None if neither will happen by itself.
+        """
+        idle = [lane.idle_since + idle_s for lane in self._lanes if idle_s and lane.holder is None]
+        down = [lane.fault_at + ENGINE_FAULT_S for lane in self._lanes if lane.down]
+        return max(0.0, min([*idle, *down]) - time.monotonic()) if idle or down else None
