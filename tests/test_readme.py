@@ -92,7 +92,7 @@ def test_the_table_of_inputs_has_every_input_and_its_tasks() -> None:
 
 
 def test_the_form_of_a_catalogue_file_is_told_key_by_key() -> None:
-    form = (ROOT / "engine" / "models" / "README.md").read_text()
+    form = (ROOT / "engine" / "catalog" / "models" / "README.md").read_text()
     cells = re.findall(r"^\| (`.*?) \|", form, re.MULTILINE)
     told = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     keys = {field.name for kind in (Pipeline, Model) for field in dataclasses.fields(kind)}
