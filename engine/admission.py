@@ -3,6 +3,7 @@
 A Job then needs no default and no chance, and nothing is queued that the model could not run.
 """
 
+import dataclasses
 import re
 import secrets
 from collections.abc import Mapping
@@ -11,9 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from engine import capabilities
+from engine.catalog import loras, weights
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.catalog.models import OPTIONAL_SETTINGS, Catalog, FrameRule, Model
-from engine.job import Job
+from engine.catalog.weights import Weights
+from engine.files import footage, media
+from engine.job import EngineError, Job, Lora
 from engine.planning import windows
 
 MAX_FRAMES = 1000  # the contract's limit of video_length
@@ -112,19 +117,19 @@ def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapp
         seed=secrets.randbelow(2**32) if values["seed"] == -1 else values["seed"],
         batch_size=values["batch_size"],
         repeat_generation=values["repeat_generation"],
-        inputs={name: media.paths for name, media in given.items()},
+        inputs={name: medium.paths for name, medium in given.items()},
     )
     return Resolved(job, tuple(warnings))
 
 
 def _check_inputs(catalog: Catalog, model: Model, given: Mapping[str, Media]) -> None:
-    for name, media in given.items():
+    for name, medium in given.items():
         if not model.takes(name):
             rule = f"takes no such {INPUTS[name].kind}; models that do: {catalog.that_take(name)}"
             raise BadRequest(f"{name}: model '{model.id}' {rule}")
         most = model.inputs.get("max_reference_images", 0)
-        if name == "image_refs" and len(media.paths) > most:
-            raise BadRequest(f"image_refs: {len(media.paths)} images, but model '{model.id}' takes at most {most}")
+        if name == "image_refs" and len(medium.paths) > most:
+            raise BadRequest(f"image_refs: {len(medium.paths)} images, but model '{model.id}' takes at most {most}")
 
 
 def _choose_task(model: Model, given: frozenset[str], wanted: str | None) -> str:
@@ -334,3 +339,129 @@ _NOT_OF_KIND: Mapping[str, frozenset[str]] = {
     "image": frozenset({"video_length"}),
     "audio": frozenset({"video_length", "resolution"}),
 }
+
+
+class Admission:
+    """Interim."""
+
+    def __init__(self, config: Any, catalog: Any, inputs: Any, machines: Any) -> None:
+        self.config, self.catalog, self.inputs, self.machines = config, catalog, inputs, machines
+
+    def require_weights(self, model: Any) -> Any:
+        return require_weights(model, self.config)
+
+    def admit(self, body: Any, store: bool) -> Resolved:
+        return admit(self, body, store)
+
+    def cost(self, job: Any, known_s: Any) -> Any:
+        return cost(self, job, known_s)
+
+
+def cost(app: Any, job: Job, known_s: Any) -> dict[str, Any] | None:
+    """What the job will take; None if no device was measured, or if it fits on none."""
+    try:
+        found = estimated(app, job)
+    except EngineError:
+        return None
+    if found is None:
+        return None
+    return {**vars(found), "seconds": round(found.seconds, 1) if known_s is None else known_s}
+
+
+def estimated(app: Any, job: Job) -> Any:
+    """The estimate by the memory plan. Raises EngineError if the job seems to fit nowhere."""
+    from engine.planning.estimate import estimate
+
+    config = app.config
+    return estimate(
+        app.catalog.get(job.model),
+        job,
+        app.machines(),
+        profile=config.profile,
+        quantization=config.transformer_quantization,
+        vae_config=config.vae_config,
+    )
+
+
+def doubts(app: Any, job: Job) -> tuple[str, ...]:
+    """Why a job may fail for want of memory. A warning and no refusal: an estimate may be wrong."""
+    try:
+        estimated(app, job)
+    except EngineError as error:
+        return (str(error),)
+    return ()
+
+
+def admit(app: Any, body: Mapping[str, Any], store: bool) -> Resolved:
+    """Check everything, decide everything, then with `store` keep the inputs. Blocks.
+
+    Raises BadRequest or UnknownModel, and has written nothing then.
+    """
+    model = app.catalog.get(body.get("model_type") or app.config.default_model)
+    found = require_weights(model, app.config)
+    files = {name: several(body[name]) for name in INPUTS if body.get(name, []) != []}
+    given = {name: checked_input(app, name, datas) for name, datas in files.items()}
+    resolved = resolve(app.catalog, model, body, given)
+    if body.get("activated_loras"):
+        job = dataclasses.replace(resolved.job, loras=chosen_loras(app, model, resolved.job.task, found, body))
+        resolved = dataclasses.replace(resolved, job=job)
+    for data in (data for datas in files.values() for data in datas if store):
+        app.inputs.store(data)
+    unknown = tuple(f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
+    return dataclasses.replace(resolved, warnings=(*unknown, *resolved.warnings, *doubts(app, resolved.job)))
+
+
+def chosen_loras(app: Any, model: Model, task: str, found: Weights | None, body: Mapping[str, Any]) -> tuple[Lora, ...]:
+    """The LoRAs of a request. Raises BadRequest for one that is not there or does not fit the weights."""
+    if not model.pipelines[task].loras:
+        raise BadRequest(f"activated_loras: model '{model.id}' takes no LoRAs; leave them out")
+    if found is None:
+        remedy = weights.remedy(model, app.config.models_dir)
+        raise BadRequest(f"activated_loras: '{model.id}' is not installed, so nothing tells whether they fit; {remedy}")
+    names, multipliers = body["activated_loras"], body.get("loras_multipliers", "")
+    try:
+        return loras.chosen(names, multipliers, model, app.config.loras_dir, found.folder)
+    except loras.BadLora as error:
+        raise BadRequest(str(error)) from None
+
+
+def several(value: bytes | list[bytes]) -> tuple[bytes, ...]:
+    """The files of one field."""
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+UNKNOWN = " unknown"  # not a name that a field can have
+
+
+def require_weights(model: Model, config: Any) -> Weights | None:
+    """The model's weights, or None if they are to be fetched. Raises BadRequest with what helps if they may not be."""
+    if refusal := capabilities.quantization_refusal(config.transformer_quantization, model):
+        raise BadRequest(refusal)
+    found = weights.locate(model, config.models_dir)
+    if found is None and not config.allow_download:
+        remedy = weights.remedy(model, config.models_dir)
+        raise BadRequest(f"model_type: '{model.id}' is not installed; {remedy}")
+    return found
+
+
+def checked_input(app: Any, name: str, datas: tuple[bytes, ...]) -> Media:
+    """The input of one field, each file whole and of a size that fits in memory. Raises BadRequest."""
+    about, seconds = INPUTS[name], 0.0
+    for place, data in enumerate(datas):
+        where = f"{name}[{place}]" if about.several else name
+        try:
+            seconds = length_s(data, about.kind, app.config.max_image_pixels)
+        except (media.BadImage, footage.BadFootage) as error:
+            raise BadRequest(f"{where}: the {WORDS[about.kind]} {error}") from None
+    return Media(tuple(app.inputs.path(data) for data in datas), seconds)
+
+
+WORDS = {"image": "picture", "video": "video", "audio": "sound"}
+
+
+def length_s(data: bytes, kind: str, max_pixels: int) -> float:
+    """Seconds of a video or a sound, 0 of a picture, once it is known to be whole. Raises BadImage or BadFootage."""
+    if kind != "image":
+        return footage.check(data, kind, max_pixels)
+    media.check_image(data, max_pixels)
+    return 0.0

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import wangpd
+from engine.api import config
 from tests.daemon import ROOT, Daemon
 
 SHIPPED = ROOT / "wangpd.toml"
@@ -128,7 +129,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     here.mkdir()
     system.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(wangpd, "SYSTEM_CONFIG", system / "wangpd.toml")
+    monkeypatch.setattr(config, "SYSTEM_CONFIG", system / "wangpd.toml")
     return here, system
 
 

@@ -22,6 +22,7 @@ from aiohttp import web
 from PIL import Image
 
 import wangpd
+from engine.api.body import parsed
 from engine.files import outputs as outputs_module
 from engine.files.outputs import Outputs, Retention
 from engine.job import EngineError
@@ -119,7 +120,7 @@ def test_a_body_that_says_it_is_too_large_is_413_before_any_of_it_is_sent(narrow
     request = head(f"{API}/generate", "POST", Content_Type="application/json", Content_Length=2**40)
     answer = exchange(narrow.url, request)
     assert answer is not None
-    assert (answer.status, wangpd.parsed(answer.body)) == (413, TOO_LARGE)
+    assert (answer.status, parsed(answer.body)) == (413, TOO_LARGE)
 
 
 def test_a_body_in_chunks_is_413_as_soon_as_it_is_too_large(narrow: Daemon) -> None:
@@ -130,7 +131,7 @@ def test_a_body_in_chunks_is_413_as_soon_as_it_is_too_large(narrow: Daemon) -> N
         )
         answer = answered(channel)  # while the body has not ended
     assert answer is not None
-    assert (answer.status, wangpd.parsed(answer.body)) == (413, TOO_LARGE)
+    assert (answer.status, parsed(answer.body)) == (413, TOO_LARGE)
 
 
 def test_a_large_body_is_not_kept_in_memory(narrow: Daemon) -> None:
@@ -159,7 +160,7 @@ def test_a_body_that_comes_in_drops_is_408_after_its_time(narrow: Daemon) -> Non
         answer = answered(channel)
     assert answer is not None
     assert answer.status == 408
-    assert wangpd.parsed(answer.body) == {"detail": "The body did not arrive within body_timeout_s seconds"}
+    assert parsed(answer.body) == {"detail": "The body did not arrive within body_timeout_s seconds"}
 
 
 # ------------------------------------------------------------------------------------------------------- connections
@@ -234,9 +235,7 @@ def test_one_connection_too_many_is_503_and_the_others_go_on(small_house: Daemon
         answer = exchange(small_house.url, head(f"{API}/health"))
         assert answer is not None
         assert (answer.status, answer.headers["Retry-After"], answer.headers["Connection"]) == (503, "10", "close")
-        assert wangpd.parsed(answer.body) == {
-            "detail": f"Too many connections: {MOST_CONNECTIONS} are open (max_connections)"
-        }
+        assert parsed(answer.body) == {"detail": f"Too many connections: {MOST_CONNECTIONS} are open (max_connections)"}
         channels[0].sendall(head(f"{API}/health"))
         again = answered(channels[0])
         assert again is not None

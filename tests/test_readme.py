@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 import wangpd
 from engine.admission import BadRequest, resolve
+from engine.api.viewers import VIEWERS
 from engine.catalog import weights
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.catalog.models import Catalog, Model, Pipeline
@@ -132,8 +133,8 @@ def told_calls() -> set[tuple[str, str]]:
 def test_the_table_of_calls_has_every_call_and_no_other() -> None:
     paths = {(route.method, re.sub(r"\{(\w+):.+\}", r"{\1}", route.path)) for route in wangpd.routes}
     there = {(method, path) for method, path in paths if path != wangpd.API}
-    viewers = {("GET", f"/api/{name}") for name in wangpd.VIEWERS}
-    assert told_calls() == there | viewers
+    pages = {("GET", f"/api/{name}") for name in VIEWERS}
+    assert told_calls() == there | pages
 
 
 def test_a_call_is_marked_exactly_if_wangps_api_does_not_have_it() -> None:

@@ -133,7 +133,7 @@ def test_a_socket_that_nobody_holds_does_not_matter(tmp_path: Path, own_daemon: 
 def test_a_supervisor_that_does_not_read_never_blocks_the_daemon(systemd: Systemd) -> None:
     supervisor = supervisor_of(systemd, watchdog_s=30)
     for _ in range(2000):  # more than a kernel queues for a socket
-        supervisor.tell("WATCHDOG=1")
+        supervisor.notify("WATCHDOG=1")
     assert systemd.hear() == ["WATCHDOG=1"]
 
 

@@ -105,16 +105,16 @@ class Outputs:
             return None
         return path if stat.S_ISREG(mode) else None
 
-    def thumbnail(self, path: Path, width: int) -> bytes:
-        """Return the JPEG of `media.thumbnail`, kept on disk for the next call. Raises what that raises."""
-        about = path.lstat()
-        key = key_of(path.name, about, width)
-        kept = self._thumbnails.get(key)
-        if kept is not None:
+    def thumbnail(self, path: Path, width: int) -> Path | bytes:
+        """Return the file with the JPEG of `media.thumbnail`, or its bytes if no file can be written now.
+
+        It is made once for a file and a width. Raises what `media.thumbnail` raises.
+        """
+        key = key_of(path.name, path.lstat(), width)
+        if kept := self._thumbnails.get(key):
             return kept
         jpeg = media.thumbnail(path, width)
-        self._thumbnails.put(key, jpeg)
-        return jpeg
+        return self._thumbnails.put(key, jpeg) or jpeg
 
     def remove_attempt(self, task_id: int) -> int:
         """Delete what a broken attempt at a task left, published or in parts, and return how many files went.

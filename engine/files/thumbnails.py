@@ -31,33 +31,32 @@ class ThumbnailCache:
         self._size_bytes: int | None = None  # not counted yet
         self._counting = threading.Lock()
 
-    def get(self, key: str) -> bytes | None:
-        """Return what was put under `key`, or None."""
+    def get(self, key: str) -> Path | None:
+        """Return the file that was put under `key`, or None."""
+        path = self._folder / f"{key}.jpg"
         try:
-            return self._file(key).read_bytes() or None  # a power cut may leave a name without its bytes
+            return path if path.stat().st_size else None  # a power cut may leave a name without its bytes
         except OSError:
             return None
 
-    def put(self, key: str, data: bytes) -> None:
-        """Keep `data` for a later `get`, if there is room on the disk."""
-        part = self._folder / f".{key}.{threading.get_ident()}.part"
-        with suppress(OSError):
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                part.write_bytes(data)
-                part.replace(self._file(key))
-                self._count(len(data))
-            finally:
+    def put(self, key: str, data: bytes) -> Path | None:
+        """Keep `data` and return its file; None if the disk does not take it."""
+        path, part = self._folder / f"{key}.jpg", self._folder / f".{key}.{threading.get_ident()}.part"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
+            self._count(len(data))  # before it can be found: what it removes is older
+            return part.replace(path)
+        except OSError:
+            with suppress(OSError):
                 part.unlink(missing_ok=True)
+            return None
 
     def put_poster(self, path: Path, jpeg: bytes) -> None:
         """Keep the thumbnail of a file that is whole now, in the width that a preview has where none is asked for."""
         with suppress(OSError):
             about = path.lstat()
             self.put(key_of(path.name, about, PREVIEW_WIDTH), jpeg)
-
-    def _file(self, key: str) -> Path:
-        return self._folder / f"{key}.jpg"
 
     def _count(self, added_bytes: int) -> None:
         with self._counting:

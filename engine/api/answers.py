@@ -1,0 +1,46 @@
+"""The form of every answer: the contract's envelope, times, links and shortened texts."""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from aiohttp import web
+
+from engine.api.keys import API, CONFIG
+
+MAX_LISTED_CHARS = 100  # of a prompt or name in a listing or a sentence
+MAX_SENTENCE_CHARS = 2000
+
+
+def answered(message: str, data: Mapping[str, Any], **options: Any) -> web.Response:
+    """Return the contract's envelope around `data`."""
+    return web.json_response({"success": True, "message": message, "data": data}, dumps=to_json, **options)
+
+
+def to_json(value: Any) -> str:
+    """Return JSON that every parser reads. Raises ValueError for NaN and Infinity."""
+    return json.dumps(value, allow_nan=False)
+
+
+def iso(seconds: float | None) -> str | None:
+    """Return seconds since the epoch as UTC, ISO 8601 with milliseconds and Z."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def link(app: web.Application, path: str) -> str:
+    """Return the path of an API resource as a client sees it, behind a proxy too."""
+    return f"{app[CONFIG].base_path}{API}{path}"
+
+
+def shortened(text: str) -> str:
+    """Return `text`, cut to what a listing shows."""
+    return text if len(text) <= MAX_LISTED_CHARS else text[:MAX_LISTED_CHARS] + "…"
+
+
+def brief(sentence: str) -> str:
+    """Return the sentence without the middle of a value that is too long to repeat; the rule is at the end."""
+    half = MAX_SENTENCE_CHARS // 2
+    return sentence if len(sentence) <= MAX_SENTENCE_CHARS else f"{sentence[:half]}…{sentence[-half:]}"

@@ -1,0 +1,73 @@
+"""A client's connection, below HTTP: the limit on how many there are, and JSON for what aiohttp itself refuses.
+
+Overrides three methods of aiohttp's RequestHandler; tests/test_limits.py fails where a release of aiohttp changes them.
+"""
+
+import asyncio
+import json
+import logging
+from typing import Any, cast
+
+from aiohttp import web
+
+from engine.api.errors import RETRY_AFTER_S, failure
+
+log = logging.getLogger("wangpd")
+NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
+REFUSED_S = 2  # time for a client that is turned away to read why
+REFUSAL = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
+    "Retry-After: {retry_after_s}\r\nConnection: close\r\n\r\n{body}"
+)
+
+
+class Connection(web.RequestHandler):
+    """A connection with aiohttp's protocol, unless it is one too many; aiohttp's own refusals become JSON."""
+
+    __slots__ = ("_limit", "_server")
+
+    def __init__(self, server: web.Server, limit: int, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._server, self._limit = server, limit
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if len(self._server.connections) < self._limit:
+            super().connection_made(transport)
+            return
+        refusal = Refusal(f"Too many connections: {self._limit} are open (max_connections)")
+        cast(asyncio.Transport, transport).set_protocol(refusal)
+        refusal.connection_made(transport)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Answer what no middleware sees, mostly broken HTTP. Raises ConnectionError where an answer has begun."""
+        log.log(logging.DEBUG if status < 500 else logging.ERROR, "connection from %s", request.remote, exc_info=exc)
+        if request.writer.output_size:
+            raise ConnectionError("an answer has begun")
+        response = web.json_response({"detail": NO_HTTP if status < 500 else "Internal server error"}, status=status)
+        response.force_close()
+        return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer; one raised before any middleware, such as a wrong Expect, becomes JSON like the others."""
+        if isinstance(resp, web.HTTPException) and resp.status >= 400:
+            resp = failure(cast(web.Request, request), resp)
+        return await super().finish_response(request, resp, start_time)
+
+
+class Refusal(asyncio.Protocol):
+    """Answers 503 to a connection that is one too many, without reading its request."""
+
+    def __init__(self, sentence: str) -> None:
+        body = json.dumps({"detail": sentence})
+        self._answer = REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        stream = cast(asyncio.Transport, transport)
+        stream.write(self._answer)
+        # Half closed: closing with the request unread would reset the connection before the client reads the answer.
+        stream.write_eof()
+        asyncio.get_running_loop().call_later(REFUSED_S, stream.abort)

@@ -1,0 +1,75 @@
+"""Errors in HTTP: which status an exception of the engine becomes, and the one sentence that the client reads."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from aiohttp import hdrs, web
+
+from engine.admission import BadRequest
+from engine.api.answers import brief
+from engine.api.keys import API, CONFIG, REQUEST_ID, Handler
+from engine.catalog.download import NoDownload
+from engine.catalog.models import UnknownModel
+from engine.queue.journal import JournalFault
+from engine.queue.runner import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
+
+log = logging.getLogger("wangpd")
+RETRY_AFTER_S = 10
+
+STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
+    BadRequest: web.HTTPBadRequest,
+    WrongState: web.HTTPBadRequest,
+    NoDownload: web.HTTPBadRequest,
+    Busy: web.HTTPBadRequest,
+    KeyReused: web.HTTPBadRequest,
+    UnknownModel: web.HTTPNotFound,
+    NoSuchTask: web.HTTPNotFound,
+    JournalFault: web.HTTPServiceUnavailable,
+    EngineDown: web.HTTPServiceUnavailable,
+    Closed: web.HTTPServiceUnavailable,
+    Full: web.HTTPServiceUnavailable,
+}
+KEPT_HEADERS = (hdrs.ALLOW, hdrs.CONTENT_RANGE, hdrs.RETRY_AFTER, hdrs.WWW_AUTHENTICATE)
+
+
+@web.middleware
+async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error with `{"detail": one sentence}`; an unforeseen one is logged, and its cause is not sent."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return failure(request, error)
+    except web.RequestPayloadError:
+        return failure(request, web.HTTPBadRequest(text="The body is cut off, or not encoded as its headers say"))
+    except tuple(STATUSES) as error:
+        return failure(request, STATUSES[type(error)](text=str(error)))
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        log.exception("request %s: %s %s", request[REQUEST_ID], request.method, request.rel_url.raw_path)
+        return web.json_response({"detail": "Internal server error"}, status=500)
+
+
+def failure(request: web.Request, error: web.HTTPException) -> web.Response:
+    """Return the error as JSON, with those of its headers that mean something."""
+    headers = {name: error.headers[name] for name in KEPT_HEADERS if name in error.headers}
+    if error.status == web.HTTPServiceUnavailable.status_code:
+        headers[hdrs.RETRY_AFTER] = str(RETRY_AFTER_S)
+    sentence = _SENTENCES[error.status](request, error) if error.status in _SENTENCES else error.text
+    return web.json_response({"detail": brief(sentence or error.reason)}, status=error.status, headers=headers)
+
+
+def _not_found(request: web.Request, error: web.HTTPException) -> str | None:
+    """The handler's own sentence, or that there is no such path."""
+    own = error.text if error.text != f"{error.status}: {error.reason}" else None
+    return own or f"There is no {request.path}; GET {API}/ lists what there is"
+
+
+_SENTENCES: Mapping[int, Callable[[web.Request, web.HTTPException], str | None]] = {
+    404: _not_found,
+    405: lambda request, error: f"{request.method} is not allowed here; allowed: {error.headers.get(hdrs.ALLOW, '')}",
+    413: lambda request, _: f"The body is larger than {request.app[CONFIG].max_body_mb} MiB (max_body_mb)",
+}

@@ -1,0 +1,122 @@
+"""Who may ask: request ids, host names, web pages of other sites, and the token.
+
+Why not the libraries: aiohttp-cors 0.8 sends no `Vary: Origin` and nothing on an answer that has no route (404), and
+aiohttp-remotes 1.4 answers 400 to a forwarded address that it can't parse, where the client's own answer is due.
+"""
+
+import hmac
+import logging
+import re
+import uuid
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractAccessLogger
+
+from engine.api.answers import shortened
+from engine.api.keys import API, CLIENT, CONFIG, REQUEST_ID, TOKEN, Handler
+
+SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
+OPEN_PATHS = frozenset({f"{API}/health", f"{API}/health/ready"})
+CORS_HEADERS = {
+    hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST, PATCH, DELETE",
+    hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Idempotency-Key, Range, X-Request-ID",
+    hdrs.ACCESS_CONTROL_EXPOSE_HEADERS: "Content-Range, ETag, Idempotency-Replayed, Retry-After, X-Request-ID",
+    hdrs.ACCESS_CONTROL_MAX_AGE: "600",
+}
+
+
+@web.middleware
+async def request_id_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request an id, the client's own if it has one, so that its lines in the log can be found."""
+    sent = request.headers.get("X-Request-ID", "")
+    request[REQUEST_ID] = sent if re.fullmatch(r"[!-~]{1,128}", sent) else uuid.uuid4().hex
+    request[CLIENT] = _forwarded(request, "X-Forwarded-For", request.remote or "-")
+    return await handler(request)
+
+
+@web.middleware
+async def guard_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse a host name that is not allowed, a web page of another site, and a missing or wrong token."""
+    app = request.app
+    if _is_preflight(request):
+        return web.Response(status=204)  # add_headers says the rest
+    # Not `request.host`, which asks the resolver where there is no such header, and waits for it.
+    host = _forwarded(request, "X-Forwarded-Host", request.headers.get(hdrs.HOST, ""))
+    if app[CONFIG].allowed_hosts and _bare_name(host) not in map(_bare_name, app[CONFIG].allowed_hosts):
+        raise web.HTTPForbidden(text=f"Host: '{shortened(host)}' is none of allowed_hosts")
+    if request.method not in SAFE_METHODS and _from_elsewhere(request, host):
+        raise web.HTTPForbidden(text="Origin: a web page of another site asked; cors_origins names those that may")
+    if app[TOKEN] and _needs_token(request.path) and not hmac.compare_digest(_bearer(request), app[TOKEN]):
+        raise web.HTTPUnauthorized(
+            text="Authorization: 'Bearer TOKEN' is asked for here", headers={hdrs.WWW_AUTHENTICATE: "Bearer"}
+        )
+    return await handler(request)
+
+
+def _needs_token(path: str) -> bool:
+    """True for the API but its health, which monitors read; the documentation holds no secrets."""
+    return path.startswith(API) and path not in OPEN_PATHS
+
+
+def _forwarded(request: web.Request, header: str, own: str) -> str:
+    """The header's last value if a trusted proxy sent it, else `own`."""
+    if request.remote not in request.app[CONFIG].trusted_proxies:
+        return own
+    return request.headers.get(header, own).rsplit(",", 1)[-1].strip()
+
+
+def _from_elsewhere(request: web.Request, host: str) -> bool:
+    """True if a browser says that a page of another site, and none of `cors_origins`, makes this request."""
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is None:
+        return request.headers.get("Sec-Fetch-Site") == "cross-site"
+    return origin.partition("://")[2] != host and not _may_share(request)
+
+
+def _bare_name(host: str) -> str:
+    """The name or address in a Host header, without its port, as resolvers compare it."""
+    name = re.sub(r":[0-9]*$", "", host) if "]" in host or host.count(":") == 1 else host
+    return name.strip("[]").rstrip(".").lower()
+
+
+def _may_share(request: web.Request) -> bool:
+    """True if the page that asks is one of `cors_origins`."""
+    allowed = request.app[CONFIG].cors_origins
+    return request.headers.get(hdrs.ORIGIN) in allowed or (hdrs.ORIGIN in request.headers and "*" in allowed)
+
+
+def _is_preflight(request: web.Request) -> bool:
+    """True if a browser asks whether an allowed page may send a request."""
+    asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    return request.method == hdrs.METH_OPTIONS and asked and _may_share(request)
+
+
+def _bearer(request: web.Request) -> bytes:
+    """The token of the request; empty if there is none."""
+    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    return token.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Add what every answer carries. A signal and not a middleware, which does not see files being sent."""
+    response.headers["X-Request-ID"] = request.get(REQUEST_ID, "-")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if request.app[CONFIG].cors_origins:  # on refusals too: a cache must not serve one origin's answer to another
+        response.headers.add(hdrs.VARY, hdrs.ORIGIN)
+    if _may_share(request):
+        response.headers.update(CORS_HEADERS | {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: request.headers[hdrs.ORIGIN]})
+
+
+class AccessLog(AbstractAccessLogger):
+    """One short line a request, at level debug unless it failed."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        level = logging.INFO if response.status >= 500 else logging.DEBUG
+        request_id = response.headers.get("X-Request-ID", "-")
+        path = request.rel_url.raw_path  # still encoded: a line feed in it would forge a line of the log
+        line = (request.get(CLIENT, request.remote), request.method, path, response.status, time * 1000, request_id)
+        self.logger.log(level, "%s %s %s %d %.1f ms %s", *line)
+
+    @property
+    def enabled(self) -> bool:
+        return self.logger.isEnabledFor(logging.INFO)

@@ -1,0 +1,59 @@
+"""The API documentation for people: Swagger UI at /api/docs and ReDoc at /api/redoc, all files from this machine.
+
+Both viewers are static files of the package aiohttp-swagger3; nothing of it is imported.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from aiohttp import web
+
+from engine.api.keys import Handler
+
+# Name → folder in the package, style sheet, script, and the line that starts the viewer.
+VIEWERS = {
+    "docs": (
+        "swagger_ui",
+        "swagger-ui.css",
+        "swagger-ui-bundle.js",
+        "SwaggerUIBundle({url: 'openapi.json', dom_id: '#viewer', deepLinking: true})",
+    ),
+    "redoc": (
+        "redoc_ui",
+        "google-fonts.css",
+        "redoc.standalone.js",
+        "Redoc.init('openapi.json', {disableSearch: false}, document.getElementById('viewer'))",
+    ),
+}
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>wangpd API</title>
+<link rel="stylesheet" href="{name}/files/{css}"><link rel="icon" href="data:,">
+<body style="margin: 0"><div id="viewer"></div>
+<script src="{name}/files/{script}"></script><script src="{name}/start.js"></script>
+"""
+PAGE_POLICY = (
+    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:;"
+    " worker-src blob:"
+)
+
+
+def add_viewers(app: web.Application) -> None:
+    """Register the pages and their files."""
+    package = importlib.util.find_spec("aiohttp_swagger3")
+    assert package and package.submodule_search_locations
+    root = Path(package.submodule_search_locations[0])
+    for name, (folder, css, script, start) in VIEWERS.items():
+        app.router.add_get(f"/api/{name}", _fixed(PAGE.format(name=name, css=css, script=script), "text/html"))
+        app.router.add_get(f"/api/{name}/start.js", _fixed(start, "text/javascript"))
+        app.router.add_static(f"/api/{name}/files", root / folder)
+
+
+def _fixed(text: str, content_type: str) -> Handler:
+    """Return a handler that always answers `text`."""
+
+    async def handler(_request: web.Request) -> web.Response:
+        return web.Response(text=text, content_type=content_type, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    return handler

@@ -1,0 +1,116 @@
+"""The command line: the daemon's options, and `wangpd models`, which lists the catalogue and fetches weights."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from engine.api.config import Config
+from engine.api.openapi import version
+from engine.api.views import selected
+from engine.catalog import weights
+from engine.catalog.abilities import TASKS
+from engine.catalog.download import Download, messages
+from engine.catalog.models import Catalog, Model, UnknownModel
+
+CONFIG_HELP = "configuration; else ./wangpd.toml, then /etc/wangpd/wangpd.toml"
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Reports a wrong command line in one sentence, as the configuration does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"wangpd: command line: {message}; wangpd --help lists the options\n")
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options. Exits with code 2 if there is no such flag or value."""
+    if arguments[:1] == ["models"]:
+        return _models_parser().parse_args(arguments[1:])
+    return _daemon_parser().parse_args(arguments)
+
+
+def _daemon_parser() -> CommandLine:
+    """The options of the daemon itself."""
+    parser = CommandLine("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
+    parser.add_argument("--config", type=Path, help=CONFIG_HELP)
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int, help="port to listen on")
+    parser.add_argument("--save-path", help="folder of the finished files")
+    parser.add_argument("--state-path", help="folder of the queue's journal")
+    parser.add_argument("--api", action="store_true", help="accepted, and changes nothing: the API is always there")
+    parser.add_argument("--api-only", action="store_true", default=None, help="likewise: there is nothing else")
+    parser.add_argument("--check-config", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--version", action="version", version=f"wangpd {version()}")
+    parser.epilog = "wangpd models lists the models, wangpd models download ID fetches one; see wangpd models --help"
+    parser.set_defaults(command=None)
+    return parser
+
+
+def _models_parser() -> CommandLine:
+    """The options of `wangpd models`."""
+    parser = CommandLine("wangpd models", description="The models, or with download, the weights of one.")
+    parser.add_argument("--config", type=Path, help=CONFIG_HELP)
+    parser.add_argument("--family", help="only models of this family")
+    parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help=f"only models for it: {', '.join(TASKS)}")
+    parser.add_argument("--installed", action="store_true", help="only models whose weights are here")
+    actions = parser.add_subparsers(dest="action", metavar="download", help="fetches the weights of a model")
+    fetching = actions.add_parser("download", description="Fetch what is missing; goes on where it stopped.")
+    fetching.add_argument("model_id", metavar="ID", help="id of the model")
+    parser.set_defaults(command="models", check_config=False)
+    return parser
+
+
+def run_command(options: argparse.Namespace, config: Config, models: Catalog) -> int:
+    """Run `wangpd models …`; return the exit code: 0, 1 if a download failed, 2 for an unknown model."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `wangpd models | head` is not an error
+    if not options.action:
+        print("\n".join(_model_table(selected(models, options.family, options.task), config, options.installed)))
+        return 0
+    try:
+        return _download_model(models.get(options.model_id), config)
+    except UnknownModel:
+        print(f"wangpd: there is no model '{options.model_id}'; see: wangpd models", file=sys.stderr)
+        return 2
+
+
+def _model_table(models: Sequence[Model], config: Config, only_installed: bool) -> list[str]:
+    """A line for each model, below a heading."""
+    rows = [("id", "kind", "installed", "size", "licence")]
+    for model in models:
+        there = weights.locate(model, config.models_dir) is not None
+        if there or not only_installed:
+            size = f"{model.total_bf16_bytes / 1e9:.1f} GB" if model.repo else "in the package"
+            rows.append((model.id, model.kind, "yes" if there else "no", size, model.licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _download_model(model: Model, config: Config) -> int:
+    """Fetch the missing files of a model and print the progress; return the exit code. Ctrl-C ends it."""
+    if weights.locate(model, config.models_dir):
+        print(f"wangpd: model '{model.id}' is installed already")
+        return 0
+    download, shown = Download(model.id), ""
+    try:
+        for message in messages(model.id, config.models_dir, config.min_free_mb * 2**20):
+            download.note(message)
+            if download.total_bytes is not None and (line := _progress_line(download)) != shown:
+                print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+                shown = line
+    except KeyboardInterrupt:
+        print("\nwangpd: stopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    if download.error:
+        print(f"wangpd: {download.error['message']}", file=sys.stderr)
+        return 1
+    print(f"wangpd: model '{model.id}' is installed")
+    return 0
+
+
+def _progress_line(download: Download) -> str:
+    """The progress of a download, always in the same number of characters."""
+    done, total = download.done_bytes / 1e9, (download.total_bytes or 0) / 1e9
+    return f"{download.percent:5.1f} %  {done:8.3f} of {total:.3f} GB  {download.file[-60:]:60}"
