@@ -32,16 +32,9 @@ def model_entries(app: web.Application, family: str | None, task: str | None) ->
 
 def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
     """Return a model as listings show it. Looks at the disk for its weights: blocks."""
+    named = ("id", "name", "description", "family", "is_i2v", "is_t2v", "visible", "kind", "tasks")
     return {
-        "id": model.id,
-        "name": model.name,
-        "description": model.description,
-        "family": model.family,
-        "is_i2v": model.is_i2v,
-        "is_t2v": model.is_t2v,
-        "visible": model.visible,
-        "kind": model.kind,
-        "tasks": list(model.tasks),
+        **{name: getattr(model, name) for name in named},
         "installed": weights.locate(model, app[CONFIG].models_dir) is not None,
         "loaded": app[QUEUE].loaded(model.id),
         "limits": {
@@ -58,12 +51,8 @@ def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
 
 def model_details(app: web.Application, model: Model) -> dict[str, Any]:
     """Return all that is known of a model. Blocks."""
-    details = {
-        "default_settings": default_settings(model),
-        "supported_features": model.features,
-        "licence": model.licence,
-    }
-    return {**model_entry(app, model), **details}
+    details = {"default_settings": default_settings(model), "supported_features": model.features}
+    return {**model_entry(app, model), **details, "licence": model.licence}
 
 
 def download_state(download: Download) -> dict[str, Any]:
@@ -141,13 +130,8 @@ def task_state(app: web.Application, task: Task) -> dict[str, Any]:
 
 def output_entry(entry: Entry) -> dict[str, Any]:
     """Return a file as the listing shows it."""
-    return {
-        "filename": entry.filename,
-        "type": entry.type,
-        "size_bytes": entry.size_bytes,
-        "created_at": iso(entry.created_at),
-        "modified_at": iso(entry.modified_at),
-    }
+    times = {"created_at": iso(entry.created_at), "modified_at": iso(entry.modified_at)}
+    return {"filename": entry.filename, "type": entry.type, "size_bytes": entry.size_bytes, **times}
 
 
 def public_config(app: web.Application) -> dict[str, Any]:

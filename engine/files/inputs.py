@@ -1,11 +1,11 @@
-"""The input pictures of the tasks, stored by content: the same picture sent twice lies there once."""
+"""The input files of the tasks, stored by content: the same file sent twice is stored once."""
 
 import hashlib
 import os
 import time
 from pathlib import Path
 
-SAFE_AGE_S = 3600  # a file this young may belong to a request that has no row yet
+SAFE_AGE_S = 3600  # a younger file may belong to a request that has no row yet
 
 
 class Inputs:
@@ -15,14 +15,14 @@ class Inputs:
         self._folder = folder
 
     def path(self, data: bytes) -> Path:
-        """The file that holds `data`, or will once it is stored."""
+        """Return the path of `data`, stored or not."""
         return self._folder / hashlib.sha256(data).hexdigest()
 
     def store(self, data: bytes) -> Path:
-        """Keep `data` and return its file, which is whole at any moment."""
+        """Store `data` and return its path. A file under its final name is always whole."""
         path = self.path(data)
         if path.exists():
-            os.utime(path)  # young again, so that `sweep` leaves it to its new request
+            os.utime(path)  # so that `sweep` keeps it for its new request
             return path
         self._folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.part")
@@ -34,7 +34,7 @@ class Inputs:
         return path
 
     def sweep(self, needed: set[str]) -> int:
-        """Remove the files that no task needs any more, and return how many went."""
+        """Remove the files that no task needs any more, and return how many there were."""
         if not self._folder.is_dir():
             return 0
         before = time.time() - SAFE_AGE_S

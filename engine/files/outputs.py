@@ -1,6 +1,6 @@
-"""The output folder: what is in it, which names lead into it, and the thumbnails of its files.
+"""The output folder: its listing, the names that it serves, and the thumbnails of its files.
 
-The folder alone is the truth: the worker publishes by rename, and users may copy, overwrite and delete at any time.
+The folder is the only source of truth: the worker publishes by rename, and users may add, overwrite and delete files.
 """
 
 import os
@@ -20,10 +20,10 @@ from engine.files.folders import scan, stats
 from engine.files.thumbnails import ThumbnailCache, key_of
 from engine.job import EngineError
 
-# A change within the same tick of the file system's clock leaves a time stamp as it was: 10 ms on Linux file systems,
-# 1 or 2 s on FAT and some network shares. What was touched this recently may be changing still.
+# A change within one tick of the file system's clock leaves the time stamp unchanged: 10 ms on Linux file systems,
+# 1 or 2 s on FAT and some network shares. What was touched this recently may still change.
 _UNSETTLED_S: Final = 2.0
-# A file overwritten in place does not touch its folder's time stamp, so nothing is believed for longer than this.
+# Overwriting a file in place does not change its folder's time stamp, so a snapshot expires after this long.
 _MAX_AGE_S: Final = 30.0
 
 # A leading dot (`..`, hidden files, unpublished parts), separators of any system, control characters, and the lone
@@ -35,7 +35,7 @@ _UNSAFE_NAME: Final = re.compile(r"^\.|[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]")
 class Entry:
     """A media file of the output folder. Times are epoch seconds.
 
-    Linux's `stat` tells no time of birth, so `created_at` is the earlier of the file's last modification and its last
+    Python's `stat` has no time of birth on Linux, so `created_at` is the earlier of the file's last modification and its last
     change of inode: exact for a file that the worker published, and never later than `modified_at`.
     """
 
@@ -92,7 +92,7 @@ class Outputs:
         return self._snapshot.by_type.get(file_type, ())
 
     def find(self, filename: str) -> Path | None:
-        """Return the regular file of that name, or None. No string raises, and none leads out of the folder.
+        """Return the regular file of that name, or None. Raises nothing for any string, and no name leads out of the folder.
 
         Symbolic links, folders, devices, names with no media suffix and all that `listing` hides are None. One lstat.
         """
@@ -117,18 +117,18 @@ class Outputs:
         return self._thumbnails.put(key, jpeg) or jpeg
 
     def remove_attempt(self, task_id: int) -> int:
-        """Delete what a broken attempt at a task left, published or in parts, and return how many files went.
+        """Delete the files of a broken attempt at a task, published or partial, and return how many there were.
 
         Only names that the worker gives are touched: a user's own "trip_t000123_.mp4" stays. Raises OSError.
         """
         return self._remove(rf"\.?\d{{8}}-\d{{6}}_t{task_id:06d}_.+")
 
     def remove_parts(self, task_id: int) -> int:
-        """Delete what a task did not finish writing, and return how many files went. Raises OSError."""
+        """Delete the partial files of a task, and return how many there were. Raises OSError."""
         return self._remove(rf"\.\d{{8}}-\d{{6}}_t{task_id:06d}_.+\.part")
 
     def remove_all_parts(self) -> int:
-        """Delete what no task finished writing, also of tasks that nobody knows any more. For when no worker runs."""
+        """Delete all partial files, of forgotten tasks too. Call it while no worker runs."""
         return self._remove(r"\.\d{8}-\d{6}_t\d{6,}_.+\.part")
 
     def _remove(self, pattern: str) -> int:
@@ -140,7 +140,7 @@ class Outputs:
     def prepare(self) -> None:
         """Make room for a task: remove the oldest files beyond what is to be kept.
 
-        Raises EngineError if that is too little: better now than after an hour of denoising.
+        Raises EngineError if that is not enough: better now than after an hour of denoising.
         """
         for entry in list(self._outdated()):
             (self._folder / entry.filename).unlink(missing_ok=True)
@@ -160,7 +160,7 @@ class Outputs:
         return f"The disk of save_path has {free_mb} MiB free and min_free_mb asks for {least_mb}: delete old outputs"
 
     def _outdated(self) -> Iterator[Entry]:
-        """The files that retention gives up, oldest first."""
+        """The files beyond what retention keeps, oldest first."""
         keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
         if not (keep_s or keep_bytes):
             return
@@ -174,7 +174,7 @@ class Outputs:
             yield entry
 
     def highest_task_id(self) -> int:
-        """Return the largest task id in a name that the worker gave, or 0: a lost journal can't tell it any more."""
+        """Return the largest task id in a name that the worker gave, or 0: needed when the journal is lost."""
         found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", item.name) for item in scan(self._folder))
         return max((int(match[1]) for match in found if match), default=0)
 

@@ -1,4 +1,4 @@
-"""Thumbnails that were made before: a cache on the disk, which the daemon reads and workers fill too."""
+"""A cache of thumbnails on the disk, which the daemon reads and the workers fill too."""
 
 import hashlib
 import os
@@ -10,19 +10,19 @@ from typing import Final
 from engine.files.folders import stats
 
 THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
-PREVIEW_WIDTH: Final = 320  # of a thumbnail where nobody asks for another width
+PREVIEW_WIDTH: Final = 320  # of a thumbnail where the request names no width
 
 
 def key_of(name: str, about: os.stat_result, width: int) -> str:
-    """The key of a file's thumbnail: another one as soon as the file is another."""
-    told = ascii((name, about.st_mtime_ns, about.st_size, width))
-    return hashlib.sha256(told.encode()).hexdigest()
+    """Return the key of a file's thumbnail, which changes with the file."""
+    identity = ascii((name, about.st_mtime_ns, about.st_size, width))
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 class ThumbnailCache:
     """JPEG files by key in a folder of their own, the oldest removed when they outgrow `limit_bytes`.
 
-    A cache that can't be read or written costs time and nothing else: no method raises OSError.
+    A cache that can't be read or written only costs time: no method raises OSError.
     """
 
     def __init__(self, folder: Path, limit_bytes: int = THUMBNAIL_CACHE_BYTES) -> None:
@@ -53,7 +53,7 @@ class ThumbnailCache:
             return None
 
     def put_poster(self, path: Path, jpeg: bytes) -> None:
-        """Keep the thumbnail of a file that is whole now, in the width that a preview has where none is asked for."""
+        """Keep the thumbnail of a file that is whole, in the default width of a preview."""
         with suppress(OSError):
             about = path.lstat()
             self.put(key_of(path.name, about, PREVIEW_WIDTH), jpeg)
