@@ -35,8 +35,8 @@ _UNSAFE_NAME: Final = re.compile(r"^\.|[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]")
 class Entry:
     """A media file of the output folder. Times are epoch seconds.
 
-    Python's `stat` has no time of birth on Linux, so `created_at` is the earlier of the file's last modification and its last
-    change of inode: exact for a file that the worker published, and never later than `modified_at`.
+    Python's `stat` has no time of birth on Linux, so `created_at` is the earlier of the last modification of the file
+    and of its inode: exact for a file that the worker published, and never later than `modified_at`.
     """
 
     filename: str
@@ -92,9 +92,9 @@ class Outputs:
         return self._snapshot.by_type.get(file_type, ())
 
     def find(self, filename: str) -> Path | None:
-        """Return the regular file of that name, or None. Raises nothing for any string, and no name leads out of the folder.
+        """Return the regular file of that name, or None for any other string. No name leads out of the folder.
 
-        Symbolic links, folders, devices, names with no media suffix and all that `listing` hides are None. One lstat.
+        Symbolic links, folders, devices, names without a media suffix and all that `listing` hides are None. One lstat.
         """
         if not _is_media_name(filename):
             return None
