@@ -3,8 +3,8 @@
 The hub's client is too heavy for the daemon: `engine.catalog.download` runs this module in a process of its own and
 reads its JSON lines. The worker imports the client anyway and calls `fetch`.
 
-`snapshot_download` and `hf_hub_download` do not resume: each call begins at byte 0 of a new temporary file, and a call
-that is killed leaves its file behind (huggingface_hub 2.4). `http_get`, with which they fetch, does.
+`snapshot_download` and `hf_hub_download` do not resume: each call starts a new temporary file at byte 0, and leaves it
+behind when it is killed (huggingface_hub 2.4). The `http_get` beneath them appends to a file.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,23 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, hf_hub_url
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils._headers import build_hf_headers
 
 from engine.catalog import weights
+from engine.catalog.download import Message
 from engine.catalog.models import Catalog, Model
 from engine.catalog.weights import Source, Weights
 
-# Called after each chunk: the bytes that are here, the bytes of all files, and the file that is being fetched.
-Report = Callable[[int, int, str], None]
+Report = Callable[[Message], None]
 
 
 class FetchError(Exception):
@@ -52,7 +45,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub that is needed here. `etag` is the SHA-256 of a file in LFS, the git object id of another."""
+    """A file on the hub that is needed. `etag` is the SHA-256 of one in LFS, as weights are, or else git's object id."""
 
     repo: str
     commit: str
@@ -95,7 +88,7 @@ class RemoteFile:
 
 
 class _Part(io.BufferedWriter):
-    """A file that is appended to, and that reports its size after each chunk."""
+    """A file that is appended to; calls `grown` with its size after each chunk."""
 
     def __init__(self, path: Path, grown: Callable[[int], None]) -> None:
         super().__init__(io.FileIO(path, "ab"))
@@ -103,66 +96,56 @@ class _Part(io.BufferedWriter):
 
     def write(self, chunk: Any, /) -> int:
         size_bytes = super().write(chunk)
-        self.flush()  # before the report: what is reported is there even if the process is killed
+        self.flush()  # what is reported is on the disk even if the process is killed
         self._grown(self.tell())
         return size_bytes
 
 
 def fetch(
-    model: Model,
-    models_dir: Path,
-    reserve_bytes: int = 0,
-    report: Report = lambda *_: None,
-    wait: bool = False,
+    model: Model, models_dir: Path, reserve_bytes: int = 0, report: Report = lambda _: None, wait: bool = False
 ) -> Weights:
-    """Fetch what is missing here, safetensors only, and return where all of it is.
+    """Fetch what is missing, safetensors only, and return where all of the model's weights are.
 
     Before the first byte, the disk must have room for all files and `reserve_bytes` more. Until it is complete, the
-    model does not look installed. If another process is fetching it, `wait` for that one. Raises FetchError.
+    model does not look installed. If another process is fetching it, `wait` for that one. `report` gets the bytes that
+    are here, those of all files, and the file that is being fetched, after each chunk. Raises FetchError.
     """
     with _translated(model.repo):
         models_dir.mkdir(parents=True, exist_ok=True)
         with _locked(model, models_dir, wait):
-            files = [file for source in weights.missing(model, models_dir) for file in _listed(source)]
+            files = [file for source in weights.missing(model, models_dir) for file in _remote_files(source)]
             _require_room(files, models_dir, reserve_bytes)
             _fetch_all(files, report)
-    found = weights.locate(model, models_dir)
-    if found is None:
-        raise FetchError(f"model '{model.id}' is not complete: {weights.remedy(model, models_dir)}", "incomplete")
-    return found
+    if found := weights.locate(model, models_dir):
+        return found
+    raise FetchError(f"model '{model.id}' is not complete: {weights.remedy(model, models_dir)}", "incomplete")
 
 
 @contextmanager
 def _locked(model: Model, models_dir: Path, wait: bool) -> Iterator[None]:
     """Lock the model's folder: two processes must not write the same file."""
     with (models_dir / f".{model.base or model.id}.lock").open("a") as lock:
-        try:
-            # The kernel releases it however the process ends.
+        try:  # the kernel releases it however the process ends
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
         yield
 
 
-def _listed(source: Source) -> list[RemoteFile]:
+def _remote_files(source: Source) -> list[RemoteFile]:
     """The files that are needed from a repository."""
-
-    def read(name: str) -> str:
-        buffer = io.BytesIO()
-        http_get(hf_hub_url(source.repo, name, revision=commit), buffer, headers=build_hf_headers())
-        return buffer.getvalue().decode()
-
     with _translated(source.repo):
-        info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
-        commit = info.sha or source.revision
-        entries: dict[str, Any] = {entry.rfilename: entry for entry in info.siblings or ()}
-        targets = source.pick(list(entries), read)
-    return [_remote(source.repo, commit, entries[name], target) for name, target in targets.items()]
+        info: Any = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
+        there = {entry.rfilename: entry for entry in info.siblings}
+        targets = source.pick(list(there), partial(_read, source.repo, info.sha))
+    etags = {name: there[name].lfs.sha256 if there[name].lfs else there[name].blob_id for name in targets}
+    return [RemoteFile(source.repo, info.sha, name, targets[name], there[name].size, etags[name]) for name in targets]
 
 
-def _remote(repo: str, commit: str, entry: Any, target: Path) -> RemoteFile:
-    etag = entry.lfs.sha256 if entry.lfs else entry.blob_id
-    return RemoteFile(repo, commit, entry.rfilename, target, entry.size, etag)
+def _read(repo: str, commit: str, name: str) -> str:
+    buffer = io.BytesIO()
+    http_get(hf_hub_url(repo, name, revision=commit), buffer, headers=build_hf_headers())
+    return buffer.getvalue().decode()
 
 
 def _require_room(files: Sequence[RemoteFile], models_dir: Path, reserve_bytes: int) -> None:
@@ -177,13 +160,14 @@ def _require_room(files: Sequence[RemoteFile], models_dir: Path, reserve_bytes: 
 
 
 def _fetch_all(files: Sequence[RemoteFile], report: Report) -> None:
-    total_bytes, here = sum(file.size_bytes for file in files), {file: file.bytes_here for file in files}
+    total_bytes = sum(file.size_bytes for file in files)
+    here = {file: file.bytes_here for file in files}
 
     def grown(file: RemoteFile, size_bytes: int) -> None:
         here[file] = size_bytes
-        report(sum(here.values()), total_bytes, file.name)
+        report({"done_bytes": sum(here.values()), "total_bytes": total_bytes, "file": file.name})
 
-    report(sum(here.values()), total_bytes, "")
+    report({"done_bytes": sum(here.values()), "total_bytes": total_bytes})
     for file in files:
         if not file.is_here:
             file.fetch(grown)
@@ -192,16 +176,19 @@ def _fetch_all(files: Sequence[RemoteFile], report: Report) -> None:
 _RESUMES = "try again: the download resumes where it stopped"
 # What the hub's client or the disk raises, the most specific first: its code, and the sentence for people.
 _SENTENCES: Sequence[tuple[type[Exception], str, str]] = (
-    (OfflineModeIsEnabled, "offline", "HF_HUB_OFFLINE is set, so nothing is fetched; unset it where wangpd starts"),
+    (errors.OfflineModeIsEnabled, "offline", "HF_HUB_OFFLINE is set, so nothing is fetched; unset it for wangpd"),
     (
-        GatedRepoError,
+        errors.GatedRepoError,
         "gated",
-        "the hub wants the licence of {repo} accepted first; do so on its page there, and set HF_TOKEN where wangpd"
-        " starts",
+        "the hub wants the licence of {repo} accepted first; accept it on its page there, and set HF_TOKEN for wangpd",
     ),
-    (RepositoryNotFoundError, "not_found", "the hub has no {repo}, or shows it only to those with the right HF_TOKEN"),
-    (RevisionNotFoundError, "not_found", "the hub's {repo} has no such revision; {reason}"),
-    (HfHubHTTPError, "hub_fault", f"the hub can't give {{repo}} now: {{reason}}; {_RESUMES}"),
+    (
+        errors.RepositoryNotFoundError,
+        "not_found",
+        "the hub has no {repo}, or shows it only to those with access; check HF_TOKEN",
+    ),
+    (errors.RevisionNotFoundError, "not_found", "the hub's {repo} has no such revision; {reason}"),
+    (errors.HfHubHTTPError, "hub_fault", f"the hub can't give {{repo}} now: {{reason}}; {_RESUMES}"),
     (httpx2.HTTPError, "unreachable", f"the hub at {{endpoint}} can't be reached: {{reason}}; {_RESUMES}"),
     (OSError, "os_error", f"{{repo}}: {{reason}}; {_RESUMES}"),
     (ValueError, "unusable", "{reason}"),
@@ -220,32 +207,27 @@ def _translated(repo: str) -> Iterator[None]:
         raise FetchError(message, code) from error
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`MODELS_DIR ID RESERVE_BYTES`: fetch, and write a JSON object a line; the last one of a failure has `error`."""
-    models_dir, model_id, reserve_bytes = arguments
-    threading.Thread(target=_end_with_parent, name="watchdog", daemon=True).start()
+def main(models_dir: str, model_id: str, reserve_bytes: str) -> int:
+    """Fetch, and write a JSON object a line; the last one of a failure has `error`. Returns the exit code."""
+    threading.Thread(target=_exit_with_parent, name="watchdog", daemon=True).start()
     folder = Path(models_dir)
-
-    def report(done: int, total: int, name: str) -> None:
-        _print({"done_bytes": done, "total_bytes": total, "file": name})
-
     try:
-        fetch(Catalog.load(folder).get(model_id), folder, int(reserve_bytes), report)
+        fetch(Catalog.load(folder).get(model_id), folder, int(reserve_bytes), _print)
     except FetchError as error:
         _print({"error": {"code": error.code, "message": str(error)}})
         return 1
     return 0
 
 
-def _end_with_parent() -> None:
-    """Exit when the parent is gone: it holds the other end of the standard input."""
+def _exit_with_parent() -> None:
+    """Exit once the parent, which holds the other end of the standard input, is gone."""
     os.read(sys.stdin.fileno(), 1)  # not by way of `sys.stdin`, whose lock the end of the interpreter would wait for
     os._exit(1)
 
 
-def _print(message: Mapping[str, Any]) -> None:
+def _print(message: Message) -> None:
     print(json.dumps(message), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

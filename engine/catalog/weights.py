@@ -64,9 +64,7 @@ def has_weights(component: str) -> bool:
     return not component.startswith(_WITHOUT_WEIGHTS)
 
 
-def component_files(
-    names: Iterable[str], variant: str | None, folder: str = "", with_weights: bool = True
-) -> list[str]:
+def component_files(names: Iterable[str], variant: str | None, folder: str = "", heavy: bool = True) -> list[str]:
     """Of the files `names`, those in `folder` that loading a component needs: what is small, and one set of weights.
 
     A component without weights of the variant is loaded without it, as diffusers does.
