@@ -4,6 +4,7 @@ The hub's own client fetches real bytes from it, in the process that the daemon 
 """
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -268,6 +269,27 @@ def test_a_daemon_that_stops_ends_its_download(own_daemon: Daemon, hub: Hub) -> 
     (child,) = fetching(own_daemon)
     assert own_daemon.stop() == 0
     assert processes.eventually(lambda: not processes.alive(child))
+
+
+def test_a_partial_file_that_is_too_long_is_fetched_from_its_beginning(local: Daemon, hub: Hub) -> None:
+    half_way(local, hub)
+    local.delete(f"/models/{PLAIN.id}/download")
+    (part,) = (local.models / PLAIN.id).rglob("*.incomplete")
+    os.truncate(part, len(BIG_BYTES) + 1)
+    hub.go_on.set()
+    post(local)
+    assert_completed(local)
+    assert starts(hub) == [0, 0]
+    assert files(local.models / PLAIN.id) == NEEDED
+
+
+def test_a_download_whose_process_is_killed_has_failed(local: Daemon, hub: Hub) -> None:
+    half_way(local, hub)
+    (child,) = fetching(local)
+    os.kill(child, signal.SIGKILL)
+    failed = ended(local)
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "process_died")
+    assert "ended with code -9" in failed["error"]["message"]
 
 
 def test_a_file_that_arrives_damaged_is_fetched_anew(local: Daemon, hub: Hub) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 
 from engine.catalog.models import PACKAGE
 
-Message = dict[str, Any]  # a process reports `done_bytes`, `total_bytes` and `file`, or `error`
-LONGEST_LINE = 2**20  # bytes of a message
+Message = dict[str, Any]  # what the process reports: `done_bytes`, `total_bytes` and `file`, or `error`
 
 
 class Stage(StrEnum):
@@ -134,7 +133,7 @@ async def _messages(model_id: str, models_dir: Path, reserve_bytes: int) -> Asyn
             stdin=PIPE,  # the process exits when this is closed: so it does not survive the daemon
             stdout=PIPE,
             env={**os.environ, "PYTHONPATH": path, **silent},
-            limit=LONGEST_LINE,
+            limit=2**20,  # bytes of a message
             start_new_session=True,  # Ctrl-C is the daemon's to handle
         )
         try:

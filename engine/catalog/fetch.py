@@ -45,7 +45,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub that is needed. `etag` is the SHA-256 of one in LFS, as weights are, or else git's object id."""
+    """A file on the hub that is needed. `etag` is the SHA-256 of a file in LFS, as weights are, else git's id."""
 
     repo: str
     commit: str
@@ -71,10 +71,10 @@ class RemoteFile:
             return self.size_bytes
         return min(self.part.stat().st_size, self.size_bytes) if self.part.is_file() else 0
 
-    def fetch(self, grown: "Callable[[RemoteFile, int], None]") -> None:
-        """Fetch the rest, verify the content and publish it by rename; `grown` gets the size after each chunk."""
+    def fetch(self, grown: Callable[[], None]) -> None:
+        """Fetch the rest, verify the content and publish it by rename. Calls `grown` after each chunk."""
         self.part.parent.mkdir(parents=True, exist_ok=True)
-        with _translated(self.repo), _Part(self.part, partial(grown, self)) as part:
+        with _translated(self.repo), _Part(self.part, grown) as part:
             if part.tell() > self.size_bytes:
                 part.seek(part.truncate(0))
             url = hf_hub_url(self.repo, self.name, revision=self.commit)
@@ -88,16 +88,16 @@ class RemoteFile:
 
 
 class _Part(io.BufferedWriter):
-    """A file that is appended to; calls `grown` with its size after each chunk."""
+    """A file that is appended to. Calls `grown` after each chunk, once the file has its new size."""
 
-    def __init__(self, path: Path, grown: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, grown: Callable[[], None]) -> None:
         super().__init__(io.FileIO(path, "ab"))
         self._grown = grown
 
     def write(self, chunk: Any, /) -> int:
         size_bytes = super().write(chunk)
-        self.flush()  # what is reported is on the disk even if the process is killed
-        self._grown(self.tell())
+        self.flush()
+        self._grown()
         return size_bytes
 
 
@@ -161,32 +161,22 @@ def _require_room(files: Sequence[RemoteFile], models_dir: Path, reserve_bytes: 
 
 def _fetch_all(files: Sequence[RemoteFile], report: Report) -> None:
     total_bytes = sum(file.size_bytes for file in files)
-    here = {file: file.bytes_here for file in files}
 
-    def grown(file: RemoteFile, size_bytes: int) -> None:
-        here[file] = size_bytes
-        report({"done_bytes": sum(here.values()), "total_bytes": total_bytes, "file": file.name})
+    def progress(name: str) -> None:
+        report({"done_bytes": sum(file.bytes_here for file in files), "total_bytes": total_bytes, "file": name})
 
-    report({"done_bytes": sum(here.values()), "total_bytes": total_bytes})
+    progress("")
     for file in files:
         if not file.is_here:
-            file.fetch(grown)
+            file.fetch(partial(progress, file.name))
 
 
 _RESUMES = "try again: the download resumes where it stopped"
 # What the hub's client or the disk raises, the most specific first: its code, and the sentence for people.
 _SENTENCES: Sequence[tuple[type[Exception], str, str]] = (
     (errors.OfflineModeIsEnabled, "offline", "HF_HUB_OFFLINE is set, so nothing is fetched; unset it for wangpd"),
-    (
-        errors.GatedRepoError,
-        "gated",
-        "the hub wants the licence of {repo} accepted first; accept it on its page there, and set HF_TOKEN for wangpd",
-    ),
-    (
-        errors.RepositoryNotFoundError,
-        "not_found",
-        "the hub has no {repo}, or shows it only to those with access; check HF_TOKEN",
-    ),
+    (errors.GatedRepoError, "gated", "the hub wants the licence of {repo} accepted first, on its page; set HF_TOKEN"),
+    (errors.RepositoryNotFoundError, "not_found", "the hub has no {repo}, or shows it only to those with an HF_TOKEN"),
     (errors.RevisionNotFoundError, "not_found", "the hub's {repo} has no such revision; {reason}"),
     (errors.HfHubHTTPError, "hub_fault", f"the hub can't give {{repo}} now: {{reason}}; {_RESUMES}"),
     (httpx2.HTTPError, "unreachable", f"the hub at {{endpoint}} can't be reached: {{reason}}; {_RESUMES}"),

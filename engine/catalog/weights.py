@@ -77,9 +77,6 @@ def component_files(names: Iterable[str], variant: str | None, folder: str = "",
     return [str(path) for path in [*small, *(tensors if heavy else [])]]
 
 
-# ---------------------------------------------------------------------------------------------------- what is missing
-
-
 @dataclass(frozen=True)
 class Source:
     """A repository on the hub that has missing files.
@@ -134,9 +131,6 @@ def _pick_lora(lora: Mapping[str, Any], into: Path, names: Sequence[str], _read:
     if lora["file"] not in names:
         raise ValueError(f"the hub's {lora['repo']} holds no file {lora['file']}")
     return {lora["file"]: into / lora["file"]}
-
-
-# -------------------------------------------------------------------------------------------------------- what is here
 
 
 def _folder(model: Model, models_dir: Path) -> Path | None:
