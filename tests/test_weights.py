@@ -75,7 +75,7 @@ def folder_of(model: Model, models_dir: Path) -> Path | None:
 # ---------------------------------------------------------------------------------------------------------- located
 
 
-def test_the_embedded_model_lies_in_the_package(models_dir: Path) -> None:
+def test_the_embedded_model_is_in_the_package(models_dir: Path) -> None:
     assert folder_of(CATALOG.get("wan_demo"), models_dir) == PACKAGE / "demo"
 
 
@@ -133,7 +133,7 @@ def test_a_revision_may_be_a_commit(models_dir: Path, empty_cache: Path) -> None
     assert folder_of(dataclasses.replace(PLAIN, revision="c0ffee"), models_dir) == commit
 
 
-# -------------------------------------------------------------------------------------------- not whole, not there
+# ------------------------------------------------------------------------------------------- incomplete, not installed
 
 MISSING = ["model_index.json", "transformer", "tokenizer_2", f"transformer/{SHARDS[1]}", f"transformer/{SHARDS[0]}"]
 
@@ -406,7 +406,7 @@ def test_a_filter_that_can_not_be_is_refused(query: str, daemon: Daemon) -> None
     assert answer.json()["detail"].startswith(f"{query.partition('=')[0]}: must be one of ")
 
 
-def test_each_model_of_the_list_tells_its_limits(daemon: Daemon) -> None:
+def test_each_model_of_the_list_has_its_limits(daemon: Daemon) -> None:
     for entry in daemon.get("/models").json()["data"]["models"]:
         model = CATALOG.get(entry["id"])
         assert entry["limits"]["resolution_multiple"] == model.spatial_multiple
