@@ -4,6 +4,7 @@ The hub's own client fetches real bytes from it, in the process that the daemon 
 """
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -75,7 +76,7 @@ def hub(running_hub: Hub) -> Iterator[Hub]:
 
 
 def against(hub: Hub, daemon: Daemon) -> Daemon:
-    """The daemon, told to use this hub and a cache of its own."""
+    """The daemon, configured to use this hub and a cache of its own."""
     cache = {"HF_HOME": str(daemon.folder / "hf"), "HF_TOKEN": "hf_secret"}
     patience = {"HF_HUB_DOWNLOAD_TIMEOUT": "600"}  # a hub that holds an answer must not be taken for a broken one
     daemon.environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", **cache, **patience}
@@ -158,14 +159,14 @@ def test_a_download_brings_what_the_pipeline_needs_and_nothing_else(local: Daemo
     assert installed(local)
 
 
-def test_a_download_that_is_done_tells_its_bytes(local: Daemon) -> None:
+def test_a_completed_download_reports_its_bytes(local: Daemon) -> None:
     post(local)
     done = ended(local)
     assert (done["downloaded_bytes"], done["total_bytes"], done["progress"]) == (NEEDED_BYTES, NEEDED_BYTES, 100.0)
     assert done["started_at"] <= done["finished_at"]
 
 
-def test_half_a_download_tells_how_far_it_is_and_is_not_installed(local: Daemon, hub: Hub) -> None:
+def test_half_a_download_reports_its_progress_and_is_not_installed(local: Daemon, hub: Hub) -> None:
     now = half_way(local, hub)
     assert (now["status"], now["total_bytes"], now["file"]) == ("downloading", NEEDED_BYTES, BIG)
     assert now["progress"] == round(100 * now["downloaded_bytes"] / NEEDED_BYTES, 1)
@@ -270,7 +271,28 @@ def test_a_daemon_that_stops_ends_its_download(own_daemon: Daemon, hub: Hub) -> 
     assert processes.eventually(lambda: not processes.alive(child))
 
 
-def test_a_file_that_arrives_damaged_is_fetched_anew(local: Daemon, hub: Hub) -> None:
+def test_a_partial_file_that_is_too_long_is_fetched_from_its_beginning(local: Daemon, hub: Hub) -> None:
+    half_way(local, hub)
+    local.delete(f"/models/{PLAIN.id}/download")
+    (part,) = (local.models / PLAIN.id).rglob("*.incomplete")
+    os.truncate(part, len(BIG_BYTES) + 1)
+    hub.go_on.set()
+    post(local)
+    assert_completed(local)
+    assert starts(hub) == [0, 0]
+    assert files(local.models / PLAIN.id) == NEEDED
+
+
+def test_a_download_whose_process_is_killed_has_failed(local: Daemon, hub: Hub) -> None:
+    half_way(local, hub)
+    (child,) = fetching(local)
+    os.kill(child, signal.SIGKILL)
+    failed = ended(local)
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "process_died")
+    assert "ended with code -9" in failed["error"]["message"]
+
+
+def test_a_file_that_arrives_damaged_is_fetched_again(local: Daemon, hub: Hub) -> None:
     hub.spoiled = {"vae/diffusion_pytorch_model.safetensors"}
     post(local)
     failed = ended(local)
@@ -327,7 +349,7 @@ def test_a_task_runs_while_a_download_does(local: Daemon, hub: Hub) -> None:
 # ----------------------------------------------------------------------------------------------------------- refused
 
 
-def test_a_disk_without_room_is_told_before_the_first_byte(local: Daemon, hub: Hub) -> None:
+def test_a_disk_without_room_is_reported_before_the_first_byte(local: Daemon, hub: Hub) -> None:
     hub.claimed_bytes[BIG] = 10**15
     post(local)
     failed = ended(local)
@@ -344,7 +366,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_what_the_hub_refuses_is_told_in_a_sentence(code: str, local: Daemon, hub: Hub) -> None:
+def test_what_the_hub_refuses_is_reported_in_a_sentence(code: str, local: Daemon, hub: Hub) -> None:
     hub.refused[PLAIN.repo], sentence = REFUSALS[code]
     post(local)
     failed = ended(local)
@@ -352,7 +374,7 @@ def test_what_the_hub_refuses_is_told_in_a_sentence(code: str, local: Daemon, hu
     assert failed["error"]["message"].startswith(sentence)
 
 
-def test_a_repository_in_another_layout_is_told(local: Daemon, hub: Hub) -> None:
+def test_a_repository_in_another_layout_is_reported(local: Daemon, hub: Hub) -> None:
     hub.repos[PLAIN.repo] = {"wan.safetensors": b"all of it"}
     post(local)
     message = ended(local)["error"]["message"]
@@ -366,7 +388,7 @@ def test_offline_nothing_is_fetched(local: Daemon, hub: Hub) -> None:
     assert hub.names() == []
 
 
-def test_a_hub_that_is_not_there_is_told(local: Daemon) -> None:
+def test_an_unreachable_hub_is_reported(local: Daemon) -> None:
     done = command(local, "download", PLAIN.id, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
     assert "the hub at http://127.0.0.1:9 can't be reached" in done.stderr
@@ -379,7 +401,7 @@ def test_an_installed_model_is_not_fetched(local: Daemon, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(("method", "status"), [("GET", 404), ("DELETE", 400)])
-def test_a_download_that_nobody_asked_for_is_not_there(method: str, status: int, local: Daemon) -> None:
+def test_a_download_that_was_not_requested_is_unknown(method: str, status: int, local: Daemon) -> None:
     answer = local.request(method, "/models/wan_vace_14B/download")
     assert answer.status_code == status
     assert "wan_vace_14B" in answer.json()["detail"]

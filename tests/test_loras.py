@@ -48,7 +48,7 @@ def chosen(folder: Path, *names: str, multipliers: str = "") -> tuple[Lora, ...]
 # ------------------------------------------------------------------------------------------------------- the files
 
 
-def test_the_files_of_the_models_family_are_told(tmp_path: Path) -> None:
+def test_the_files_of_the_models_family_are_listed(tmp_path: Path) -> None:
     written(tmp_path, "b", layers(1))
     written(tmp_path, "a", layers(2))
     (tmp_path / "wan" / "notes.txt").write_text("none")

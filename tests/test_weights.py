@@ -1,4 +1,4 @@
-"""engine/weights.py: where weights are found, what counts as installed, and which files are needed."""
+"""engine/catalog/weights.py: where weights are found, what counts as installed, and which files are needed."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def folder_of(model: Model, models_dir: Path) -> Path | None:
 # ---------------------------------------------------------------------------------------------------------- located
 
 
-def test_the_embedded_model_lies_in_the_package(models_dir: Path) -> None:
+def test_the_embedded_model_is_in_the_package(models_dir: Path) -> None:
     assert folder_of(CATALOG.get("wan_demo"), models_dir) == PACKAGE / "demo"
 
 
@@ -133,7 +133,7 @@ def test_a_revision_may_be_a_commit(models_dir: Path, empty_cache: Path) -> None
     assert folder_of(dataclasses.replace(PLAIN, revision="c0ffee"), models_dir) == commit
 
 
-# -------------------------------------------------------------------------------------------- not whole, not there
+# ------------------------------------------------------------------------------------------- incomplete, not installed
 
 MISSING = ["model_index.json", "transformer", "tokenizer_2", f"transformer/{SHARDS[1]}", f"transformer/{SHARDS[0]}"]
 
@@ -239,15 +239,13 @@ def test_a_model_that_lacks_a_borrowed_component_is_not_installed(
 # ------------------------------------------------------------------------------------------------------- what is needed
 
 INDEX = json.dumps({"transformer": ["d", "X"], "tokenizer": ["t", "Y"], "gone": [None, None], "_class_name": "P"})
+NOWHERE = Path("no such folder")
 
 
-def needed(source: weights.Source, *names: str) -> set[str]:
-    """What the source picks out of a repository with these files."""
-    return set(source.pick(names, lambda name: INDEX if name == "model_index.json" else ""))
-
-
-def pipeline_source(**options: Any) -> weights.PipelineSource:
-    return weights.PipelineSource("me/repo", "main", Path("models/x"), **options)
+def needed(*names: str, **entry: Any) -> dict[str, Path]:
+    """Of a repository with these files, what a model needs whose entry says this, and where each belongs."""
+    model = dataclasses.replace(PLAIN, **entry)
+    return weights.missing(model, NOWHERE)[0].pick(names, lambda name: INDEX if name == "model_index.json" else "")
 
 
 WEIGHTS = {  # the variant that is wanted, and what a component has → what of it is needed
@@ -276,38 +274,40 @@ WEIGHTS = {  # the variant that is wanted, and what a component has → what of 
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_one_set_of_a_components_weights_is_needed(case: str) -> None:
     variant, there, wanted = WEIGHTS[case]
-    picked = needed(pipeline_source(variant=variant), "model_index.json", *(f"transformer/{name}" for name in there))
-    assert picked == {"model_index.json", *(f"transformer/{name}" for name in wanted)}
+    picked = needed("model_index.json", *(f"transformer/{name}" for name in there), variant=variant)
+    assert picked.keys() == {"model_index.json", *(f"transformer/{name}" for name in wanted)}
 
 
 def test_of_a_tokenizer_everything_but_weights_is_needed() -> None:
     there = ["tokenizer.json", "spiece.model", "merges.txt", "chat_template.jinja", "model.safetensors", "load.py"]
-    picked = needed(pipeline_source(), "model_index.json", *(f"tokenizer/{name}" for name in there))
-    assert picked == {"model_index.json", *(f"tokenizer/{name}" for name in there[:4])}
+    picked = needed("model_index.json", *(f"tokenizer/{name}" for name in there))
+    assert picked.keys() == {"model_index.json", *(f"tokenizer/{name}" for name in there[:4])}
 
 
 def test_the_index_comes_last() -> None:
     files = ["model_index.json", "transformer/config.json", "tokenizer/vocab.json"]
-    assert list(pipeline_source().pick(files, lambda _: INDEX))[-1] == "model_index.json"
+    assert list(needed(*files))[-1] == "model_index.json"
 
 
 def test_a_component_from_elsewhere_is_not_needed() -> None:
     files = ["model_index.json", "transformer/config.json", "tokenizer/vocab.json"]
-    assert needed(pipeline_source(given=frozenset({"tokenizer"})), *files) == set(files[:2])
+    assert needed(*files, extra_repos={"tokenizer": "me/words"}).keys() == set(files[:2])
 
 
 def test_of_a_component_whose_weights_are_a_single_file_the_configuration_is_needed() -> None:
     files = ["model_index.json", "transformer/config.json", "transformer/model.safetensors"]
-    assert needed(pipeline_source(bare=frozenset({"transformer"})), *files) == set(files[:2])
+    assert needed(*files, single_file={"transformer": "own.gguf"}).keys() == set(files[:2])
 
 
 @pytest.mark.parametrize(
     ("inside", "folder"), [("large", "large/"), ("", "transformer/"), ("", "")], ids=["named", "its own", "root"]
 )
 def test_a_component_is_taken_from_where_its_repository_has_it(inside: str, folder: str) -> None:
-    source = weights.PartSource("me/repo", "main", Path("models/x"), "transformer", inside)
+    model = dataclasses.replace(PLAIN, extra_repos={"transformer": f"me/repo#{inside}"})
+    source = weights.missing(model, Path("models"))[-1]
     files = [f"{folder}config.json", f"{folder}model.safetensors", "other/model.safetensors"]
-    assert source.pick(files, str) == {name: Path("models/x") / Path(name).name for name in files[:2]}
+    into = Path("models") / PLAIN.id / "transformer"
+    assert source.pick(files, str) == {name: into / Path(name).name for name in files[:2]}
 
 
 def test_nothing_is_missing_of_what_is_installed(models_dir: Path) -> None:
@@ -317,13 +317,12 @@ def test_nothing_is_missing_of_what_is_installed(models_dir: Path) -> None:
 
 @pytest.mark.parametrize("model", [model for model in CATALOG if model.repo], ids=lambda model: model.id)
 def test_what_is_missing_goes_to_where_it_is_found(model: Model, models_dir: Path) -> None:
+    index = {"transformer": ["d", "X"], "scheduler": ["d", "Y"], **{name: ["d", "Z"] for name in model.extra_repos}}
+    folders = [*index, *(place.partition("#")[2] for place in model.extra_repos.values())]
+    there = ["model_index.json", *(lora["file"] for lora in model.recipe_loras)]
+    there += [f"{folder}/{name}" for folder in folders for name in ("config.json", "model.safetensors")]
     for source in weights.missing(model, models_dir):
-        index = {"transformer": ["d", "X"], "scheduler": ["d", "Y"], **{name: ["d", "Z"] for name in model.extra_repos}}
-        files = [f"{part}/{name}" for part in index for name in ("config.json", "model.safetensors")]
-        inside = getattr(source, "inside", "")
-        there = ["model_index.json", *files, f"{inside}/config.json", f"{inside}/model.safetensors"]
-        there.append(getattr(source, "file", ""))
-        for target in source.pick(there, lambda _, index=index: json.dumps(index)).values():
+        for target in source.pick(there, lambda _: json.dumps(index)).values():
             put(target, json.dumps(index) if target.name == "model_index.json" else "{}")
     assert weights.locate(model, models_dir) is not None
 
@@ -407,7 +406,7 @@ def test_a_filter_that_can_not_be_is_refused(query: str, daemon: Daemon) -> None
     assert answer.json()["detail"].startswith(f"{query.partition('=')[0]}: must be one of ")
 
 
-def test_each_model_of_the_list_tells_its_limits(daemon: Daemon) -> None:
+def test_each_model_of_the_list_has_its_limits(daemon: Daemon) -> None:
     for entry in daemon.get("/models").json()["data"]["models"]:
         model = CATALOG.get(entry["id"])
         assert entry["limits"]["resolution_multiple"] == model.spatial_multiple

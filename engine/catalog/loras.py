@@ -1,23 +1,23 @@
-"""LoRA files as the daemon sees them: where they lie, whether they fit a model, and how strong each is when.
+"""LoRA files on the daemon's side: where they are, whether they fit a model, and their strengths over the steps.
 
-Only the headers of the files are read: names and shapes of the layers, a few hundred kilobytes of gigabytes.
+Only the headers of the files are read, the names and shapes of the layers: some hundred kilobytes of gigabytes.
 """
 
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from engine.catalog.models import Model
+from engine.catalog.weights import DENOISER
 from engine.job import Lora
 
 SUFFIX = ".safetensors"
-DENOISERS = ("transformer", "unet")
-MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DOWN = re.compile(r"^(?P<layer>.+?)[._](?:lora_A|lora_down)(?:\.default)?\.weight$")
 _BLOCK = re.compile(r"(?:^|[._])(\w*?blocks)[._](\d+)[._]")
 _TEXT = re.compile(r"(?:^|[._])(?:text_encoder|te\d?)(?:_\d)?[._]")
@@ -27,40 +27,33 @@ class BadLora(Exception):
     """A LoRA can't be used: one sentence, which begins with the request's field."""
 
 
-def folder_of(model: Model, loras_dir: Path) -> Path:
-    """Where the LoRA files for this model lie."""
-    return loras_dir / model.family
-
-
 def available(model: Model, loras_dir: Path) -> list[str]:
     """The names of the files for this model, which `activated_loras` takes."""
-    return sorted(path.name for path in folder_of(model, loras_dir).glob(f"*{SUFFIX}") if path.is_file())
+    return sorted(path.name for path in (loras_dir / model.family).glob(f"*{SUFFIX}") if path.is_file())
 
 
 def chosen(names: list[str], multipliers: str, model: Model, loras_dir: Path, weights: Path) -> tuple[Lora, ...]:
-    """The LoRAs of a request, each checked against the model whose files lie in `weights`. Raises BadLora."""
+    """The LoRAs of a request, each checked against the model whose files are in `weights`. Raises BadLora."""
     there = available(model, loras_dir)
-    strengths = _strengths(multipliers, len(names))
     loras = []
-    for name, phases in zip(names, strengths, strict=True):
+    for name, strengths in zip(names, _strengths(multipliers, len(names)), strict=True):
         file = name if name.endswith(SUFFIX) else name + SUFFIX
         if file not in there:
             known = f"there are: {', '.join(there)}" if there else "there is none"
             raise BadLora(f"activated_loras: '{name}' is not in the LoRA folder of family '{model.family}'; {known}")
-        path = folder_of(model, loras_dir) / file
-        require_fit(path, weights, model.id)
-        loras.append(Lora(path, phases))
+        path = loras_dir / model.family / file
+        if misfit := _misfit(path, weights):
+            raise BadLora(f"activated_loras: '{file}' does not fit model '{model.id}': {misfit}")
+        loras.append(Lora(path, strengths))
     return tuple(loras)
 
 
 def _strengths(text: str, count: int) -> list[tuple[tuple[float, ...], ...]]:
-    """For each LoRA, for each phase of guidance, the strengths spread over the steps.
+    """For each LoRA, for each phase of guidance, the strengths spread over the steps; 1 where none is given.
 
-    Entries are parted by spaces or lines, phases by semicolons, steps by commas; lines that begin with # are remarks.
-    What is not said is 1.
+    Entries are separated by spaces or line breaks, phases by semicolons, steps by commas; lines with # are comments.
     """
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    entries = " ".join(lines).split()
+    entries = re.sub(r"^\s*#.*", "", text, flags=re.MULTILINE).split()
     if len(entries) > count:
         raise BadLora(f"loras_multipliers: {len(entries)} entries for {count} LoRAs; give one each, parted by spaces")
     return [_phases(entry) for entry in entries] + [((1.0,),)] * (count - len(entries))
@@ -73,25 +66,23 @@ def _phases(entry: str) -> tuple[tuple[float, ...], ...]:
         raise BadLora(f"loras_multipliers: '{entry}' must be numbers such as 0.8, 0,0.5,1 or 1;0") from None
 
 
-def require_fit(path: Path, weights: Path, model_id: str) -> None:
-    """Raises BadLora unless every layer of the LoRA has a layer of its shape in the model."""
-    layers = dict(_layers(path))
-    if not layers:
-        raise BadLora(f"activated_loras: '{path.name}' holds no LoRA layers")
+def _misfit(path: Path, weights: Path) -> str:
+    """Why a layer of the LoRA has no counterpart in the model; "" if each has one. Raises BadLora."""
     shapes, blocks = _model_layers(weights)
-    for layer, shape in layers.items():
+    for layer, shape in _lora_layers(path).items():
         found = _BLOCK.search(layer)
-        if found and found[1] in blocks and int(found[2]) > blocks[found[1]]:
-            reason = f"it has {found[1]} {found[2]}, and the model's last is {blocks[found[1]]}"
-            raise BadLora(f"activated_loras: '{path.name}' does not fit model '{model_id}': {reason}")
+        last = blocks.get(found[1]) if found else None
+        if found and last is not None and int(found[2]) > last:
+            return f"it has {found[1]} {found[2]}, and the model's last is {last}"
         if shape not in shapes:
-            reason = f"its layer {layer} is {shape[0]}x{shape[1]}, and the model has none of that size"
-            raise BadLora(f"activated_loras: '{path.name}' does not fit model '{model_id}': {reason}")
+            return f"its layer {layer} is {shape[0]}x{shape[1]}, and the model has none of that size"
+    return ""
 
 
-def _layers(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and shape (out, in) of each layer of the denoiser that the LoRA changes."""
+def _lora_layers(path: Path) -> dict[str, tuple[int, int]]:
+    """Name and shape (out, in) of each layer of the denoiser that the LoRA changes. Raises BadLora."""
     header = _header(path)
+    layers = {}
     for key, entry in header.items():
         down = _DOWN.match(key)
         if down is None or _TEXT.search(key):
@@ -99,7 +90,10 @@ def _layers(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
         up = key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
         if up not in header:
             raise BadLora(f"activated_loras: '{path.name}' is broken: {key} has no counterpart")
-        yield down["layer"], (header[up]["shape"][0], prod(entry["shape"][1:]))
+        layers[down["layer"]] = header[up]["shape"][0], prod(entry["shape"][1:])
+    if not layers:
+        raise BadLora(f"activated_loras: '{path.name}' holds no LoRA layers")
+    return layers
 
 
 @lru_cache(maxsize=8)
@@ -107,7 +101,7 @@ def _model_layers(weights: Path) -> tuple[frozenset[tuple[int, int]], Mapping[st
     """The shapes (out, in) of a model's denoiser, and the number of the last block of each kind."""
     shapes: set[tuple[int, int]] = set()
     blocks: dict[str, int] = {}
-    for path in (path for name in DENOISERS for path in (weights / name).glob(f"*{SUFFIX}")):
+    for path in (path for name in DENOISER for path in (weights / name).glob(f"*{SUFFIX}")):
         for key, entry in _header(path).items():
             shape = entry["shape"]
             if len(shape) > 1:
@@ -122,7 +116,7 @@ def _header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            if size > MOST_HEADER_BYTES:
+            if size > MAX_HEADER_BYTES:
                 raise ValueError(size)
             header: dict[str, Any] = json.loads(file.read(size))
     except (OSError, ValueError, struct.error):

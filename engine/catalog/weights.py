@@ -1,32 +1,33 @@
-"""Where a model's weights lie: in the package, in `models_dir`, or in the Hugging Face cache; and what is missing."""
+"""Where a model's weights are: in the package, in `models_dir` or in the Hugging Face cache; and what is missing."""
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from engine.catalog.models import PACKAGE, Model
 
 INDEX = "model_index.json"  # the file that makes a folder a diffusers pipeline
-DENOISER = frozenset({"transformer", "unet"})  # the component that a file without a name of its own replaces
-# Components that only prepare or schedule: their folder may lie among weights that are not theirs.
+DENOISER = frozenset({"transformer", "unet"})  # the component that a single file without a name replaces
+# Components that only prepare or schedule. Their folder may hold weights that are not theirs.
 _WITHOUT_WEIGHTS = ("tokenizer", "feature_extractor", "image_processor", "processor", "scheduler")
-# What stands beside the weights. Never pickles or a repository's Python: both could run code.
+# What accompanies the weights. Never pickles or a repository's Python: both could run code.
 _SMALL = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".yaml"})
-_TENSORS = r"(?:diffusion_pytorch_model|pytorch_model|model)"  # as the two libraries name what they load
-_SHARD = r"(?:-\d{5}-of-\d{5})?"
+# Weights, and the index of their shards, as diffusers and transformers name them, apart from the variant.
+_TENSORS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A diffusers folder, and what is put on top of it.
+    """A diffusers folder, and what complements or replaces parts of it.
 
     `loras` are the files of the model's recipe in its order; `parts` the folders of components that come from other
-    repositories; `files` the single files that components come from, the one under "" holding the denoiser or all.
+    repositories; `files` the single files that components come from, the one under "" being the denoiser or all.
     """
 
     folder: Path
@@ -36,52 +37,133 @@ class Weights:
 
 
 def locate(model: Model, models_dir: Path) -> Weights | None:
-    """Where this model's weights are, or None if they are not all installed."""
-    folder = _folder(model, models_dir)
-    loras = [_lora(lora, models_dir / model.id / "loras") for lora in model.recipe_loras]
-    found = tuple(path for path in loras if path)
+    """Where this model's weights are, or None unless all are installed."""
+    folder, files = _folder(model, models_dir), _single_files(model, models_dir)
     parts = {name: _part(model, name, models_dir) for name in model.extra_repos}
-    whole = {name: path for name, path in parts.items() if path}
-    complete = len(found) == len(loras) and len(whole) == len(parts) and not absent_files(model, models_dir)
-    return Weights(folder, found, whole, single_files(model, models_dir)) if folder and complete else None
-
-
-def single_files(model: Model, models_dir: Path) -> dict[str, Path]:
-    """Component → the file that its weights come from; "" is the denoiser, or a whole checkpoint."""
-    named = {"": model.single_file} if isinstance(model.single_file, str) else model.single_file
-    return {name: models_dir / file for name, file in named.items() if file}
-
-
-def absent_files(model: Model, models_dir: Path) -> list[Path]:
-    """The single files that the model's entry names and that are not there. Nobody but the user has them."""
-    return [path for path in single_files(model, models_dir).values() if not path.is_file()]
+    loras = [_lora(lora, models_dir / model.id / "loras") for lora in model.recipe_loras]
+    if folder is None or None in parts.values() or None in loras or not all(map(Path.is_file, files.values())):
+        return None
+    return Weights(folder, tuple(filter(None, loras)), {name: path for name, path in parts.items() if path}, files)
 
 
 def remedy(model: Model, models_dir: Path) -> str:
-    """What puts this model's weights where `locate` finds them, as the end of a sentence."""
-    absent = absent_files(model, models_dir)
-    if absent:
-        return f"its entry names the file {absent[0]}, which is not there; put it there"
+    """How to get this model's weights to where `locate` finds them, as the end of a sentence."""
+    for path in _single_files(model, models_dir).values():
+        if not path.is_file():  # it is on no hub: the user has it
+            return f"its entry names the file {path}, which is not there; put it there"
     return f"install it with: wangpd models download {model.id}"
 
 
-def is_whole(folder: Path, given: frozenset[str] = frozenset(), bare: frozenset[str] = frozenset()) -> bool:
-    """Whether every part that the folder's index names is there with all its weights; a broken download's are not.
+def named_parts(index: Mapping[str, Any]) -> list[str]:
+    """The components in a pipeline's index, without those it leaves empty. A list of numbers is a setting."""
+    return [name for name, about in index.items() if isinstance(about, list) and about and isinstance(about[0], str)]
 
-    `given` components come from elsewhere; of `bare` ones only the configuration is needed.
+
+def has_weights(component: str) -> bool:
+    """False for a component that only prepares or schedules."""
+    return not component.startswith(_WITHOUT_WEIGHTS)
+
+
+def component_files(names: Iterable[str], variant: str | None, folder: str = "", heavy: bool = True) -> list[str]:
+    """Of the files `names`, those in `folder` that loading a component needs: what is small, and one set of weights.
+
+    A component without weights of the variant is loaded without it, as diffusers does.
     """
+    here = [path for path in map(PurePosixPath, names) if str(path.parent) == (folder or ".")]
+    small = [path for path in here if path.suffix in _SMALL and ".index." not in path.name and path.name != INDEX]
+    word = f".{variant}"
+    of_variant = [path for path in here if word in path.name and _TENSORS.fullmatch(path.name.replace(word, "", 1))]
+    tensors = of_variant or [path for path in here if _TENSORS.fullmatch(path.name)]
+    return [str(path) for path in [*small, *(tensors if heavy else [])]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository on the hub that has missing files.
+
+    `pick(names, read)` returns which of all its files are needed, and the path where each belongs. `read` returns the
+    text of a file. `pick` raises ValueError if the repository has another layout than expected.
+    """
+
+    repo: str
+    revision: str
+    pick: Callable[[Sequence[str], Callable[[str], str]], dict[str, Path]]
+
+
+def missing(model: Model, models_dir: Path) -> list[Source]:
+    """What must come from the hub before `locate` finds this model."""
+    sources: list[Source] = []
+    own = models_dir / model.id
+    if _folder(model, models_dir) is None:
+        pick = partial(_pick_pipeline, model, models_dir / (model.base or model.id))
+        sources.append(Source(model.repo, model.revision or "main", pick))
+    for name, place in model.extra_repos.items():
+        if _part(model, name, models_dir) is None:
+            pick = partial(_pick_component, model, name, own / name)
+            sources.append(Source(place.partition("#")[0], "main", pick))
+    for lora in model.recipe_loras:
+        if _lora(lora, own / "loras") is None:
+            sources.append(Source(lora["repo"], "main", partial(_pick_lora, lora, own / "loras")))
+    return sources
+
+
+def _pick_pipeline(model: Model, into: Path, names: Sequence[str], read: Callable[[str], str], /) -> dict[str, Path]:
+    """The files of the components in the index, and the index last: without it nothing looks installed."""
+    if INDEX not in names:
+        raise ValueError(f"the hub's {model.repo} holds no {INDEX}: it is not in diffusers layout")
+    bare = _bare(model)
+    parts = {name: has_weights(name) and name not in bare for name in _own_parts(model, read(INDEX))}
+    files = [file for name, heavy in parts.items() for file in component_files(names, model.variant, name, heavy)]
+    return {file: into / file for file in [*files, INDEX]}
+
+
+def _pick_component(model: Model, component: str, into: Path, names: Sequence[str], _read: Any, /) -> dict[str, Path]:
+    """The files in the folder that the entry names, or else in one of the component's name, or else at the root."""
+    repo, _, inside = model.extra_repos[component].partition("#")
+    folder = inside or (component if any(name.startswith(f"{component}/") for name in names) else "")
+    files = component_files(names, model.variant, folder, has_weights(component))
+    if not files:
+        raise ValueError(f"the hub's {repo} holds no files of {component}")
+    return {file: into / PurePosixPath(file).name for file in files}
+
+
+def _pick_lora(lora: Mapping[str, Any], into: Path, names: Sequence[str], _read: Any, /) -> dict[str, Path]:
+    if lora["file"] not in names:
+        raise ValueError(f"the hub's {lora['repo']} holds no file {lora['file']}")
+    return {lora["file"]: into / lora["file"]}
+
+
+def _folder(model: Model, models_dir: Path) -> Path | None:
+    if model.builtin:
+        places = [PACKAGE / model.builtin]
+    else:
+        installed = [models_dir / name for name in (model.id, model.base) if name]
+        places = [*installed, _snapshot(model.repo, model.revision or "main")]
+    return next((place for place in places if _is_whole(place, model)), None)
+
+
+def _is_whole(folder: Path, model: Model) -> bool:
+    """Whether all components that the model takes from this folder are there; after a broken download they are not."""
     try:
-        named = named_parts(json.loads((folder / INDEX).read_text()))
-        if not (folder / "scheduler").exists():  # a class with a schedule of its own names it and saves none
-            given |= {"scheduler"}
-        return all(_part_is_whole(folder / name, name, name in bare) for name in named if name not in given)
+        names = _own_parts(model, (folder / INDEX).read_text())
+        if not (folder / "scheduler").exists():  # a class with a schedule of its own names a scheduler and saves none
+            names = [name for name in names if name != "scheduler"]
+        bare = _bare(model)
+        return all(_part_is_whole(folder / name, name, name in bare) for name in names)
     except (OSError, ValueError):  # ValueError: a file that was cut off
         return False
 
 
-def named_parts(index: Mapping[str, Any]) -> list[str]:
-    """The components that an index names and that are not left out. A list of numbers is a setting, no component."""
-    return [name for name, about in index.items() if isinstance(about, list) and about and isinstance(about[0], str)]
+def _own_parts(model: Model, index: str) -> list[str]:
+    """The components in the index that come from no other repository."""
+    return [name for name in named_parts(json.loads(index)) if name not in model.extra_repos]
+
+
+def _bare(model: Model) -> frozenset[str]:
+    """The components that need only their configuration: a single file brings their weights."""
+    if isinstance(model.single_file, str):
+        return DENOISER if model.single_file else frozenset()
+    return frozenset(model.single_file)
 
 
 def _part_is_whole(part: Path, name: str, bare: bool = False) -> bool:
@@ -94,152 +176,6 @@ def _part_is_whole(part: Path, name: str, bare: bool = False) -> bool:
     if not shards:  # one file, or none at all, as of a guider
         shards = {"*.safetensors" if (part / "config.json").is_file() else "*"}
     return all(any(path.is_file() for path in part.glob(shard)) for shard in shards)
-
-
-def has_weights(component: str) -> bool:
-    """False for a component that only prepares or schedules."""
-    return not component.startswith(_WITHOUT_WEIGHTS)
-
-
-# ---------------------------------------------------------------------------------------------------- what is missing
-
-
-class Source(Protocol):
-    """A repository of the hub, and which of its files are needed where."""
-
-    @property
-    def repo(self) -> str: ...
-
-    @property
-    def revision(self) -> str: ...
-
-    def pick(self, names: Iterable[str], read: Callable[[str], str], /) -> dict[str, Path]:
-        """Of the files that are there, those that are needed, and where each goes. `read` gives the text of one.
-
-        Raises ValueError if the repository is not laid out as it should be.
-        """
-
-
-@dataclass(frozen=True)
-class PipelineSource:
-    """A repository in diffusers layout. `given` components come from elsewhere, of `bare` ones only the configuration
-    is needed."""
-
-    repo: str
-    revision: str
-    into: Path
-    variant: str | None = None
-    given: frozenset[str] = frozenset()
-    bare: frozenset[str] = frozenset()
-
-    def pick(self, names: Iterable[str], read: Callable[[str], str], /) -> dict[str, Path]:
-        """The files of the components that the index names, and the index last: without it nothing looks installed."""
-        names = list(names)
-        if INDEX not in names:
-            raise ValueError(f"the hub's {self.repo} holds no {INDEX}: it is not in diffusers layout")
-        parts = [name for name in named_parts(json.loads(read(INDEX))) if name not in self.given]
-        files = [file for part in parts for file in self._files(part, names)]
-        return {file: self.into / file for file in [*files, INDEX]}
-
-    def _files(self, part: str, names: Iterable[str]) -> list[str]:
-        return _needed(names, part, self.variant, has_weights(part) and part not in self.bare)
-
-
-@dataclass(frozen=True)
-class PartSource:
-    """A repository with one component: in the folder `inside`, or in one with the component's name, or at its root."""
-
-    repo: str
-    revision: str
-    into: Path
-    component: str
-    inside: str = ""
-    variant: str | None = None
-
-    def pick(self, names: Iterable[str], _read: Callable[[str], str], /) -> dict[str, Path]:
-        """The files of the component."""
-        names = list(names)
-        own = any(name.startswith(f"{self.component}/") for name in names)
-        folder = self.inside or (self.component if own else "")
-        files = _needed(names, folder, self.variant, has_weights(self.component))
-        if not files:
-            raise ValueError(f"the hub's {self.repo} holds no files of {self.component}")
-        return {file: self.into / PurePosixPath(file).name for file in files}
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """One file of a repository."""
-
-    repo: str
-    revision: str
-    into: Path
-    file: str
-
-    def pick(self, names: Iterable[str], _read: Callable[[str], str], /) -> dict[str, Path]:
-        """That file."""
-        if self.file not in names:
-            raise ValueError(f"the hub's {self.repo} holds no file {self.file}")
-        return {self.file: self.into / self.file}
-
-
-def _needed(names: Iterable[str], folder: str, variant: str | None, weighty: bool) -> list[str]:
-    """The files of a component in a repository: what is small, and one set of safetensors.
-
-    A component that has no weights of the variant is taken without it, as diffusers does.
-    """
-    here = [path for path in map(PurePosixPath, names) if str(path.parent) == (folder or ".")]
-    small = [path for path in here if path.suffix in _SMALL and ".index." not in path.name and path.name != INDEX]
-    chosen = [path for path in here if variant and re.fullmatch(_of_variant(re.escape(variant)), path.name)]
-    plain = [path for path in here if re.fullmatch(_PLAIN, path.name)]
-    return [str(path) for path in [*small, *((chosen or plain) if weighty else [])]]
-
-
-_PLAIN = rf"{_TENSORS}({_SHARD}\.safetensors|\.safetensors\.index\.json)"
-
-
-def _of_variant(word: str) -> str:
-    """The names that weights of a variant have, the older way of writing shards too."""
-    weights = rf"(\.{word}{_SHARD}|{_SHARD}\.{word})\.safetensors"
-    return rf"{_TENSORS}({weights}|\.safetensors\.(index\.{word}|{word}\.index)\.json)"
-
-
-def missing(model: Model, models_dir: Path) -> list[Source]:
-    """What has to come from the hub before `locate` finds this model."""
-    sources: list[Source] = []
-    own = models_dir / model.id
-    if _folder(model, models_dir) is None:
-        into = models_dir / (model.base or model.id)
-        given, bare = frozenset(model.extra_repos), _bare(model)
-        sources.append(PipelineSource(model.repo, model.revision or "main", into, model.variant, given, bare))
-    for name, place in model.extra_repos.items():
-        repo, _, inside = place.partition("#")
-        if _part(model, name, models_dir) is None:
-            sources.append(PartSource(repo, "main", own / name, name, inside, model.variant))
-    absent = [lora for lora in model.recipe_loras if _lora(lora, own / "loras") is None]
-    return [*sources, *(FileSource(lora["repo"], "main", own / "loras", lora["file"]) for lora in absent)]
-
-
-def _bare(model: Model) -> frozenset[str]:
-    """The components whose weights a single file brings."""
-    if isinstance(model.single_file, str):
-        return DENOISER if model.single_file else frozenset()
-    return frozenset(model.single_file)
-
-
-def _folder(model: Model, models_dir: Path) -> Path | None:
-    given, bare = frozenset(model.extra_repos), _bare(model)
-    return next((folder for folder in _folders(model, models_dir) if is_whole(folder, given, bare)), None)
-
-
-def _folders(model: Model, models_dir: Path) -> Iterator[Path]:
-    if model.builtin:
-        yield PACKAGE / model.builtin
-        return
-    yield models_dir / model.id
-    if model.base:
-        yield models_dir / model.base
-    yield _snapshot(model.repo, model.revision or "main")
 
 
 def _part(model: Model, name: str, models_dir: Path) -> Path | None:
@@ -256,15 +192,17 @@ def _lora(lora: Mapping[str, Any], folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def _single_files(model: Model, models_dir: Path) -> dict[str, Path]:
+    """Component → the file that its weights come from; "" is the denoiser, or a whole checkpoint."""
+    named = {"": model.single_file} if isinstance(model.single_file, str) else model.single_file
+    return {name: models_dir / file for name, file in named.items() if file}
+
+
 def _snapshot(repo: str, revision: str) -> Path:
-    """The cache's folder of a repository. (Reading its `refs` file here spares the daemon the hub's library.)"""
-    cached = hub_cache() / ("models--" + repo.replace("/", "--"))
-    with suppress(OSError):  # a revision that is a commit has no ref: its snapshot carries its name
+    """A repository's folder in the Hugging Face cache. (Found without the hub's client, too heavy for the daemon.)"""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    cached = cache / ("models--" + repo.replace("/", "--"))
+    with suppress(OSError):  # a revision that is a commit has no ref: its snapshot has its name
         revision = (cached / "refs" / revision).read_text().strip()
     return cached / "snapshots" / revision
-
-
-def hub_cache() -> Path:
-    """The Hugging Face cache, by the variables that its own tools obey."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()

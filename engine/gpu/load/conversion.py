@@ -24,7 +24,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from engine.catalog.weights import INDEX, PartSource, Weights, has_weights, named_parts
+from engine.catalog.weights import INDEX, Weights, component_files, has_weights, named_parts
 from engine.planning.machine import GIB
 
 log = logging.getLogger("wangpd.worker")
@@ -70,8 +70,7 @@ class Component:
     def files(self) -> list[Path]:
         """The files that a load reads."""
         names = [path.name for path in self.folder.iterdir() if path.is_file()]
-        source = PartSource("", "", self.folder, self.folder.name, variant=self.variant)
-        return sorted(source.pick(names, lambda _: "").values())
+        return [self.folder / name for name in sorted(component_files(names, self.variant))]
 
     def shards(self) -> list[Path]:
         return [path for path in self.files() if path.suffix == ".safetensors"]
