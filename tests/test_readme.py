@@ -192,8 +192,8 @@ def test_the_table_of_an_answers_fields_has_every_field_and_no_other(
 
 
 def test_the_table_of_statuses_has_every_error_that_the_api_documents(document: dict[str, Any]) -> None:
-    answers = {code for path in document["paths"].values() for call in path.values() for code in call["responses"]}
-    assert {row[0] for row in table("| status | meaning |")} == {code for code in answers if code >= "400"}
+    answers = {status for path in document["paths"].values() for call in path.values() for status in call["responses"]}
+    assert {row[0] for row in table("| status | meaning |")} == {status for status in answers if status >= "400"}
 
 
 def test_the_page_of_the_api_has_a_place_for_the_generated_settings() -> None:
@@ -231,7 +231,7 @@ def error_codes() -> set[str]:
     trees = [ast.parse(path.read_text()) for path in (ROOT / "engine").rglob("*.py")]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     raised = [call.args[1] for call in calls if ast.unparse(call.func) == "EngineError" and len(call.args) > 1]
-    return {str(code.value) for code in raised if isinstance(code, ast.Constant)}
+    return {str(value.value) for value in raised if isinstance(value, ast.Constant)}
 
 
 CODE_ROWS = table("| `code` | what happened | what helps |")
