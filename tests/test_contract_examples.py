@@ -1,4 +1,4 @@
-"""The examples of the contract's page and of README.md, run as they stand; only host and port are the daemon's."""
+"""The examples of the contract's page, README.md and docs/, run as they stand; only host and port are the daemon's."""
 
 import base64
 import re
@@ -16,7 +16,7 @@ from tests.daemon import ROOT, Daemon
 from tests.proof import CATALOG
 
 PAGE_ORIGIN = "http://localhost:7860"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +131,22 @@ def test_the_curl_examples_work_as_shown(emptied: Daemon, tmp_path: Path) -> Non
     assert (tmp_path / "video_001.mp4").read_bytes() == b"a video"
 
 
-def readme_blocks() -> list[str]:
-    """The ```bash blocks of README.md that speak to the daemon: their first line begins with `curl` or `B=`."""
-    blocks: list[str] = re.findall(r"^```bash\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
-    return [block for block in blocks if block.startswith(("curl ", "B="))]
+def curl_script(page: Path) -> str:
+    """The ```bash blocks of a page in their order; tests/test_readme.py keeps that they begin with `curl` or `B=`."""
+    return "\n".join(re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), re.M | re.S))
 
 
 @CURL
-def test_the_curl_examples_of_the_readme_work_in_their_order(emptied: Daemon, tmp_path: Path) -> None:
-    script = "\n".join(readme_blocks())
-    assert len(re.findall(r"\bcurl ", script)) >= 8
-    port = emptied.url.rpartition(":")[2]
+@pytest.mark.parametrize("page", [page for page in PAGES if curl_script(page)], ids=lambda page: page.name)
+def test_the_curl_examples_of_a_page_work_in_their_order(page: Path, emptied: Daemon, tmp_path: Path) -> None:
+    script, port = curl_script(page), emptied.url.rpartition(":")[2]
     Image.new("RGB", (64, 64), "red").save(tmp_path / "my_image.png")
     printed = shell(re.sub(r"\bcurl ", "curl -fS ", script.replace(":7860", f":{port}")), tmp_path)
     assert '"success": true' in printed
     assert '"detail"' not in printed
+
+
+def test_the_readme_and_the_page_of_the_api_have_examples() -> None:
+    counts = {page.name: len(re.findall(r"\bcurl ", curl_script(page))) for page in PAGES}
+    assert counts["README.md"] >= 10
+    assert counts["api.md"] >= 8
