@@ -77,6 +77,7 @@ install:
 	@set -o pipefail; $(PREFIX)/.venv/bin/$(PIP_INSTALL) . $(PIP_NEWS)
 	@rm -rf build
 	@install -D -m 644 README.md $(PREFIX)/README.md
+	@install -D -m 644 -t $(PREFIX)/docs docs/*.md
 	@install -D -m 644 wangpd.service $(UNITDIR)/wangpd.service
 	@test -e $(SYSCONFDIR)/wangpd.toml || install -D -m 644 \
 		<(sed -e 's|^\(models_dir *= *\)"[^"]*"|\1"$(MODELS_DIR)"|' \

@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 DEMO = Catalog.load().get("wan_demo")
 WEIGHTS = Weights(PACKAGE / "demo")
 REQUEST = {"prompt": "a red circle moving right", "video_length": 9, "num_inference_steps": 8, "seed": 1}
-LEAST_PSNR = 34.0  # of int8 against float32 in dB, both as compressed videos; README tells it
+LEAST_PSNR = 34.0  # of int8 against float32 in dB, both as compressed videos; docs/gpu-memory.md says so
 TOLERATED = {"int8": 0.02, "nf4": 0.15}  # change of a layer's weight, as a share of its size
 
 
