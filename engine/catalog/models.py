@@ -5,18 +5,17 @@ class to the next stands in the tables of the files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import rtoml
-
+from engine.catalog import entries
 from engine.catalog.abilities import INPUTS, TASKS
 
 PACKAGE = Path(__file__).parent.parent  # engine/
 OWN = PACKAGE / "catalog" / "models"
+USUAL_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
 MAX_DURATION_S = 600  # of a sound; likewise
 SINGLE_FILES = (".safetensors", ".gguf")
@@ -55,9 +54,6 @@ FORMS: Mapping[str, frozenset[str]] = {
 MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})
 MASKED_OVERLAP = 5
 MOST_FADED = 17  # frames over which a window that knows only its first frame may fade in
-
-# Tables of which an entry with a base names only what differs; of any other key its own value replaces the base's.
-JOINED = frozenset({"defaults", "inputs", "extra_call", "dtypes"})
 
 
 class UnknownModel(Exception):
@@ -166,15 +162,14 @@ class Model:
     name: str
     description: str
     family: str
-    kind: str  # video, image, audio
     pipelines: Mapping[str, Pipeline]
     defaults: Mapping[str, Any]
-    licence: str
+    kind: str = "video"  # or image, audio
+    licence: str = "see card"
     inputs: Mapping[str, Any] = field(default_factory=dict)  # what these weights can use of what the class takes
     frames: FrameRule = STILL
     fps: int = 0
     spatial_multiple: int = 1
-    licence_sure: bool = True
     max_side: int = MAX_SIDE
     max_duration_s: int = MAX_DURATION_S
     wangp: str = ""  # WanGP's name for it, which finds it too
@@ -187,7 +182,7 @@ class Model:
     single_file: str | Mapping[str, str] = ""  # in models_dir: the denoiser or a whole checkpoint, or component → file
     visible: bool = True
     boundary_ratio: float | None = None
-    scheduler: Mapping[str, str] = field(default_factory=dict)
+    scheduler: Mapping[str, str] = field(default_factory=lambda: {"cls": USUAL_SCHEDULER})
     schedule: Mapping[str, Any] = field(default_factory=dict)  # settings of the scheduler unlike those of the weights
     dtypes: Mapping[str, str] = field(default_factory=dict)
     attention_backend: str = ""  # the only one that these weights can be computed with, by diffusers' name
@@ -324,17 +319,14 @@ class Catalog:
 
         Raises ValueError with the file and what is wrong in it.
         """
-        files = [path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))]
         pipelines: dict[str, Pipeline] = {}
-        entries: dict[str, Mapping[str, Any]] = {}
+        known: dict[str, entries.Table] = {}
         models: dict[str, Model] = {}
-        for path in files:
-            with _blaming(path):
-                document = rtoml.loads(path.read_text("utf-8"))
-                pipelines |= {name: _pipeline(name, table) for name, table in document.get("pipelines", {}).items()}
-                for entry in document.get("models", ()):
-                    entries[entry["id"]] = whole = _with_base(entry, entries)
-                    models[entry["id"]] = _model(whole, pipelines)
+        for path in (path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))):
+            with entries.naming(path):
+                classes, completed = entries.read(path, known)
+                pipelines |= {name: _pipeline(name, table) for name, table in classes.items()}
+                models |= {entry["id"]: _model(entry, pipelines) for entry in completed}
         return cls(models)
 
     def __iter__(self) -> Iterator[Model]:
@@ -358,28 +350,6 @@ class Catalog:
         takers = [model.id for model in self if model.takes(name)]
         more = f" and {len(takers) - SHOWN_MODELS} more" if len(takers) > SHOWN_MODELS else ""
         return (", ".join(takers[:SHOWN_MODELS]) or "none") + more
-
-
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path.name}: {reason}") from error
-
-
-def _with_base(entry: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The entry with what it leaves open taken from its base. One with a repository of its own has its own weights."""
-    if not entry.get("base"):
-        return entry
-    if entry["base"] not in known:
-        raise ValueError(f"model '{entry['id']}': base '{entry['base']}' is no model that stands before it")
-    base = known[entry["base"]]
-    inherited = {key: value for key, value in base.items() if key not in ("wangp", "visible")}
-    weights = "" if "repo" in entry else base.get("base") or entry["base"]
-    joined = {key: {**base.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
-    return {**inherited, **entry, **joined, "base": weights}
 
 
 def _pipeline(name: str, table: Mapping[str, Any]) -> Pipeline:
