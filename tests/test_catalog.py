@@ -207,7 +207,7 @@ BROKEN = {  # a user's file → what the error must say beside the file's name
     "[pipelines]\nspeed = 1\n[pipelines.WanPipeline]\ncall = {}\n": "pipeline 'WanPipeline': there is no key 'speed'",
     '[pipelines.WanPipeline]\ncall = { usual = "film" }\n': "pipeline 'WanPipeline': call.usual must be video",
     "[pipelines.WanPipeline]\ncall = { step = true }\n": "pipeline 'WanPipeline': call.step needs the name of a param",
-    "[pipelines.WanPipeline]\nbatch = true\n": "pipeline 'WanPipeline': there is no key 'call'",
+    "[pipelines.WanPipeline]\nbatch = true\n": "no key 'call'",
     '[famly]\nkind = "video"\n': "there is no table 'famly'",
 }
 

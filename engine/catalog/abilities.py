@@ -1,4 +1,4 @@
-"""What a request may carry beside its words, and which task the given inputs ask for.
+"""The inputs of a request, and the tasks of a model with the inputs that each needs.
 
 An input is a picture, a video or a sound; a task is the catalogue's word for what a model does with them.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Input:
-    """A request field that holds media. `role` is the catalogue's word for what the pipeline does with it."""
+    """A request field that holds media. `role` is what the pipeline uses it for, by the catalogue's name."""
 
     kind: str  # image, video, audio
     role: str
@@ -20,21 +20,21 @@ class Input:
 INPUTS: Mapping[str, Input] = {
     "image_start": Input("image", "start_image", "First frame of the video, or the picture to change."),
     "image_end": Input("image", "end_image", "Last frame of the video."),
-    "image_refs": Input("image", "reference_images", "Pictures of what shall appear.", several=True),
+    "image_refs": Input("image", "reference_images", "Pictures of what the result should show.", several=True),
     "image_guide": Input("image", "control_image", "Depth map, edges or pose that the picture follows."),
-    "image_mask": Input("image", "mask", "White where image_start is painted anew, black where it stays."),
-    "video_source": Input("video", "source_video", "The video to change or to go on from."),
+    "image_mask": Input("image", "mask", "White where image_start is repainted, black where it is kept."),
+    "video_source": Input("video", "source_video", "The video to change or to continue."),
     "video_guide": Input("video", "control_video", "Depth, edges or pose that the video follows, frame by frame."),
-    "video_mask": Input("video", "mask", "White where the video is made anew, black where it stays."),
-    "video_face": Input("video", "face_video", "The face that the animated figure follows."),
+    "video_mask": Input("video", "mask", "White where the video is replaced, black where it is kept."),
+    "video_face": Input("video", "face_video", "The face whose expressions the animated figure follows."),
     "audio_source": Input("audio", "source_audio", "The sound to change."),
-    "audio_reference": Input("audio", "reference_audio", "A sound whose timbre and style are taken over."),
+    "audio_reference": Input("audio", "reference_audio", "A sound whose timbre and style are adopted."),
 }
 
 
 @dataclass(frozen=True)
 class Ability:
-    """`needs`: sets of inputs, one of which has to be given; `may`: inputs that can come with them."""
+    """What a task accepts: one of the sets of inputs in `needs`, and with it any of the inputs in `may`."""
 
     needs: tuple[frozenset[str], ...]
     may: frozenset[str] = frozenset()
@@ -45,7 +45,7 @@ class Ability:
 
     @property
     def inputs(self) -> frozenset[str]:
-        """Everything that can be given."""
+        """All inputs that it accepts."""
         return self.may.union(*self.needs)
 
 
@@ -53,7 +53,7 @@ def _task(*needs: str, may: str = "") -> Ability:
     return Ability(tuple(frozenset(words.split()) for words in needs), frozenset(may.split()))
 
 
-# Best first: of the tasks of a model that fit, the first is meant.
+# In order of preference: of a model's tasks that fit the inputs, the first is chosen.
 TASKS: Mapping[str, Ability] = {
     "t2v": _task(""),
     "t2i": _task(""),

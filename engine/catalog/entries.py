@@ -40,7 +40,11 @@ def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Ta
         raise ValueError(f"there is no table '{min(unknown)}'; tables are {', '.join(TABLES)}")
     pipelines = document.get("pipelines", {})
     shared = {key: value for key, value in pipelines.items() if not isinstance(value, dict)}
-    classes = {name: _pipeline(name, {**shared, **pipelines[name]}) for name in pipelines if name not in shared}
+    classes: dict[str, Table] = {
+        name: {**shared, **table, "call": _call(name, table["call"])}
+        for name, table in pipelines.items()
+        if name not in shared
+    }
     family = {"family": path.stem, **document.get("family", {})}
     models = []
     for entry in document.get("models", ()):
@@ -65,12 +69,6 @@ def _model(entry: Table, known: Mapping[str, Table], family: Table) -> Table:
 def _joined(entry: Table, inherited: Table) -> Table:
     tables = {key: {**inherited.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
     return {**inherited, **entry, **tables}
-
-
-def _pipeline(name: str, table: Table) -> Table:
-    if "call" not in table:
-        raise ValueError(f"pipeline '{name}': there is no key 'call'")
-    return {**table, "call": _call(name, table["call"])}
 
 
 def _call(name: str, table: Table) -> dict[str, str]:

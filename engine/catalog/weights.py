@@ -48,8 +48,7 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def single_files(model: Model, models_dir: Path) -> dict[str, Path]:
     """Component → the file that its weights come from; "" is the denoiser, or a whole checkpoint."""
-    named = {"": model.single_file} if isinstance(model.single_file, str) else model.single_file
-    return {name: models_dir / file for name, file in named.items() if file}
+    return {name: models_dir / file for name, file in model.files.items() if file}
 
 
 def absent_files(model: Model, models_dir: Path) -> list[Path]:
