@@ -1,6 +1,6 @@
 """What this machine can run: attention kernels, quantised weights, compiled blocks, several devices for one task.
 
-On the daemon's side, so that what can't work stops the start, with the command to type, and not the first task.
+It is on the daemon's side, so that a setting that can't work is reported at the start, with its remedy.
 """
 
 import logging
@@ -19,57 +19,61 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """`backend` is diffusers' name for it; `package` what it imports, and `install` what pip calls that."""
+class Package:
+    """`package` is the name that is imported, or "" where nothing is needed; `install` is pip's name for it."""
 
-    backend: str
     package: str = ""
     install: str = ""
 
     @property
     def installed(self) -> bool:
-        """True if its package is there; whether the card can run it shows only when it is tried."""
+        """True if the package is there; whether the GPU can run it is known only once it is tried."""
         return not self.package or find_spec(self.package) is not None
+
+    def fault(self, setting: str, value: str) -> str:
+        """Why the setting can't have this value without the package, and how to install it; "" if it is there."""
+        if self.installed:
+            return ""
+        return f"{setting}: '{value}' needs a package that is not here; install it: pip install '{self.install}'"
+
+
+@dataclass(frozen=True)
+class Kernel(Package):
+    """`backend` is diffusers' name for it."""
+
+    backend: str = ""
 
 
 KERNELS: Mapping[str, Kernel] = {
-    "sdpa": Kernel("native"),
-    "cudnn": Kernel("_native_cudnn"),
-    "flash": Kernel("flash", "flash_attn", "flash-attn"),
-    "flash3": Kernel("_flash_3", "flash_attn_interface", "flash-attn-3"),
-    "sage": Kernel("sage", "sageattention", "sageattention"),
-    "sage2": Kernel("_sage_qk_int8_pv_fp8_cuda", "sageattention", "sageattention>=2"),
+    "sdpa": Kernel(backend="native"),
+    "cudnn": Kernel(backend="_native_cudnn"),
+    "flash": Kernel("flash_attn", "flash-attn", "flash"),
+    "flash3": Kernel("flash_attn_interface", "flash-attn-3", "_flash_3"),
+    "sage": Kernel("sageattention", "sageattention", "sage"),
+    "sage2": Kernel("sageattention", "sageattention>=2", "_sage_qk_int8_pv_fp8_cuda"),
     "xformers": Kernel("xformers", "xformers", "xformers"),
 }
 
 
 def attention_fault(mode: str) -> str:
-    """Why `mode` can't be used on this machine, with what to type; "" if it can."""
-    if mode == AUTO or KERNELS[mode].installed:
-        return ""
-    return (
-        f"attention_mode: '{mode}' needs a package that is not here; install it: pip install '{KERNELS[mode].install}'"
-    )
+    """Why `mode` can't be used on this machine, and how to install what it needs; "" if it can."""
+    return "" if mode == AUTO else KERNELS[mode].fault("attention_mode", mode)
 
 
 # ---- quantised weights
 
 QUANTIZATION = "transformer_quantization"
 NONE, GGUF = "none", "gguf"
-TALKATIVE = ("torchao", "torch.utils._pytree")  # at each import, of what this machine can't do and needn't
-EVERYWHERE = ("cuda", "mps", "cpu")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """`package` is what it imports, `install` what pip calls that; `devices` are torch's types of them.
+class Kind(Package):
+    """`devices` are the torch device types that it works on, and `instead` is the kind to use on others.
 
-    `capability` is the least compute capability of a CUDA card, and `instead` the kind for a device that lacks it.
+    `capability` is the least compute capability of a CUDA GPU that it works on.
     """
 
-    package: str = ""
-    install: str = ""
-    devices: tuple[str, ...] = EVERYWHERE
+    devices: tuple[str, ...] = ("cuda", "mps", "cpu")
     capability: tuple[int, int] = (0, 0)
     instead: str = NONE
 
@@ -78,7 +82,7 @@ KINDS: Mapping[str, Kind] = {
     NONE: Kind(),
     AUTO: Kind("torchao", "torchao>=0.18"),
     "int8": Kind("torchao", "torchao>=0.18"),
-    # The products themselves are computed in 8 bits, for which older cards have no circuits.
+    # It multiplies matrices in 8 bits, for which older GPUs have no circuits.
     "fp8": Kind("torchao", "torchao>=0.18", ("cuda",), (8, 9), "int8"),
     "nf4": Kind("bitsandbytes", "bitsandbytes>=0.46", ("cuda", "cpu"), instead="int8"),
     GGUF: Kind("gguf", "gguf>=0.17"),
@@ -88,11 +92,11 @@ KINDS: Mapping[str, Kind] = {
 def quantization_fault(kind: str, device: str = "auto", capability: tuple[int, int] | None = None) -> str:
     """Why `kind` can't be used, and what to do; "" if it can.
 
-    `device` is a value of the key of that name, or a torch device; `capability` that of its card, where it is known.
+    `device` is a value of the key of that name or a torch device, `capability` its compute capability where known.
     """
     needs, place = KINDS[kind], device.partition(":")[0]
-    if needs.package and find_spec(needs.package) is None:
-        return f"{QUANTIZATION}: '{kind}' needs a package that is not here; install it: pip install '{needs.install}'"
+    if fault := needs.fault(QUANTIZATION, kind):
+        return fault
     if place != "auto" and place not in needs.devices:
         return f"{QUANTIZATION}: '{kind}' does not work on device '{device}'; set it to \"{needs.instead}\""
     if capability is not None and capability < needs.capability:
@@ -103,9 +107,8 @@ def quantization_fault(kind: str, device: str = "auto", capability: tuple[int, i
 
 
 def is_gguf(model: Model) -> bool:
-    """Whether the model's entry names a GGUF file, whose weights are quantised already."""
-    files = [model.single_file] if isinstance(model.single_file, str) else model.single_file.values()
-    return any(file.endswith(".gguf") for file in files)
+    """True if the model's entry names a GGUF file, whose weights are quantised already."""
+    return any(file.endswith(".gguf") for file in model.files.values())
 
 
 def quantization_refusal(kind: str, model: Model) -> str:
@@ -119,11 +122,11 @@ def quantization_refusal(kind: str, model: Model) -> str:
 
 
 def hide_unused_packages(kind: str) -> None:
-    """Before diffusers is imported: let it find no package of a kind that is not configured, and quiet torchao.
+    """Makes the packages of all other kinds impossible to import, and silences torchao; call it before diffusers.
 
     Diffusers and peft import whatever of these is installed: torchao alone costs each start two seconds and 50 MB.
     """
-    for name in TALKATIVE:
+    for name in ("torchao", "torch.utils._pytree"):  # they warn at each import
         logging.getLogger(name).setLevel(logging.ERROR)
     unused = {other.package for other in KINDS.values()} - {"", "gguf", KINDS[kind].package}
     modules = cast("dict[str, object]", sys.modules)
@@ -134,7 +137,7 @@ def hide_unused_packages(kind: str) -> None:
 
 
 def compile_fault(device: str) -> str:
-    """Why blocks can't be compiled for `device` on this machine, with what to type; "" if they can."""
+    """Why blocks can't be compiled for `device` on this machine, and what to do; "" if they can."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
     if shutil.which(compiler) is None:
         return (
@@ -147,12 +150,12 @@ def compile_fault(device: str) -> str:
 
 
 def compile_cache(state_path: Path) -> Path:
-    """Where what was compiled is kept. It can be deleted at any time: it is then compiled again."""
+    """The folder of the compiled code. It can be deleted at any time: the code is then compiled again."""
     return state_path / "compiled"
 
 
 def compile_environment(state_path: Path) -> Mapping[str, str]:
-    """The variables that make torch and triton keep there what they compile; they are read when torch is imported."""
+    """The variables that make torch and triton use that folder; they are read when torch is imported."""
     cache = compile_cache(state_path)
     return {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
 
@@ -164,7 +167,7 @@ SHAREABLE_KERNELS = (AUTO, "sdpa", "cudnn", "flash", "sage")
 
 
 def heads_split(heads: int, count: int) -> bool:
-    """True if so many attention heads can be spread over `count` devices: the last one must have some, too."""
+    """True if so many attention heads can be divided among `count` devices: the last one must have some, too."""
     each = -(-heads // count)
     return each * count - heads < each
 

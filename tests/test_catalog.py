@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from engine.admission import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, default_settings
-from engine.catalog import models
+from engine.catalog import entries, models
 from engine.catalog.abilities import INPUTS, TASKS
-from engine.catalog.models import FORMS, PACKAGE, Catalog, FrameRule, Model, UnknownModel
+from engine.catalog.models import FORMS, PACKAGE, Catalog, FrameRule, Model, Pipeline, UnknownModel
 
 FILES = sorted((PACKAGE / "catalog" / "models").glob("*.toml"))
 CATALOG = Catalog.load()
 MODELS = list(CATALOG)
+UNNAMED = {"kind": "video", "inputs": {}, "scheduler": {"cls": models.USUAL_SCHEDULER}}  # what an entry can leave out
 PROGRESS = ("callback_on_step_end", "callback", "none")
 
 
@@ -27,13 +28,13 @@ def document(path: Path) -> dict[str, Any]:
 
 
 def whole_catalogue() -> dict[str, Any]:
-    """All files as one document, an entry with a base whole."""
-    tables: dict[str, Any] = {"pipelines": {}, "models": {}}
+    """All files as one document: entries completed from base, family and usual roles, as the catalogue reads them."""
+    pipelines: dict[str, Any] = {}
+    known: dict[str, entries.Table] = {}
     for path in FILES:
-        tables["pipelines"] |= document(path).get("pipelines", {})
-        for entry in document(path)["models"]:
-            tables["models"][entry["id"]] = models._with_base(entry, tables["models"])
-    return tables
+        classes, _ = entries.read(path, known)
+        pipelines |= classes
+    return {"pipelines": pipelines, "models": {name: {**UNNAMED, **entry} for name, entry in known.items()}}
 
 
 # -------------------------------------------------------------------------------------- the catalogue and diffusers
@@ -203,6 +204,11 @@ BROKEN = {  # a user's file → what the error must say beside the file's name
     OWN + 'pipelines = { t2x = "WanPipeline" }\n': "model 'my_wan': there is no task 't2x'",
     "[[models]\n": "",
     "[pipelines.WanPipeline]\ncall = {}\nspeed = 1\n": "pipeline 'WanPipeline': there is no key 'speed'",
+    "[pipelines]\nspeed = 1\n[pipelines.WanPipeline]\ncall = {}\n": "pipeline 'WanPipeline': there is no key 'speed'",
+    '[pipelines.WanPipeline]\ncall = { usual = "film" }\n': "pipeline 'WanPipeline': call.usual must be video",
+    "[pipelines.WanPipeline]\ncall = { step = true }\n": "pipeline 'WanPipeline': call.step needs the name of a param",
+    "[pipelines.WanPipeline]\nbatch = true\n": "no key 'call'",
+    '[famly]\nkind = "video"\n': "there is no table 'famly'",
 }
 
 
@@ -232,6 +238,43 @@ def test_of_the_defaults_only_those_that_differ_are_named(tmp_path: Path) -> Non
 
 def test_a_model_with_a_repository_of_its_own_has_its_own_weights(tmp_path: Path) -> None:
     assert own(tmp_path, OWN + 'repo = "me/my-wan"\n').get("my_wan").base == ""
+
+
+def test_a_model_without_a_base_takes_what_it_leaves_open_from_its_files_family(tmp_path: Path) -> None:
+    family = '[family]\nkind = "image"\nlicence = "MIT"\ndefaults = { resolution = "64x64", num_inference_steps = 4 }\n'
+    entry = '[[models]]\nid = "tiny"\nname = "Tiny"\ndescription = "Small."\npipelines = { t2i = "FluxPipeline" }\n'
+    tiny = own(tmp_path, family + entry + "defaults = { num_inference_steps = 8 }\n" + OWN).get("tiny")
+    assert (tiny.family, tiny.kind, tiny.licence) == ("own", "image", "MIT")
+    assert tiny.defaults == {"resolution": "64x64", "num_inference_steps": 8}
+    assert own(tmp_path, family + OWN).get("my_wan").licence == CATALOG.get("wan_t2v_14B").licence
+
+
+def own_class(folder: Path, text: str) -> Pipeline:
+    """The class of the model `my_wan`, as a user's file describes it."""
+    return own(folder, text + OWN + 'pipelines = { t2v = "WanPipeline" }\n').get("my_wan").pipelines["t2v"]
+
+
+def test_a_class_names_only_where_its_call_differs_from_the_usual_one(tmp_path: Path) -> None:
+    usual = own_class(tmp_path, '[pipelines.WanPipeline]\ncall = { usual = "video" }\n').call
+    text = 'call = { usual = "video", negative_prompt = false, start_image = true, guidance = "cfg" }\n'
+    call = own_class(tmp_path, "[pipelines.WanPipeline]\n" + text).call
+    assert call.items() ^ usual.items() == {
+        ("guidance", "guidance_scale"),
+        ("guidance", "cfg"),
+        ("negative_prompt", "negative_prompt"),
+        ("start_image", "image"),
+    }
+
+
+def test_a_call_without_the_usual_roles_is_what_it_names(tmp_path: Path) -> None:
+    text = '[pipelines.WanPipeline]\ncall = { prompt = "text", frames = true }\n'
+    assert own_class(tmp_path, text).call == {"prompt": "text", "frames": "num_frames"}
+
+
+def test_a_class_takes_what_it_leaves_open_from_the_files_pipelines(tmp_path: Path) -> None:
+    shared = "[pipelines]\nloras = true\nbatch = true\n"
+    mine = own_class(tmp_path, shared + "[pipelines.WanPipeline]\ncall = {}\nbatch = false\n")
+    assert (mine.loras, mine.batch) == (True, False)
 
 
 def test_a_users_entry_replaces_that_of_the_package(tmp_path: Path) -> None:

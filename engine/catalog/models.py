@@ -1,26 +1,26 @@
-"""The catalogue: which models there are and what each can take.
+"""The catalogue: the models and what each accepts.
 
-A model is data (`models/*.toml`, and a user's own files in the same form), not code: what differs from one diffusers
-class to the next stands in the tables of the files.
+A model is data, not code: `models/*.toml` and a user's own files say how one diffusers class differs from the next.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import rtoml
-
+from engine.catalog import entries
 from engine.catalog.abilities import INPUTS, TASKS
+
+Made = TypeVar("Made", "Pipeline", "FrameRule", "Model")
 
 PACKAGE = Path(__file__).parent.parent  # engine/
 OWN = PACKAGE / "catalog" / "models"
+USUAL_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
-MAX_DURATION_S = 600  # of a sound; likewise
+MAX_DURATION_S = 600  # of sound; the same holds
 SINGLE_FILES = (".safetensors", ".gguf")
-SHOWN_MODELS = 10  # ids that an error sentence names before it points to the list
+SHOWN_MODELS = 10  # the most ids that an error sentence lists
 
 # Step caches under the names of a request: what the catalogue's `caches` calls them.
 STEP_CACHES: Mapping[str, str] = {"mag": "mag", "tea": "tea", "fbc": "first_block", "taylorseer": "taylorseer"}
@@ -39,7 +39,7 @@ OPTIONAL_SETTINGS: Mapping[str, tuple[str, Any]] = {
     "lyrics": ("lyrics", ""),
 }
 
-# Which inputs reach a pipeline in another way than by a parameter of their own (see engine/gpu/run/conditioning.py).
+# How inputs reach a pipeline, and which of them need no parameter of their own (see engine/gpu/run/conditioning.py).
 FORMS: Mapping[str, frozenset[str]] = {
     "image": frozenset(),
     "video_and_mask": frozenset({"image_start", "image_end", "video_source", "video_guide", "video_mask"}),
@@ -51,13 +51,10 @@ FORMS: Mapping[str, frozenset[str]] = {
     "masked_tensors": frozenset({"image_start", "image_end", "video_source", "video_mask"}),
 }
 
-# Forms in which any frames can be given, and how many are where nobody says: a latent frame of most VAEs holds four.
+# Forms in which any number of frames can be given, and the default: a latent frame of most VAEs holds four.
 MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})
 MASKED_OVERLAP = 5
-MOST_FADED = 17  # frames over which a window that knows only its first frame may fade in
-
-# Tables of which an entry with a base names only what differs; of any other key its own value replaces the base's.
-JOINED = frozenset({"defaults", "inputs", "extra_call", "dtypes"})
+MOST_FADED = 17  # frames over which a window that is given only its first frame may fade in
 
 
 class UnknownModel(Exception):
@@ -66,10 +63,10 @@ class UnknownModel(Exception):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A diffusers pipeline class, and what sets its call apart.
+    """A diffusers pipeline class and how it is called.
 
-    `call` maps a role to the parameter of `__call__` that carries it; `carries` gives an input another role than its
-    usual one.
+    `call` maps a role to the parameter of `__call__` that carries it; `carries` maps an input to its role where that is
+    not the usual one.
     """
 
     cls: str
@@ -79,29 +76,29 @@ class Pipeline:
     progress: str = "callback_on_step_end"  # or "callback" (the old style), or "none"
     batch: bool = False  # takes several seeds in one call
     start_image_as: str = "image"  # one of FORMS
-    guider: bool = False  # guidance lives in `pipe.guider`, not in the call
-    null_negative: bool = False  # without a negative prompt the class wants None, which is not the same as ""
+    guider: bool = False  # guidance is set in `pipe.guider`, not in the call
+    null_negative: bool = False  # without a negative prompt the class needs None, which is not the same as ""
     output_type: str = "pt"
-    sample_rate: str = ""  # attribute of the pipeline that tells it, such as "vocoder.config.sampling_rate"
-    keeps_end: bool = False  # of more frames than were asked for, the last are meant and not the first
-    section_frames: int = 0  # the denoising steps are done once for each so many frames
+    sample_rate: str = ""  # the attribute of the pipeline that holds it, such as "vocoder.config.sampling_rate"
+    keeps_end: bool = False  # of more frames than requested, the last are kept and not the first
+    section_frames: int = 0  # all denoising steps are run once for every section of so many frames
     stages: int = 1  # the steps are given as a list, one number a stage
     only_at_steps: Mapping[str, int] = field(default_factory=dict)  # parameter → steps; at others it is None
     tiled_vae: bool = False  # the VAE works in tiles or not at all
-    side_attribute: str = ""  # of the pipeline: the side, in latent pixels, of the area that every picture gets
+    side_attribute: str = ""  # the pipeline's attribute for the side, in latent pixels, of the area of every picture
     resolutions: tuple[str, ...] = ()  # the only sizes that the class makes
-    continues_from: int = 0  # it goes on from the last so many frames of the source video
-    picture_mark: str = ""  # how a prompt names a reference picture, with {} for its number from 1
-    single: bool = False  # what comes out has no batch dimension
-    requires: tuple[str, ...] = ()  # packages that the class imports and wangpd does not bring
+    continues_from: int = 0  # the class continues the source video from its last so many frames
+    picture_mark: str = ""  # how a prompt refers to a reference picture, with {} for its number from 1
+    single: bool = False  # the output has no batch dimension
+    requires: tuple[str, ...] = ()  # packages that the class imports and wangpd does not depend on
     cfg_passes: str = "sequential"
     cache_context: bool = False
     loras: bool = False  # diffusers can load LoRA files for it
     tea_cache: bool = False  # the denoiser has Wan's time embedding and plain blocks
-    context_parallel: bool = False  # several devices can compute the denoiser's calls together
+    context_parallel: bool = False  # several devices can compute a denoiser call together
 
     def carries_input(self, name: str) -> bool:
-        """True if the input `name` has a way into the call."""
+        """True if the call can pass on the input `name`."""
         return name in FORMS[self.start_image_as] or self.role(name) in self.call
 
     def role(self, name: str) -> str:
@@ -111,7 +108,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Continuation:
-    """The task that goes on from a video's last `overlap` frames; up to `most` can be given."""
+    """The task that continues a video from its last `overlap` frames; it accepts up to `most`."""
 
     task: str
     overlap: int
@@ -122,7 +119,7 @@ class Continuation:
 class FrameRule:
     """Valid lengths are `offset + n * step`, from `min` to `max`.
 
-    With `told_step`, the class is told `told_offset + n * told_step` for them: it counts otherwise than what comes out.
+    With `told_step`, the class counts otherwise: for such a length its parameter is `told_offset + n * told_step`.
     """
 
     step: int = 1
@@ -133,51 +130,50 @@ class FrameRule:
     told_offset: int = 0
 
     def told(self, frames: int) -> int:
-        """What the class is told for a valid length."""
+        """The value of the class's parameter for a valid length."""
         if not self.told_step:
             return frames
         return self.told_offset + (frames - self.offset) // self.step * self.told_step
 
     def nearest(self, frames: int) -> int:
         """The valid length nearest to `frames`; the longer one of two that are equally near."""
-        low, high = (-(-(self.min - self.offset) // self.step), (self.max - self.offset) // self.step)
-        n = (2 * (frames - self.offset) + self.step) // (2 * self.step)
-        return self.offset + self.step * max(low, min(high, n))
+        return self._length((2 * (frames - self.offset) + self.step) // (2 * self.step))
 
     def shortest_of(self, frames: int) -> int:
         """The shortest valid length of at least `frames`, or the longest there is."""
-        n = -(-(max(frames, self.min) - self.offset) // self.step)
-        return min(self.offset + self.step * n, self.nearest(self.max))
+        return self._length(-(-(frames - self.offset) // self.step))
 
     def longest_within(self, frames: int) -> int:
         """The longest valid length of at most `frames`, or the shortest there is."""
-        n = (min(frames, self.max) - self.offset) // self.step
-        return max(self.offset + self.step * n, self.nearest(self.min))
+        return self._length((frames - self.offset) // self.step)
+
+    def _length(self, n: int) -> int:
+        low, high = -(-(self.min - self.offset) // self.step), (self.max - self.offset) // self.step
+        return self.offset + self.step * max(low, min(high, n))
 
 
-STILL = FrameRule(min=1, max=1)  # of a model that makes pictures or sound
+STILL = FrameRule(max=1)  # of a model that makes pictures or sound
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the catalogue. `pipelines` maps a task to its class; `repo` is empty for the embedded model."""
+    """A model of the catalogue. `pipelines` maps a task to its class; `repo` is empty for the embedded model."""
 
     id: str
     name: str
     description: str
     family: str
-    kind: str  # video, image, audio
     pipelines: Mapping[str, Pipeline]
     defaults: Mapping[str, Any]
-    licence: str
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # what these weights can use of what the class takes
+    kind: str = "video"  # or image, audio
+    licence: str = "see card"
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # what these weights support of what the class accepts
     frames: FrameRule = STILL
     fps: int = 0
     spatial_multiple: int = 1
-    licence_sure: bool = True
     max_side: int = MAX_SIDE
     max_duration_s: int = MAX_DURATION_S
-    wangp: str = ""  # WanGP's name for it, which finds it too
+    wangp: str = ""  # WanGP's id for it, which a request can use too
     repo: str = ""
     revision: str | None = None
     variant: str | None = None
@@ -187,16 +183,16 @@ class Model:
     single_file: str | Mapping[str, str] = ""  # in models_dir: the denoiser or a whole checkpoint, or component → file
     visible: bool = True
     boundary_ratio: float | None = None
-    scheduler: Mapping[str, str] = field(default_factory=dict)
-    schedule: Mapping[str, Any] = field(default_factory=dict)  # settings of the scheduler unlike those of the weights
+    scheduler: Mapping[str, str] = field(default_factory=lambda: {"cls": USUAL_SCHEDULER})
+    schedule: Mapping[str, Any] = field(default_factory=dict)  # scheduler settings that replace those of the weights
     dtypes: Mapping[str, str] = field(default_factory=dict)
-    attention_backend: str = ""  # the only one that these weights can be computed with, by diffusers' name
+    attention_backend: str = ""  # the only one that works with these weights, by diffusers' name
     extra_call: Mapping[str, Any] = field(default_factory=dict)
     recipe_loras: Sequence[Mapping[str, Any]] = ()
     caches: Sequence[str] = ()
     mag_calibration: str = ""
     tea_calibration: str = ""
-    window_frames: int = 0  # of one window, where the class itself makes a long video in windows
+    window_frames: int = 0  # length of a window, where the class itself makes a long video in windows
     transformer_count: int = 1
     transformer_bf16_bytes: int = 0  # of all denoisers together
     encoders_bf16_bytes: int = 0
@@ -214,17 +210,17 @@ class Model:
 
     @property
     def is_i2v(self) -> bool:
-        """True if a start picture is animated."""
+        """True if it animates a start picture."""
         return not {"i2v", "flf2v"}.isdisjoint(self.pipelines)
 
     @property
     def total_bf16_bytes(self) -> int:
-        """All weights together."""
+        """Size of all weights together."""
         return self.transformer_bf16_bytes + self.encoders_bf16_bytes + self.vae_bf16_bytes
 
     @property
     def features(self) -> dict[str, bool]:
-        """What really works for this model."""
+        """The contract's feature flags: what works with this model."""
         caches = {name for task in self.pipelines for name in self.step_caches(task)}
         return {
             "sliding_window": self._cuts_by_itself or any(map(self.continuation, self.pipelines)),
@@ -238,13 +234,13 @@ class Model:
 
     @property
     def context_parallel(self) -> bool:
-        """Several devices can compute its denoisers' calls together."""
+        """True if several devices can compute its denoiser calls together."""
         return all(pipeline.context_parallel for pipeline in self.pipelines.values())
 
     def continuation(self, task: str) -> Continuation | None:
-        """How this model goes on from its own last frames, or None if it can't.
+        """How this model continues from its own last frames, or None if it can't.
 
-        A class that cuts long videos by itself needs no help, and sound can't be joined at a seam.
+        A class that makes long videos in windows by itself needs no help, and sound can't be joined at a seam.
         """
         pipeline = self.pipelines[task]
         if self.kind != "video" or self._cuts_by_itself or pipeline.sample_rate:
@@ -259,10 +255,10 @@ class Model:
         return None
 
     def step_caches(self, task: str) -> tuple[str, ...]:
-        """The step caches that give right frames in this task, under the names of a request."""
+        """The step caches that give correct frames in this task, by their names in a request."""
         pipeline = self.pipelines[task]
         if not (pipeline.cache_context or pipeline.cfg_passes == "single"):
-            return ()  # both branches of guidance would share one memory
+            return ()  # both branches of guidance would share one cache
         ready = {"mag": bool(self.mag_calibration), "tea": bool(self.tea_calibration) and pipeline.tea_cache}
         return tuple(
             name
@@ -275,16 +271,16 @@ class Model:
         pipeline = self.pipelines[task]
         taken = {name for name in TASKS[task].inputs if self._allows(name) and pipeline.carries_input(name)}
         if pipeline.continues_from and "video_source" in taken:
-            taken.discard("image_start")  # the source is the start
+            taken.discard("image_start")  # the source video is the start
         return frozenset(taken)
 
     def _allows(self, name: str) -> bool:
-        """False for what the class has and these weights can't use."""
+        """False for an input that the class accepts and these weights don't support."""
         limits = {"image_end": "end_image", "image_refs": "max_reference_images"}
         return name not in limits or bool(self.inputs.get(limits[name]))
 
     def takes(self, name: str) -> bool:
-        """True if the input `name` (`image_start` …) means something to this model."""
+        """True if a task of this model accepts the input `name` (`image_start` …)."""
         return any(name in self.inputs_of(task) for task in self.pipelines)
 
     def has_setting(self, name: str, task: str) -> bool:
@@ -305,6 +301,11 @@ class Model:
         return bool(special.get(name, OPTIONAL_SETTINGS[name][0] in pipeline.call))
 
     @property
+    def files(self) -> Mapping[str, str]:
+        """Component → the single file of its weights; "" stands for the denoiser or a whole checkpoint."""
+        return {"": self.single_file} if isinstance(self.single_file, str) else self.single_file
+
+    @property
     def fixed_steps(self) -> int | None:
         """The number of steps of a schedule that can't be changed, or None."""
         schedule = self.extra_call.get("timesteps") or self.extra_call.get("sigmas")
@@ -312,7 +313,7 @@ class Model:
 
 
 class Catalog:
-    """The models by id, read once at start."""
+    """The models by id, read once at the start."""
 
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._models = models
@@ -320,21 +321,18 @@ class Catalog:
 
     @classmethod
     def load(cls, *folders: Path) -> "Catalog":
-        """Every model of the `*.toml` files of the package and then of `folders`, where a later entry wins.
+        """The models of the package's `*.toml` files and then of those in `folders`; of two with one id, the later.
 
         Raises ValueError with the file and what is wrong in it.
         """
-        files = [path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))]
         pipelines: dict[str, Pipeline] = {}
-        entries: dict[str, Mapping[str, Any]] = {}
+        known: dict[str, entries.Table] = {}
         models: dict[str, Model] = {}
-        for path in files:
-            with _blaming(path):
-                document = rtoml.loads(path.read_text("utf-8"))
-                pipelines |= {name: _pipeline(name, table) for name, table in document.get("pipelines", {}).items()}
-                for entry in document.get("models", ()):
-                    entries[entry["id"]] = whole = _with_base(entry, entries)
-                    models[entry["id"]] = _model(whole, pipelines)
+        for path in (path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))):
+            with entries.naming(path):
+                classes, completed = entries.read(path, known)
+                pipelines |= {name: _pipeline(name, table) for name, table in classes.items()}
+                models |= {entry["id"]: _model(entry, pipelines) for entry in completed}
         return cls(models)
 
     def __iter__(self) -> Iterator[Model]:
@@ -347,69 +345,43 @@ class Catalog:
         return model_id in self._models
 
     def get(self, model_id: str) -> Model:
-        """The model with this id, or with this name in WanGP. Raises UnknownModel."""
+        """The model with this id, or with this id in WanGP. Raises UnknownModel."""
         try:
             return self._models[model_id if model_id in self._models else self._aliases[model_id]]
         except KeyError:
             raise UnknownModel(f"Model '{model_id}' not found; GET /api/v1/models lists those there are") from None
 
     def that_take(self, name: str) -> str:
-        """The ids of the models that take the input `name`, for a sentence."""
+        """The ids of the models that accept the input `name`, for an error sentence."""
         takers = [model.id for model in self if model.takes(name)]
         more = f" and {len(takers) - SHOWN_MODELS} more" if len(takers) > SHOWN_MODELS else ""
         return (", ".join(takers[:SHOWN_MODELS]) or "none") + more
 
 
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path.name}: {reason}") from error
+def _pipeline(name: str, table: entries.Table) -> Pipeline:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return _made(Pipeline, f"pipeline '{name}'", values, cls=name)
 
 
-def _with_base(entry: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The entry with what it leaves open taken from its base. One with a repository of its own has its own weights."""
-    if not entry.get("base"):
-        return entry
-    if entry["base"] not in known:
-        raise ValueError(f"model '{entry['id']}': base '{entry['base']}' is no model that stands before it")
-    base = known[entry["base"]]
-    inherited = {key: value for key, value in base.items() if key not in ("wangp", "visible")}
-    weights = "" if "repo" in entry else base.get("base") or entry["base"]
-    joined = {key: {**base.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
-    return {**inherited, **entry, **joined, "base": weights}
-
-
-def _pipeline(name: str, table: Mapping[str, Any]) -> Pipeline:
-    _require_known(f"pipeline '{name}'", table, Pipeline)
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    return Pipeline(cls=name, **values)
-
-
-def _model(entry: Mapping[str, Any], pipelines: Mapping[str, Pipeline]) -> Model:
-    _require_known(f"model '{entry['id']}'", entry, Model)
+def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
+    where = f"model '{entry['id']}'"
     chosen = {task: pipelines[cls] for task, cls in entry["pipelines"].items()}
     if unknown := chosen.keys() - TASKS.keys():
-        raise ValueError(f"model '{entry['id']}': there is no task '{min(unknown)}'; tasks are {', '.join(TASKS)}")
-    frames = FrameRule(**entry["frames"]) if "frames" in entry else STILL
-    _require_readable(entry)
-    try:
-        return Model(**{**entry, "pipelines": chosen, "frames": frames})
-    except TypeError as error:
-        raise ValueError(f"model '{entry['id']}': {error}") from None
+        raise ValueError(f"{where}: there is no task '{min(unknown)}'; tasks are {', '.join(TASKS)}")
+    frames = _made(FrameRule, f"{where}: frames", entry["frames"]) if "frames" in entry else STILL
+    model = _made(Model, where, entry, pipelines=chosen, frames=frames)
+    for file in filter(None, model.files.values()):
+        if not file.endswith(SINGLE_FILES):  # a pickled checkpoint could run code
+            raise ValueError(f"{where}: single_file '{file}' must end in {' or '.join(SINGLE_FILES)}")
+    return model
 
 
-def _require_readable(entry: Mapping[str, Any]) -> None:
-    """Raises ValueError for a single file of another kind: a pickled checkpoint could run code."""
-    named = entry.get("single_file", "")
-    for file in [named] if isinstance(named, str) else named.values():
-        if file and not file.endswith(SINGLE_FILES):
-            raise ValueError(f"model '{entry['id']}': single_file '{file}' must end in {' or '.join(SINGLE_FILES)}")
-
-
-def _require_known(where: str, table: Mapping[str, Any], kind: type) -> None:
+def _made(kind: type[Made], where: str, table: entries.Table, **further: Any) -> Made:
+    """An object with the values of the table and `further`. Raises ValueError for an unknown key or a missing one."""
     known = {entry.name for entry in fields(kind)} - {"cls"}
     if unknown := table.keys() - known:
         raise ValueError(f"{where}: there is no key '{min(unknown)}'")
+    try:
+        return kind(**{**table, **further})
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None

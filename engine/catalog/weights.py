@@ -194,8 +194,7 @@ def _lora(lora: Mapping[str, Any], folder: Path) -> Path | None:
 
 def _single_files(model: Model, models_dir: Path) -> dict[str, Path]:
     """Component → the file that its weights come from; "" is the denoiser, or a whole checkpoint."""
-    named = {"": model.single_file} if isinstance(model.single_file, str) else model.single_file
-    return {name: models_dir / file for name, file in named.items() if file}
+    return {name: models_dir / file for name, file in model.files.items() if file}
 
 
 def _snapshot(repo: str, revision: str) -> Path:
