@@ -167,7 +167,7 @@ class ModelSession:
             plan = plans.plan(
                 model, work, free, profile=self._profile, vae_config=self._config.vae_config, quantization="auto"
             )
-            return plan.way.quantization
+            return plan.placement.quantization
 
         return quantization.kind_for(model, self._config.transformer_quantization, planned)
 
