@@ -376,7 +376,8 @@ def test_reading_the_settings_of_junk_raises_nothing(tmp_path: Path, name: str) 
 
 
 def test_importing_the_module_brings_in_no_decoder() -> None:
-    check = "import engine.files.outputs, sys; print({'PIL', 'av', 'numpy', 'torch', 'imageio_ffmpeg'} & set(sys.modules))"
+    heavy = {"PIL", "av", "numpy", "torch", "imageio_ffmpeg"}
+    check = f"import engine.files.outputs, sys; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

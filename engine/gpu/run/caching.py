@@ -1,6 +1,6 @@
-"""Step caches: denoising steps whose result can be told from the steps before are not computed.
+"""Step caches: denoising steps whose result follows from the steps before are not computed.
 
-How many is the request's wish (`skip_steps_multiplier`); which ones, each cache decides in its own way.
+The request says how many (`skip_steps_multiplier`); each cache decides in its own way which.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +15,9 @@ from engine.gpu.run import teacache
 from engine.job import Job
 from engine.planning import calibration
 
-# The change of the first block's output, in shares, below which the others are left out, for a wanted speed.
+# Wanted speed → relative change of the first block's output below which the other blocks are skipped.
 FIRST_BLOCK_THRESHOLDS: Mapping[float, float] = {1.5: 0.06, 1.75: 0.08, 2.0: 0.12, 2.25: 0.16, 2.5: 0.2}
-# diffusers matches its patterns against whole names, and its own end before the number of `attn1` and `attn2`.
+# diffusers matches patterns against whole names, and its own do not include the number of `attn1` and `attn2`.
 TAYLOR_MODULES = [r"(transformer_)?blocks\.\d+\.(attn\d?|ffn|ff)", r"single_transformer_blocks\.\d+\.attn"]
 TRAIN_TIMESTEPS = 1000
 TAYLOR_WARM_STEPS = 3  # a tangent needs two points, and the first steps change too much
@@ -38,7 +38,7 @@ def cached(pipe: Any, model: Model, job: Job) -> Iterator[None]:
 
 
 def _shares(pipe: Any, model: Model, job: Job) -> list[tuple[Any, torch.Tensor]]:
-    """The denoisers, each with the timesteps that fall to it."""
+    """The denoisers, each with its timesteps."""
     if model.boundary_ratio is None and job.skip_steps_cache_type != "tea":
         return [(pipe.transformer, torch.arange(job.steps, 0, -1))]  # only their number counts
     pipe.scheduler.set_timesteps(job.steps)
@@ -54,7 +54,7 @@ def _warm_steps(steps: int, job: Job) -> int:
 
 
 def _mag(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Switch:
-    """MagCache, with the share of the ratios that belongs to this denoiser."""
+    """MagCache, with this denoiser's share of the ratios."""
     steps = len(timesteps)
     whole = calibration.ratios(model.mag_calibration, job.steps)
     ratios = whole[-steps:] if _is_second(model, timesteps) else whole[:steps]
@@ -99,7 +99,7 @@ def _switched_on(denoiser: Any, config: Any) -> Switch:
     denoiser.enable_cache(config)
 
     def off() -> None:
-        denoiser._reset_stateful_cache()  # after an exception the pipeline has not done it
+        denoiser._reset_stateful_cache()  # which the pipeline does not do after an exception
         denoiser.disable_cache()
 
     return off

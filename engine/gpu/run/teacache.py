@@ -1,5 +1,5 @@
-"""TeaCache: the blocks of a denoiser are left out at steps where the time embedding has hardly changed, and what they
-added at the last computed step is added again. After arXiv:2411.19108; hooks on diffusers' registry, as its own caches.
+"""TeaCache: the blocks of a denoiser are skipped at steps where the time embedding has hardly changed, and what they
+added at the last computed step is added again. After arXiv:2411.19108; diffusers 0.42.1 has no such cache, only hooks.
 
 The time embedding depends on the timestep alone, so the steps to compute are known before the run.
 """
@@ -29,7 +29,7 @@ class State(BaseState):  # type: ignore[misc]  # diffusers has no types
 
 
 class BlockHook(ModelHook):  # type: ignore[misc]  # diffusers has no types
-    """Runs a block, or passes its input on. The first block of a denoiser decides, the last one learns."""
+    """Runs a block, or passes its input on. The first block of a denoiser decides, the last one keeps the residual."""
 
     _is_stateful = True
 
@@ -38,7 +38,7 @@ class BlockHook(ModelHook):  # type: ignore[misc]  # diffusers has no types
         self.states, self._schedule, self._first, self._last = states, schedule, first, last
 
     def new_forward(self, _: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Stands in for the block's own forward; shapes are those of `hidden_states`."""
+        """Replaces the block's own forward; returns the shape of `hidden_states`."""
         state: State = self.states.get_state()
         if self._first:
             state.input = hidden_states
@@ -57,13 +57,13 @@ class BlockHook(ModelHook):  # type: ignore[misc]  # diffusers has no types
         return output if state.compute else output + state.residual
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """Forget everything; diffusers calls it when a run has ended."""
+        """Reset the states; diffusers calls it when a run has ended."""
         self.states.reset()
         return module
 
 
 def enable(denoiser: Any, schedule: Sequence[bool]) -> None:
-    """Let `denoiser` compute only the steps that `schedule` says; a step is one call in each pass of guidance."""
+    """Let `denoiser` compute only the steps that are True in `schedule`; each pass of guidance counts its own steps."""
     states = StateManager(State)
     for number, block in enumerate(denoiser.blocks):
         hook = BlockHook(states, schedule, number == 0, number == len(denoiser.blocks) - 1)
@@ -72,7 +72,7 @@ def enable(denoiser: Any, schedule: Sequence[bool]) -> None:
 
 
 def disable(denoiser: Any) -> None:
-    """Take the hooks off again."""
+    """Remove the hooks."""
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     registry.remove_hook(NAME, recurse=True)
     registry.invalidate_child_registries_cache()
