@@ -1,4 +1,4 @@
-"""The input pictures of the tasks, stored by content: the same picture sent twice lies there once."""
+"""The input pictures of the tasks, stored by content: a picture sent twice is stored once."""
 
 import hashlib
 import os

@@ -53,11 +53,15 @@ def tea_schedule(
     """
     schedule, distance = [True], 0.0
     for step, change in enumerate(changes, start=1):
-        distance += abs(reduce(lambda value, coefficient: value * change + coefficient, coefficients, 0.0))
+        distance += abs(_polynomial(coefficients, change))
         compute = step < warm_steps or step == len(changes) or distance >= threshold
         schedule.append(compute)
         distance = 0.0 if compute else distance
     return schedule
+
+
+def _polynomial(coefficients: Sequence[float], x: float) -> float:
+    return reduce(lambda value, coefficient: value * x + coefficient, coefficients, 0.0)
 
 
 def threshold_for(multiplier: float, schedule: Callable[[float], list[bool]]) -> float:

@@ -21,7 +21,6 @@ GB = 10**9
 
 # vae_config → side of a VAE tile in pixels; 0 chooses.
 TILES = {1: 512, 2: 256, 3: 128}
-TILE_SIDES = (0, *TILES.values())  # 0: whole frames
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,10 @@ PINNED = (
     Placement("streamed", "streamed", pinned=True, encoders_pinned=True),
     Placement("streamed", "streamed", pinned=True),
 )
-FILLED = tuple(Placement("streamed", "streamed", *pinned, fill=True) for pinned in product((True, False), repeat=2))
+FILLED = tuple(
+    Placement("streamed", "streamed", pinned, encoders_pinned, fill=True)
+    for pinned, encoders_pinned in product((True, False), repeat=2)
+)
 SEQUENTIAL = (Placement("sequential", "streamed"),)
 PROFILES: Mapping[float, tuple[Placement, ...]] = {
     0: (*RESIDENT, *FILLED, *SWAPPED, *SEQUENTIAL),
@@ -118,11 +120,10 @@ def streamed_blocks(sizes: Sequence[int], room_bytes: int) -> list[int]:
 
     They are as few as possible and evenly spread: the work of the blocks between two of them hides the copy.
     """
-    for count in range(len(sizes) + 1):
-        places = [place * len(sizes) // count for place in range(count)]
-        if sum(sizes) - sum(sizes[place] for place in places) <= max(0, room_bytes):
-            return places
-    return list(range(len(sizes)))
+    spread = ([place * len(sizes) // count for place in range(count)] for count in range(len(sizes) + 1))
+    return next(
+        places for places in spread if sum(sizes) - sum(sizes[place] for place in places) <= max(0, room_bytes)
+    )
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def serves(current: Plan, model: Model, work: Work, parts: Parts | None = None) 
 
 @cache
 def _placements(profile: float, quantization: str, vae_config: int) -> tuple[Placement, ...]:
-    sides = (TILES[vae_config],) if vae_config else TILE_SIDES
+    sides = (TILES[vae_config],) if vae_config else (0, *TILES.values())  # 0: whole frames
     kinds = ("none", "int8") if quantization == "auto" else (quantization,)
     choices = product(PROFILES[profile], sides, kinds)
     return tuple(replace(choice, tile_side=side, quantization=kind) for choice, side, kind in choices)
@@ -304,10 +305,8 @@ class _Costs:
         if not work.frames:
             return SOUND_DECODE_BYTES
         pixels = min(work.width, side or work.width) * min(work.height, side or work.height) * work.batch
-        return (
-            self.parts.vae_width * pixels * (shape.frame_bytes + shape.voxel_bytes * work.frames)
-            + OUTPUT_BYTES * work.voxels
-        )
+        activations = self.parts.vae_width * pixels * (shape.frame_bytes + shape.voxel_bytes * work.frames)
+        return activations + OUTPUT_BYTES * work.voxels
 
     # ---- RAM
 

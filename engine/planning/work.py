@@ -121,37 +121,41 @@ class Work:
     @classmethod
     def of(cls, model: Model, job: Job) -> "Work":
         """What `job` asks of `model`."""
+        size = (job.width, job.height, job.window_frames or job.frames)
+        run = cls._of_run(
+            model, job.task, size, steps=job.steps, guidance=job.guidance_scale, duration_s=job.duration_s
+        )
         # A long video is made by itself: each of its windows continues the one before.
         batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
-        size = (job.width, job.height, job.window_frames or job.frames)
-        work = cls._of_size(model, job.task, size, job.duration_s)
-        guided = _is_guided(model, job.task, job.guidance_scale)
         runs = job.repeat_generation * job.batch_size // batch * len(windows(job, model.frames))
-        return replace(work, steps=work.steps * job.steps, passes=1 + guided, batch=batch, runs=runs)
+        return replace(run, batch=batch, runs=runs)
 
     @classmethod
     def usual(cls, model: Model) -> "Work":
-        """What a request that names only a prompt asks for."""
-        task, settings = model.tasks[0], default_settings(model)
+        """What a request asks for that has only a prompt."""
+        settings = default_settings(model)
         width, height = map(int, settings.get("resolution", "0x0").split("x"))
-        frames = settings.get("video_length", 1 if width else 0)
-        work = cls._of_size(model, task, (width, height, frames), settings.get("duration_seconds"))
+        size = (width, height, settings.get("video_length", 1 if width else 0))
         steps = settings.get("num_inference_steps") or model.fixed_steps or 1
-        guided = _is_guided(model, task, settings.get("guidance_scale"))
-        return replace(work, steps=work.steps * steps, passes=1 + guided)
+        guidance, duration_s = settings.get("guidance_scale"), settings.get("duration_seconds")
+        return cls._of_run(model, model.tasks[0], size, steps=steps, guidance=guidance, duration_s=duration_s)
 
     @classmethod
-    def _of_size(cls, model: Model, task: str, size: tuple[int, int, int], duration_s: float | None) -> "Work":
-        """One step without guidance."""
+    def _of_run(
+        cls, model: Model, task: str, size: tuple[int, int, int], *,
+        steps: int, guidance: float | None, duration_s: float | None,
+    ) -> "Work":  # fmt: skip
         width, height, frames = size
         pipeline = model.pipelines[task]
         section = min(pipeline.section_frames or frames, frames)
+        guided = (guidance or 0) > 1 and pipeline.cfg_passes != "single"
         return cls(
             width=width,
             height=height,
             frames=frames,
-            steps=pipeline.stages,
+            steps=pipeline.stages * steps,
             tokens=tokens(model, width, height, section, duration_s),
+            passes=1 + guided,
             joined=pipeline.cfg_passes.startswith("batched"),
             sections=math.ceil(frames / section) if section else 1,
         )
@@ -174,10 +178,6 @@ def tokens(model: Model, width: int, height: int, frames: int, duration_s: float
     shape = Shape.of(model)
     rows, columns = (math.ceil(side / shape.pixel_step) for side in (height, width))
     return math.ceil(frames / shape.frame_step) * rows * columns
-
-
-def _is_guided(model: Model, task: str, guidance_scale: float | None) -> bool:
-    return (guidance_scale or 0) > 1 and model.pipelines[task].cfg_passes != "single"
 
 
 def forward_flops(parameters: int, token_count: int, work: float = 1.0) -> float:

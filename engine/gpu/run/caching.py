@@ -11,7 +11,6 @@ import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
 from engine.catalog.models import Model
-from engine.gpu.run import teacache
 from engine.job import Job
 from engine.planning import calibration
 
@@ -21,6 +20,7 @@ FIRST_BLOCK_THRESHOLDS: Mapping[float, float] = {1.5: 0.06, 1.75: 0.08, 2.0: 0.1
 TAYLOR_MODULES = [r"(transformer_)?blocks\.\d+\.(attn\d?|ffn|ff)", r"single_transformer_blocks\.\d+\.attn"]
 TRAIN_TIMESTEPS = 1000
 TAYLOR_WARM_STEPS = 3  # a tangent needs two points, and the first steps change too much
+COMPUTE, SKIP, BETWEEN = 2.0, 1.0, 0.5  # magnitude ratios whose errors, 1 and 0, are above and below a threshold
 
 Switch = Callable[[], None]
 
@@ -106,15 +106,37 @@ def _switched_on(denoiser: Any, config: Any) -> Switch:
 
 
 def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Switch:
+    """TeaCache (arXiv:2411.19108): the steps where the time embedding has hardly changed are skipped.
+
+    The embedding depends on the timestep alone, so the steps to compute are known before the run; MagCache is given
+    the ratios with which it computes exactly those.
+    """
     coefficients = calibration.constants()["teacache"][model.tea_calibration]["coefficients"]
-    changes = teacache.embedding_changes(denoiser, timesteps.to(denoiser.device))
-    warm = _warm_steps(len(timesteps), job)
+    changes = embedding_changes(denoiser, timesteps.to(denoiser.device))
+    steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
 
     def schedule(threshold: float) -> list[bool]:
         return calibration.tea_schedule(coefficients, changes, threshold, warm)
 
-    teacache.enable(denoiser, schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule)))
-    return lambda: teacache.disable(denoiser)
+    computed = schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule))
+    config = MagCacheConfig(
+        threshold=BETWEEN,
+        max_skip_steps=steps,
+        retention_ratio=0.0,
+        num_inference_steps=steps,
+        mag_ratios=[COMPUTE if compute else SKIP for compute in computed],
+    )
+    return _switched_on(denoiser, config)
+
+
+@torch.no_grad()
+def embedding_changes(denoiser: Any, timesteps: torch.Tensor) -> list[float]:
+    """The relative L1 change of the time embedding of a Wan denoiser from each timestep to the next."""
+    embedder = denoiser.condition_embedder
+    dtype = next(embedder.time_embedder.parameters()).dtype
+    embedded = embedder.time_embedder(embedder.timesteps_proj(timesteps.float()).to(dtype)).float()  # (steps, D)
+    changes = (embedded.diff(dim=0).abs().mean(1) / embedded[:-1].abs().mean(1)).tolist()
+    return [float(change) for change in changes]
 
 
 _CACHES: Mapping[str, Callable[[Any, torch.Tensor, Model, Job], Switch]] = {

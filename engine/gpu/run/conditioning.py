@@ -143,7 +143,7 @@ def _as_rgba(pipeline: Pipeline, _: Job, opened: Mapping[str, Any]) -> dict[str,
 
 def _as_conditions(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
     """Each picture, and a source video, with the index of its first frame, as LTX-Video's own class."""
-    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition  # heavy: only for who needs it
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition  # heavy, and few jobs need it
 
     def condition(value: Any, frame: int) -> LTXVideoCondition:
         return LTXVideoCondition(**{"video" if isinstance(value, list) else "image": value}, frame_index=frame)
@@ -153,7 +153,7 @@ def _as_conditions(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str
 
 def _as_conditions_2(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
     """The same for LTX-2, which counts latent frames: -1 is the last."""
-    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition  # heavy: only for who needs it
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition  # heavy, and few jobs need it
 
     return _conditions(job, opened, lambda value, frame: LTX2VideoCondition(frames=value, index=-1 if frame else 0))
 

@@ -200,8 +200,7 @@ def _reported(pipe: Any, meter: Meter, *, alone: bool) -> Iterator[None]:
     """
     with ExitStack() as hooks:
         for module, phase in _milestones(pipe, alone):
-            handle = module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase))
-            hooks.callback(handle.remove)
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase)))
         yield
 
 

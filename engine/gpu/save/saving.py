@@ -22,7 +22,7 @@ from engine.gpu.save.background import Background
 from engine.job import EngineConfig, Job, OutputFile
 
 log = logging.getLogger("wangpd.worker")
-RGB = 3  # channels; a picture with an alpha channel has no poster, as the ground is up to who shows it
+RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
 IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 Pieces = Iterator[torch.Tensor]
 

@@ -167,9 +167,9 @@ class Team:
         """Within the block the followers are ordered to compute each call of a denoiser before the lead begins it."""
         with ExitStack() as hooks:
             for name, denoiser in offloading.denoisers(pipe).items():
-                before = denoiser.register_forward_pre_hook(partial(self._begin_call, name), with_kwargs=True)
-                hooks.callback(before.remove)
-                hooks.callback(denoiser.register_forward_hook(self._end_call).remove)
+                begin = partial(self._begin_call, name)
+                hooks.enter_context(denoiser.register_forward_pre_hook(begin, with_kwargs=True))
+                hooks.enter_context(denoiser.register_forward_hook(self._end_call))
                 if hasattr(denoiser, "cache_context"):
                     hooks.enter_context(self._noting_contexts(denoiser))
             yield
