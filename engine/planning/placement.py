@@ -121,9 +121,7 @@ def streamed_blocks(sizes: Sequence[int], room_bytes: int) -> list[int]:
     They are as few as possible and evenly spread: the work of the blocks between two of them hides the copy.
     """
     spread = ([place * len(sizes) // count for place in range(count)] for count in range(len(sizes) + 1))
-    return next(
-        places for places in spread if sum(sizes) - sum(sizes[place] for place in places) <= max(0, room_bytes)
-    )
+    return next(places for places in spread if sum(sizes) - sum(sizes[place] for place in places) <= max(0, room_bytes))
 
 
 @dataclass(frozen=True)
