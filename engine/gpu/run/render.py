@@ -70,8 +70,11 @@ def _run(
         joint = together(fitted, job, set_strengths) if together else nullcontext(set_strengths)
         with joint as after_step, StepCounter(fitted, job, pipeline, meter, after_step).counting() as callback:
             output = fitted(**_call_arguments(fitted, model, call), **callback)
-    if pipeline.output_type == LATENT:
-        return _decoded(fitted, output.frames, call)
+    if pipeline.output_type == LATENT:  # Wan's, (B, C, F, H, W); their frames are decoded as they are iterated over
+        latents = output.frames.split(1)
+        return (
+            Clip(seed, decoding.pieces(fitted, one, job.frames)) for seed, one in zip(call.seeds, latents, strict=True)
+        )
     return results.clips(output, pipeline, call.seeds, _sample_rate(fitted, pipeline), job.frames)
 
 
@@ -111,12 +114,6 @@ def _seeds_of_calls(job: Job, size: int) -> list[list[int]]:
 def _sample_rate(pipe: Any, pipeline: Pipeline) -> int:
     """Samples a second of the sound that the pipeline makes; 0 where it makes none."""
     return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
-
-
-def _decoded(pipe: Any, latents: torch.Tensor, call: Call) -> Iterator[Clip]:
-    """The clips of Wan's latents, (B, C, F, H, W); their frames are decoded as they are iterated over."""
-    for i, seed in enumerate(call.seeds):
-        yield Clip(seed, decoding.pieces(pipe, latents[i : i + 1], call.job.frames))
 
 
 def _shift(pipe: Any, parameter: str, value: float) -> None:
