@@ -32,6 +32,7 @@ from engine.planning.placement import Plan
 
 log = logging.getLogger("wangpd.worker")
 SPAWN = multiprocessing.get_context("spawn")
+DEATH_S = 0.5  # the connections of a process that dies are closed a little before it is dead
 
 
 class Team:
@@ -66,8 +67,10 @@ class Team:
             theirs.close()  # so that its end is seen at ours
             self._followers.append((follower, ours))
         self._ended = threading.Event()
-        alive = [follower.sentinel for follower, _ in self._followers]
-        threading.Thread(target=_watch, args=(alive, self._ended), name="team", daemon=True).start()
+        threading.Thread(target=_watch, args=(self._sentinels(), self._ended), name="team", daemon=True).start()
+
+    def _sentinels(self) -> list[int]:
+        return [follower.sentinel for follower, _ in self._followers]
 
     def _joined(self) -> Group:
         if not self._followers:
@@ -157,7 +160,7 @@ class Team:
         if self._in_step:
             self._order("end")
             return
-        if not all(follower.is_alive() for follower, _ in self._followers):
+        if wait(self._sentinels(), DEATH_S):
             self._ended.wait(GRACE_S)  # for `_watch`, which is about to end this process too
         log.warning("a call of the denoiser has failed: the other processes of the team are ended")
         self.close()
