@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -56,7 +57,7 @@ class Follower:
             while True:
                 order, arguments = self._connection.recv()
                 if order == "load":
-                    self._answer(lambda: self.load(*arguments))  # noqa: B023  # called before the next order comes
+                    self._answer(partial(self.load, *arguments))
                 else:
                     self._carry_out(order, arguments)
 
