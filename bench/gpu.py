@@ -34,7 +34,7 @@ from engine.catalog.models import Catalog  # noqa: E402
 from engine.gpu.load import kernels, offloading, quantization  # noqa: E402
 from engine.gpu.process import LOCAL_ONLY, Rank  # noqa: E402
 from engine.gpu.team.sharing import Group, splits  # noqa: E402
-from engine.planning.placement import Plan, Way  # noqa: E402
+from engine.planning.placement import Placement, Plan  # noqa: E402
 
 WORDS = 512
 PEAK_TFLOPS: Mapping[str, float] = {"H100": 989, "H200": 989, "A100": 312, "4090": 165, "L40": 181, "5090": 210}
@@ -167,12 +167,12 @@ def decode(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
 BACKENDS = ("native", "_native_flash", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
 KINDS = ("int8", "fp8", "nf4")
 # Pinned memory last: torch keeps what it has pinned. A step of a swapped model begins with its way to the card.
-WAYS = {
-    "resident": Way("resident", "card"),
-    "swapped": Way("swapped", "swapped"),
-    "by layer": Way("sequential", "streamed"),
-    "streamed, not pinned": Way("streamed", "streamed"),
-    "streamed, pinned": Way("streamed", "streamed", pinned=True),
+PLACEMENTS = {
+    "resident": Placement("resident", "card"),
+    "swapped": Placement("swapped", "swapped"),
+    "by layer": Placement("sequential", "streamed"),
+    "streamed, not pinned": Placement("streamed", "streamed"),
+    "streamed, pinned": Placement("streamed", "streamed", pinned=True),
 }
 
 Row = tuple[str, Callable[[], dict[str, float]]]
@@ -208,13 +208,14 @@ def step_by_kind(kind: str, shape: Shape, device: torch.device, dtype: torch.dty
     return step(model.to(device), shape, device, dtype)
 
 
-def step_by_way(way: Way, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """A step of a denoiser that lies where a memory plan may put it."""
+def step_by_placement(placement: Placement, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """A step of a denoiser that is placed as a memory plan may place it."""
     model = transformer(shape, device, dtype).to("cpu")
     pipe = WanPipeline(None, None, AutoencoderKLWan(**shape.vae), FlowMatchEulerDiscreteScheduler(), model)
-    plan = Plan(way, 0, offloading.size_bytes(model), 0, 0, step_s=0, job_s=0, card_bytes=0)
+    plan = Plan(placement, 0, offloading.size_bytes(model), 0, 0, step_s=0, job_s=0, card_bytes=0)
     offloading.carry_out(pipe, plan, device)
-    return step(model, shape, device, dtype, before=pipe.maybe_free_model_hooks if way.placement == "swapped" else None)
+    swapped = placement.denoisers == "swapped"
+    return step(model, shape, device, dtype, before=pipe.maybe_free_model_hooks if swapped else None)
 
 
 def step_together(count: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -246,8 +247,8 @@ def rows(shape: Shape, device: torch.device) -> Iterator[Row]:
     yield from step_by_backend(shape, device, dtype)
     for kind in KINDS:
         yield f"step, {kind} weights", partial(step_by_kind, kind, shape, device, dtype)
-    for name, way in WAYS.items():
-        yield f"step, {name}", partial(step_by_way, way, shape, device, dtype)
+    for name, placement in PLACEMENTS.items():
+        yield f"step, {name}", partial(step_by_placement, placement, shape, device, dtype)
     cards = torch.cuda.device_count() if device.type == "cuda" else 2
     for count in (count for count in (2, 4, 8) if count <= cards):
         yield f"step, {count} devices together", partial(step_together, count, shape, device, dtype)

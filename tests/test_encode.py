@@ -1,4 +1,4 @@
-"""engine/gpu/encode.py: frames become files that are whole, true in colour, and tell what made them."""
+"""engine/gpu/save/encode.py: frames become files that are whole, true in colour, with their settings inside."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""engine/estimate.py and what is told of it: what a job will take, before it runs."""
+"""engine/planning/estimate.py and its answers over HTTP: what a job will need, before it runs."""
 
 import json
 import math

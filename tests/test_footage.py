@@ -1,9 +1,11 @@
-"""engine/footage.py: videos and sounds that come in."""
+"""engine/files/footage.py: videos and sounds that come in."""
 
 import io
+import subprocess
 from pathlib import Path
 
 import av
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -123,3 +125,17 @@ def test_frames_are_those_that_are_shown_at_their_times(
     assert len(frames) == len(wanted)
     assert np.abs(np.array(shades(frames)) - wanted).max() <= 3
     assert {frame.mode for frame in frames} == {"RGB"}
+
+
+def test_the_frames_of_a_video_filmed_sideways_are_upright(tmp_path: Path) -> None:
+    frames = np.zeros((3, SIDE, 2 * SIDE, 3), np.uint8)
+    frames[:, :, :SIDE] = 255  # the left half is white
+    encode.write_video(tmp_path / "level.mp4", frames, 12, None)
+    turn = ["-display_rotation", "90", "-i", tmp_path / "level.mp4", "-c", "copy", tmp_path / "turned.mp4"]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *turn], check=True)
+    for found in (
+        footage.read_frames(tmp_path / "turned.mp4", 12, 1),
+        footage.read_last_frames(tmp_path / "turned.mp4", 12, 1),
+    ):
+        assert found[0].size == (SIDE, 2 * SIDE)
+        assert shades([found[0].crop((0, SIDE, SIDE, 2 * SIDE)), found[0].crop((0, 0, SIDE, SIDE))]) == [255, 0]

@@ -1,4 +1,4 @@
-"""engine/gpu/inputs.py: what was sent as arguments of a pipeline."""
+"""engine/gpu/run/conditioning.py: input files as arguments of a pipeline."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""engine/media.py: what an input picture may be, how files look in small, and what made them."""
+"""engine/files/media.py: what an input picture may be, the thumbnails of files, and the settings inside them."""
 
 import io
 import struct
@@ -376,7 +376,8 @@ def test_reading_the_settings_of_junk_raises_nothing(tmp_path: Path, name: str) 
 
 
 def test_importing_the_module_brings_in_no_decoder() -> None:
-    check = "import engine.outputs, sys; print({'PIL', 'av', 'numpy', 'torch', 'imageio_ffmpeg'} & set(sys.modules))"
+    heavy = {"PIL", "av", "numpy", "torch", "imageio_ffmpeg"}
+    check = f"import engine.files.outputs, sys; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 
@@ -384,7 +385,7 @@ def test_importing_the_module_brings_in_no_decoder() -> None:
 def test_decoding_brings_in_no_numpy(video: Path) -> None:
     picture = stored(video.parent, "x.png", encoded(halves(640, 64)))
     check = (
-        "import sys; from pathlib import Path; from engine import media; "
+        "import sys; from pathlib import Path; from engine.files import media; "
         "[media.thumbnail(Path(name), 64) for name in sys.argv[1:]]; print('numpy' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", check, video, picture], capture_output=True, text=True, check=True)
@@ -395,7 +396,7 @@ def test_decoding_brings_in_no_numpy(video: Path) -> None:
 def test_a_picture_brings_in_no_decoder_that_it_does_not_need(tmp_path: Path, format: str) -> None:
     picture = stored(tmp_path, "x.webp", encoded(halves(), format))
     check = (
-        "import contextlib, sys; from pathlib import Path; from engine import media\n"
+        "import contextlib, sys; from pathlib import Path; from engine.files import media\n"
         "with contextlib.suppress(media.BadImage): media.check_image(Path(sys.argv[1]).read_bytes(), 10_000)\n"
         "print('PIL.WebPImagePlugin' in sys.modules, 'PIL.TgaImagePlugin' in sys.modules)"
     )

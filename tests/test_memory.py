@@ -14,19 +14,19 @@ from engine.catalog.models import Catalog
 from engine.gpu.load import offloading, pipelines
 from engine.job import Job
 from engine.planning.machine import GIB
-from engine.planning.placement import Plan, Way
+from engine.planning.placement import Placement, Plan
 from engine.planning.work import Work
 
 CPU = torch.device("cpu")
 DEMO = Catalog.load().get("wan_demo")
 BLOCKS = 12
-WAYS = {
-    "all resident": Way("resident", "card"),
-    "encoders streamed": Way("resident", "streamed"),
-    "streamed from pinned memory": Way("streamed", "streamed", pinned=True, encoders_pinned=True),
-    "streamed from files": Way("streamed", "streamed"),
-    "swapped": Way("swapped", "swapped"),
-    "sequential": Way("sequential", "streamed"),
+PLACEMENTS = {
+    "all resident": Placement("resident", "card"),
+    "encoders streamed": Placement("resident", "streamed"),
+    "streamed from pinned memory": Placement("streamed", "streamed", pinned=True, encoders_pinned=True),
+    "streamed from files": Placement("streamed", "streamed"),
+    "swapped": Placement("swapped", "swapped"),
+    "sequential": Placement("sequential", "streamed"),
 }
 
 
@@ -48,8 +48,8 @@ def frames(pipe: Any) -> torch.Tensor:
     ).frames  # fmt: skip
 
 
-def planned(way: Way, resident_bytes: int, streamed_bytes: int) -> Plan:
-    return Plan(way, resident_bytes, streamed_bytes, 1, 1, 1.0, 1.0, card_bytes=GIB)
+def planned(placement: Placement, resident_bytes: int, streamed_bytes: int) -> Plan:
+    return Plan(placement, resident_bytes, streamed_bytes, 1, 1, 1.0, 1.0, card_bytes=GIB)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def plain_frames() -> torch.Tensor:
     return frames(loaded())
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_a_plan_that_is_carried_out_changes_no_frame(way: Way, plain_frames: torch.Tensor) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_a_plan_that_is_carried_out_changes_no_frame(placement: Placement, plain_frames: torch.Tensor) -> None:
     pipe = loaded()
     total = offloading.parts_of(pipe, DEMO).denoisers
-    offloading.carry_out(pipe, planned(way, total // 2, total // 2), CPU)
+    offloading.carry_out(pipe, planned(placement, total // 2, total // 2), CPU)
     assert torch.equal(frames(pipe), plain_frames)
     assert torch.equal(frames(pipe), plain_frames)  # and once more: prefetching starts with the second forward
 

@@ -12,7 +12,7 @@ from engine.job import EngineError, Job
 from engine.planning import machine as machines
 from engine.planning import placement
 from engine.planning.machine import GIB, Machine
-from engine.planning.placement import Plan, Way
+from engine.planning.placement import Placement, Plan
 from engine.planning.work import Parts, Shape, Work, forward_flops, tokens
 
 MODELS = {model.id: model for model in Catalog.load()}
@@ -89,7 +89,7 @@ def test_a_larger_card_is_never_slower(table: Table) -> None:
 
 def test_a_larger_card_moves_more_weights_only_where_that_is_faster(table: Table) -> None:
     for small, large in steps_up(table):
-        if small and large and RANKS[large.way.placement] > RANKS[small.way.placement]:
+        if small and large and RANKS[large.placement.denoisers] > RANKS[small.placement.denoisers]:
             assert large.job_s < small.job_s
 
 
@@ -111,7 +111,7 @@ def test_every_model_runs_on_24_gb_of_gpu_memory_and_128_of_ram(table: Table) ->
 
 
 def test_on_141_gb_nothing_is_streamed_but_what_is_larger(table: Table) -> None:
-    streamed = [model for model in KINDS if (plan := table[model, 128, 141]) and plan.way.placement != "resident"]
+    streamed = [model for model in KINDS if (plan := table[model, 128, 141]) and plan.placement.denoisers != "resident"]
     assert all(Parts.of(MODELS[model]).denoisers > 50e9 for model in streamed)
 
 
@@ -157,21 +157,21 @@ def test_a_step_takes_about_what_others_have_measured(model_id: str, machine: Ma
 
 def test_the_small_wan_runs_on_8_gb() -> None:
     plan = planned("wan_t2v_1.3B", card(7.6))
-    assert (plan.placement, plan.way.encoders) == ("resident", "streamed")
-    assert plan.way.tile_side
+    assert (plan.placement.name, plan.placement.encoders) == ("resident", "streamed")
+    assert plan.placement.tile_side
     assert plan.peak_vram_bytes < 8.2e9  # published
 
 
 def test_the_14b_on_24_gb_streams_what_does_not_fit_from_pinned_memory() -> None:
     plan = planned("wan_t2v_14B", card(23))
-    assert (plan.placement, plan.way.pinned) == ("streamed", True)
+    assert (plan.placement.name, plan.placement.pinned) == ("streamed", True)
     assert plan.resident_bytes > 8e9
     resident = planned("wan_t2v_14B", card(79))
     assert plan.step_s < 1.04 * resident.step_s
 
 
 def test_two_experts_stay_on_80_gb() -> None:
-    assert planned("wan22_t2v_14B", h100()).placement == "resident"
+    assert planned("wan22_t2v_14B", h100()).placement.name == "resident"
 
 
 def test_one_expert_at_a_time_takes_no_more_than_published() -> None:
@@ -196,7 +196,7 @@ def test_streaming_is_hidden_from_about_as_many_tokens_as_published(machine: Mac
 
 
 @pytest.mark.parametrize(
-    ("profile", "placement", "encoders", "pinned"),
+    ("profile", "denoisers", "encoders", "pinned"),
     [
         (1, "resident", "card", False),
         (2, "streamed", "streamed", True),
@@ -207,9 +207,9 @@ def test_streaming_is_hidden_from_about_as_many_tokens_as_published(machine: Mac
         (5, "sequential", "streamed", False),
     ],
 )
-def test_a_profile_decides_the_placement(profile: float, placement: str, encoders: str, pinned: bool) -> None:
-    way = planned("wan_t2v_14B", h100(), profile=profile).way
-    assert (way.placement, way.encoders, way.pinned) == (placement, encoders, pinned)
+def test_a_profile_decides_the_placement(profile: float, denoisers: str, encoders: str, pinned: bool) -> None:
+    chosen = planned("wan_t2v_14B", h100(), profile=profile).placement
+    assert (chosen.denoisers, chosen.encoders, chosen.pinned) == (denoisers, encoders, pinned)
 
 
 def test_the_profiles_need_less_and_less_of_the_card() -> None:
@@ -219,7 +219,7 @@ def test_the_profiles_need_less_and_less_of_the_card() -> None:
 
 def test_a_demanded_profile_is_obeyed_though_it_may_not_fit() -> None:
     plan = planned("wan_t2v_14B", card(12), profile=1)
-    assert (plan.placement, plan.fits) == ("resident", False)
+    assert (plan.placement.name, plan.fits) == ("resident", False)
     assert "more than is free" in plan.describe()
 
 
@@ -230,7 +230,7 @@ def test_the_automatic_plan_is_as_fast_as_any_profile() -> None:
 
 def test_with_little_ram_streamed_weights_are_not_pinned() -> None:
     plan = planned("wan_t2v_14B", card(12, ram_gib=24))
-    assert (plan.placement, plan.way.pinned) == ("streamed", False)
+    assert (plan.placement.name, plan.placement.pinned) == ("streamed", False)
     assert "from mapped files" in plan.describe()
 
 
@@ -241,32 +241,32 @@ def test_weights_that_ram_does_not_hold_are_read_from_the_disk_again() -> None:
 
 @pytest.mark.parametrize(("vae_config", "side"), placement.TILES.items())
 def test_vae_config_forces_the_side_of_the_tiles(vae_config: int, side: int) -> None:
-    assert planned("wan_t2v_14B", h100(), vae_config=vae_config).way.tile_side == side
+    assert planned("wan_t2v_14B", h100(), vae_config=vae_config).placement.tile_side == side
 
 
 @pytest.mark.parametrize(("free_gib", "sides"), [(5.7, {128, 256}), (7.6, {128, 256}), (23, {0})])
 def test_tiles_are_for_cards_on_which_whole_frames_do_not_fit(free_gib: float, sides: set[int]) -> None:
-    assert planned("wan_t2v_1.3B", card(free_gib)).way.tile_side in sides
+    assert planned("wan_t2v_1.3B", card(free_gib)).placement.tile_side in sides
 
 
 def test_weights_are_quantised_only_where_the_caller_allows_it() -> None:
-    kinds = {planned("flux2_dev", card(23), quantization=kind).way.quantization for kind in ("none", "auto")}
+    kinds = {planned("flux2_dev", card(23), quantization=kind).placement.quantization for kind in ("none", "auto")}
     assert kinds == {"none", "int8"}
 
 
 def test_8_bit_weights_keep_a_model_on_the_card_that_else_is_streamed() -> None:
     machine, size = card(23), {"width": 1024, "height": 1024, "frames": 1}
-    assert planned("flux_dev", machine, **size).placement == "streamed"
-    assert planned("flux_dev", machine, quantization="int8", **size).placement == "quantized"
+    assert planned("flux_dev", machine, **size).placement.name == "streamed"
+    assert planned("flux_dev", machine, quantization="int8", **size).placement.name == "quantized"
 
 
 def test_8_bit_weights_are_not_chosen_where_all_fits_without() -> None:
-    assert planned("wan_t2v_14B", h100(), quantization="auto").placement == "resident"
+    assert planned("wan_t2v_14B", h100(), quantization="auto").placement.name == "resident"
 
 
 def test_an_encoder_that_writes_many_words_is_not_streamed() -> None:
     model = MODELS["glm_image"]
-    assert placement.plan(model, Work.usual(model), card(23)).way.encoders != "streamed"
+    assert placement.plan(model, Work.usual(model), card(23)).placement.encoders != "streamed"
 
 
 # ---- what is said
@@ -295,7 +295,7 @@ def test_a_plan_is_told_in_one_line() -> None:
 
 def test_without_a_card_everything_runs_in_ram() -> None:
     plan = planned("wan_t2v_14B", Machine(0, 8 * GIB))
-    assert (plan.placement, plan.peak_vram_bytes) == ("resident", 0)
+    assert (plan.placement.name, plan.peak_vram_bytes) == ("resident", 0)
     assert plan.describe().startswith("everything in RAM, about 4")
 
 
@@ -310,7 +310,8 @@ def test_a_plan_serves_smaller_jobs_and_not_much_larger_ones() -> None:
 
 def test_the_weights_that_were_found_count_more_than_the_catalogue() -> None:
     tiny = Parts(denoisers=10**6, encoders=10**6, vae=10**6, parameters=500_000)
-    assert placement.plan(MODELS["wan_t2v_14B"], work("wan_t2v_14B"), card(7.6), parts=tiny).placement == "resident"
+    plan = placement.plan(MODELS["wan_t2v_14B"], work("wan_t2v_14B"), card(7.6), parts=tiny)
+    assert plan.placement.name == "resident"
 
 
 def test_a_batch_counts_in_memory_or_in_runs() -> None:
@@ -339,14 +340,14 @@ def test_streamed_blocks_are_few_and_evenly_spread(sizes: list[int], room: int, 
     assert placement.streamed_blocks(sizes, room) == places
 
 
-def test_every_value_of_a_way_has_its_words() -> None:
-    ways = [way for ways in placement.PROFILES.values() for way in ways]
-    plans = [Plan(way, 1, 1, 1, 1, 1.0, 1.0, card_bytes=1) for way in ways]
+def test_every_value_of_a_placement_has_its_words() -> None:
+    choices = [choice for choices in placement.PROFILES.values() for choice in choices]
+    plans = [Plan(choice, 1, 1, 1, 1, 1.0, 1.0, card_bytes=1) for choice in choices]
     assert all(plan.describe() for plan in plans)
 
 
 def test_quantised_placements_have_names_of_their_own() -> None:
-    names = [Plan(Way(where, "card", quantization="int8"), 1, 1, 1, 1, 1.0, 1.0, 1).placement for where in RANKS]
+    names = [Placement(where, "card", quantization="int8").name for where in RANKS]
     assert names == ["quantized", "quantized_streamed", "quantized_swapped", "quantized_sequential"]
 
 

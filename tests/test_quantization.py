@@ -37,7 +37,7 @@ from tests.frames import read_video
 from tests.idle import idle_daemon
 from tests.test_loras import layers as lora_layers
 from tests.test_loras import written as write_lora
-from tests.test_memory import WAYS, planned
+from tests.test_memory import PLACEMENTS, planned
 from tests.test_plan import card
 from tests.test_single_file import original_denoiser
 
@@ -272,7 +272,7 @@ def test_the_plan_counts_weights_as_they_lie(kind: str) -> None:
         plans.plan(model, Work.usual(model), card(24), quantization=kind, parts=given) for given in (parts, small)
     ]
     assert made_of[0].resident_bytes + made_of[0].streamed_bytes == pytest.approx(small.denoisers, rel=0.001)
-    assert made_of[1].way == made_of[0].way
+    assert made_of[1].placement == made_of[0].placement
     assert made_of[1].peak_vram_bytes == pytest.approx(made_of[0].peak_vram_bytes, rel=0.001)
 
 
@@ -286,15 +286,15 @@ def test_a_layer_in_four_bits_has_the_shape_and_dtype_that_it_had(shape: tuple[i
     assert offloading.size_bytes(small) < offloading.size_bytes(layer)
 
 
-@pytest.mark.parametrize("way", ["streamed from pinned memory", "swapped", "sequential"])
+@pytest.mark.parametrize("placement", ["streamed from pinned memory", "swapped", "sequential"])
 @pytest.mark.parametrize("kind", TOLERATED)
 def test_wherever_the_quantised_weights_lie_the_frames_are_the_same(
-    kind: str, way: str, stored: dict[str, tuple[Path, torch.Tensor]]
+    kind: str, placement: str, stored: dict[str, tuple[Path, torch.Tensor]]
 ) -> None:
     models_dir, expected = stored[kind]
     pipe = load(kind, models_dir)
     total = offloading.size_bytes(pipe.transformer)
-    offloading.carry_out(pipe, planned(WAYS[way], total // 2, total // 2), CPU)
+    offloading.carry_out(pipe, planned(PLACEMENTS[placement], total // 2, total // 2), CPU)
     assert torch.equal(frames(pipe), expected)
     assert torch.equal(frames(pipe), expected)
 

@@ -126,7 +126,7 @@ def made(job: Job, levels: Iterator[int]) -> tuple[list[torch.Tensor], list[Call
         calls.append(call)
         return plain(next(levels), call.job.frames)
 
-    return list(sliding.frames(CATALOG.get(job.model), job, job.seed, make)), calls
+    return list(sliding.video(CATALOG.get(job.model), job, job.seed, make)), calls
 
 
 def test_the_pieces_have_as_many_frames_as_were_asked_for() -> None:
@@ -142,7 +142,7 @@ def test_a_piece_is_handed_over_before_the_next_window_is_made() -> None:
         calls.append(call)
         return plain(100, call.job.frames)
 
-    pieces = sliding.frames(CATALOG.get("wan_demo"), long_job(), 3, make)
+    pieces = sliding.video(CATALOG.get("wan_demo"), long_job(), 3, make)
     assert [(len(piece), len(calls)) for piece in pieces] == [(24, 1), (24, 2), (20, 3), (29, 4)]
 
 

@@ -4,8 +4,11 @@ import inspect
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +26,6 @@ from engine.catalog.models import PACKAGE, Catalog
 from engine.gpu import worker
 from engine.gpu.process import LOCAL_ONLY, Rank
 from engine.gpu.team import sharing
-from engine.gpu.team.parcels import numbers, packed
 from engine.job import EngineError
 from engine.planning.machine import Machine
 from engine.planning.placement import plan
@@ -242,8 +244,8 @@ def test_each_process_computes_half_of_the_tokens_and_has_the_whole_result(cls: 
     }
     if "VACE" in cls:
         inputs["control_hidden_states"] = torch.randn(1, 8, 3, 8, 8, generator=rng)
-    seats = [Rank(rank, 2, "cpu", tmp_path / "a rendezvous #1") for rank in range(2)]
-    results = pool.starmap(_share, [(rank, cls, DENOISERS[cls], inputs) for rank in seats], chunksize=1)
+    ranks = [Rank(number, 2, "cpu", tmp_path / "a rendezvous #1") for number in range(2)]
+    results = pool.starmap(_share, [(rank, cls, DENOISERS[cls], inputs) for rank in ranks], chunksize=1)
     assert [result[:2] for result in results] == [(48, 24), (48, 24)]
     assert max(result[2] for result in results) < 1e-5
 
@@ -266,16 +268,31 @@ def _plan_of(pipeline: str) -> bool:
     return any(hasattr(kind, "_cp_plan") and sharing.plan_of(kind) for kind in kinds)
 
 
-def test_arguments_reach_another_process_as_they_were() -> None:
+def _exchanged(rank: Rank) -> Any:
+    """In a process of its own: the lead's arguments as they reach this process, its tensors as lists."""
+    os.environ.update(LOCAL_ONLY)
     one = torch.tensor(3).expand(4)
     arguments = ((one, [torch.zeros(0, 2), None]), {"scale": 1.5, "mask": torch.tensor([True, False])})
-    parcel, tensors = packed(arguments)
-    sent = [
-        blank.filled(numbers(tensor, torch.device("cpu"))) for blank, tensor in zip(parcel.blanks, tensors, strict=True)
-    ]
-    (first, (empty, none)), named = parcel.unpacked(sent)
-    assert (first.tolist(), tuple(empty.shape), none) == ([3] * 4, (0, 2), None)
-    assert (named["scale"], named["mask"].tolist()) == (1.5, [True, False])
+    blanks = pickle.loads(pickle.dumps(sharing.blanked(arguments)))
+    group = sharing.Group(rank, torch.device("cpu"))
+    if rank.number == 0:
+        group.send(arguments)
+    found = arguments if rank.number == 0 else group.receive(blanks)
+    group.leave()
+    (first, (empty, none)), named = found
+    return first.tolist(), tuple(empty.shape), none, named["scale"], named["mask"].tolist()
+
+
+def test_arguments_reach_another_process_as_they_were(pool: Any, tmp_path: Path) -> None:
+    ranks = [Rank(number, 2, "cpu", tmp_path / "rendezvous") for number in range(2)]
+    sent, received = pool.map(_exchanged, ranks, chunksize=1)
+    assert sent == received == ([3] * 4, (0, 2), None, 1.5, [True, False])
+
+
+def test_the_entry_of_a_follower_brings_in_no_torch() -> None:
+    check = "import engine.gpu.team.entry, sys; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 # ---- what is planned and refused

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 
-from engine.gpu.run.teacache import embedding_changes
+from engine.gpu.run.caching import embedding_changes
 
 PROMPTS = (
     "a red circle moving right",

@@ -1,4 +1,4 @@
-"""Videos and sounds that come in with a request: are they whole, how long are they, and what is in them.
+"""Videos and sounds as FFmpeg reads them: whether an input is whole, how long it is, and its frames.
 
 Everything here is synchronous: call it through `asyncio.to_thread`. PyAV is imported inside the functions, since a
 daemon that only queues must not pay for it.
@@ -48,29 +48,45 @@ def check(data: bytes, kind: str, max_pixels: int) -> float:
     """
     with opened(io.BytesIO(data), kind) as container:
         stream = getattr(container.streams, kind)[0]
-        if kind == "video" and stream.width * stream.height > max_pixels:
-            size = f"{stream.width}x{stream.height}"
-            raise BadFootage(f"is {size}, more than the limit of {max_pixels} pixels a frame; send a smaller one")
-        next(container.decode(stream))
+        if kind == "video":
+            first_frame(container, max_pixels)
+        else:
+            next(container.decode(stream))
         seconds = _seconds(container, stream)
         if not 0 < seconds <= MAX_S:
             raise BadFootage(f"is {seconds:.0f} seconds long, but must be longer than 0 and at most {MAX_S}")
         return seconds
 
 
+def first_frame(container: "InputContainer", max_pixels: int) -> "VideoFrame":
+    """The first frame of an opened video. Raises BadFootage for one of more than `max_pixels`, before it is decoded."""
+    stream = container.streams.video[0]
+    if stream.width * stream.height > max_pixels:
+        size = f"{stream.width}x{stream.height}"
+        raise BadFootage(f"is {size}, more than the limit of {max_pixels} pixels a frame; send a smaller one")
+    stream.codec_context.thread_count = 1  # threads would decode frames that nobody looks at
+    return next(container.decode(stream))
+
+
+def picture(frame: "VideoFrame") -> "Image":
+    """The frame in mode RGB and upright: phones film sideways and say so."""
+    image: Image = frame.to_image()  # type: ignore[no-untyped-call]  # PyAV has no type for it
+    return image.rotate(frame.rotation, expand=True)
+
+
 def read_frames(path: Path, fps: int, count: int, start: int = 0) -> "list[Image]":
     """`count` frames from frame `start` on (fewer if the video is shorter) at `fps` frames a second, mode RGB.
 
-    Each is the frame that is shown at its time. Raises BadFootage.
+    Each is the frame that is shown at its time, upright. Raises BadFootage.
     """
     with path.open("rb") as file, opened(file, "video") as container:
-        return [_image(frame) for frame in islice(_at_rate(container, fps), start, start + count)]
+        return [picture(frame) for frame in islice(_at_rate(container, fps), start, start + count)]
 
 
 def read_last_frames(path: Path, fps: int, count: int) -> "list[Image]":
     """The last `count` frames, else as `read_frames`."""
     with path.open("rb") as file, opened(file, "video") as container:
-        return [_image(frame) for frame in deque(_at_rate(container, fps), maxlen=count)]
+        return [picture(frame) for frame in deque(_at_rate(container, fps), maxlen=count)]
 
 
 def _at_rate(container: "InputContainer", fps: int) -> "Iterator[VideoFrame]":
@@ -82,11 +98,6 @@ def _at_rate(container: "InputContainer", fps: int) -> "Iterator[VideoFrame]":
         while ticks / fps < ends_s:
             yield frame
             ticks += 1
-
-
-def _image(frame: "VideoFrame") -> "Image":
-    picture: Image = frame.to_image()  # type: ignore[no-untyped-call]  # PyAV leaves it open
-    return picture
 
 
 def _shown_until(frame: Any, stream: Any) -> float:

@@ -1,4 +1,4 @@
-"""Picture and video files as the daemon sees them: is an input whole, what does a file look like, what made it.
+"""Picture and video files for the daemon: whether an input is whole, a thumbnail, the settings inside a file.
 
 Everything here is synchronous: call it through `asyncio.to_thread`. Pillow and PyAV are imported inside the functions:
 together they cost 26 MiB and a tenth of a second, which a daemon that only queues must not pay at its start.
@@ -7,10 +7,12 @@ together they cost 26 MiB and a tenth of a second, which a daemon that only queu
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from engine.files import footage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,20 +40,7 @@ EXIF_IFD: Final = 0x8769
 EXIF_USER_COMMENT: Final = 0x9286
 EXIF_ASCII: Final = b"ASCII\0\0\0"  # the character code that opens every UserComment
 
-_EXIF_ORIENTATION: Final = 0x0112
-_UPRIGHT: Final = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}  # EXIF orientation → the Pillow transposition that undoes it
-_TURNED: Final = frozenset({5, 6, 7, 8})  # orientations that swap width and height
-
 _IMAGE_FORMATS: Final = ("PNG", "JPEG", "WEBP")
-_DEMUXERS: Final = {".mp4": "mov", ".mov": "mov", ".webm": "matroska", ".mkv": "matroska"}
 _MAX_PREVIEW_PIXELS: Final = 64_000_000  # 8K twice over; decoded it takes 190 MB
 _THUMBNAIL_QUALITY: Final = 85
 
@@ -71,18 +60,16 @@ def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
     Raises BadImage and nothing else.
     """
     with _opened(io.BytesIO(data), max_pixels) as image:
-        image.load()  # truncation shows only here
-        width, height = image.size
-        return (height, width) if _orientation(image) in _TURNED else (width, height)
+        return _upright(image).size
 
 
 def open_image(path: Path) -> "Image":
-    """Return the picture, or the first frame of an animated one: mode RGB, upright, transparency laid on white.
+    """Return the picture, or the first frame of an animated one: mode RGB, upright, transparency on white.
 
-    The format is told by the content, not by the suffix. Raises BadImage, or FileNotFoundError where there is no file.
+    The content decides on the format, not the suffix. Raises BadImage, or FileNotFoundError where there is no file.
     """
     with path.open("rb") as file, _opened(file) as image:
-        return _upright_rgb(image)
+        return _flattened(_upright(image))
 
 
 def thumbnail(path: Path, width: int) -> bytes:
@@ -94,7 +81,8 @@ def thumbnail(path: Path, width: int) -> bytes:
     if kind not in _PICTURES:
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")
     try:
-        return reduced(_PICTURES[kind](path, width), width)
+        with path.open("rb") as file:
+            return reduced(_PICTURES[kind](file, width), width)
     except FileNotFoundError:
         raise
     except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
@@ -102,15 +90,21 @@ def thumbnail(path: Path, width: int) -> bytes:
 
 
 def reduced(image: "Image", width: int) -> bytes:
-    """Return a JPEG of the picture, at most `width` pixels wide."""
-    return _jpeg(_narrowed(image, width))
+    """Return a JPEG of the picture, which is shrunk to at most `width` pixels in width."""
+    from PIL import Image
+
+    image.thumbnail((width, image.height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY)
+    return buffer.getvalue()
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Return the settings stored in an MP4, PNG, JPEG or WebP file; None where there are none. Raises nothing."""
     kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("", ""))
     try:
-        settings = json.loads(_COMMENTS[kind](path))
+        with path.open("rb") as file:
+            settings = json.loads(_COMMENTS[kind](file))
     except Exception:  # anyone may have put the file there: no comment, another program's comment, damage, no file
         return None
     return settings if isinstance(settings, dict) else None
@@ -127,7 +121,9 @@ def _opened(file: BinaryIO, max_pixels: int = _MAX_PREVIEW_PIXELS) -> Iterator["
 
     try:
         with Image.open(file, formats=_IMAGE_FORMATS) as image:
-            _require_pixels(image.size, max_pixels)
+            if image.width * image.height > max_pixels:
+                size = f"{image.width}x{image.height}"
+                raise BadImage(f"is {size}, more than the limit of {max_pixels} pixels; send a smaller image")
             yield image
     except BadImage:
         raise
@@ -139,27 +135,14 @@ def _opened(file: BinaryIO, max_pixels: int = _MAX_PREVIEW_PIXELS) -> Iterator["
         raise BadImage("is damaged or cut off; send the whole image again") from None
 
 
-def _require_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise BadImage(f"is {width}x{height}, more than the limit of {max_pixels} pixels; send a smaller image")
+def _upright(image: "Image") -> "Image":
+    """The picture decoded, and turned as its EXIF says; a broken EXIF must not cost a good picture."""
+    from PIL import ImageOps
 
-
-def _orientation(image: "Image") -> int:
-    """EXIF orientation, 1 to 8; 1 where it is absent or can't be read: a broken EXIF must not cost a good picture."""
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # the parser raises as many kinds as the decoders do
-        return 1
-
-
-def _upright_rgb(image: "Image") -> "Image":
-    from PIL import Image
-
-    image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    flat = _flattened(image)
-    return flat.transpose(Image.Transpose[turn]) if turn else flat
+    image.load()  # truncation shows only here
+    with suppress(Exception):  # the parser raises as many kinds as the decoders do
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _flattened(image: "Image") -> "Image":
@@ -175,52 +158,22 @@ def _flattened(image: "Image") -> "Image":
     return Image.alpha_composite(white, coloured).convert("RGB")
 
 
-def _drafted_image(path: Path, width: int) -> "Image":
+def _drafted_image(file: BinaryIO, width: int) -> "Image":
     """The picture, both of its sides still at least `width`, or whole where they never were."""
-    with path.open("rb") as file, _opened(file) as image:
+    with _opened(file) as image:
         # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as orientation may turn the picture later.
         image.draft("RGB", (width, width))
-        return _upright_rgb(image)
+        return _flattened(_upright(image))
 
 
-def _first_frame(path: Path, _width: int) -> "Image":
-    import av
-    from PIL import Image
-
-    with av.open(_url(path), format=_DEMUXERS[path.suffix.lower()]) as container:
-        stream = container.streams.video[0]
-        _require_pixels((stream.width, stream.height), _MAX_PREVIEW_PIXELS)
-        stream.codec_context.thread_count = 1  # threads would decode frames that nobody looks at
-        frame = next(container.decode(stream))
-        plane = frame.reformat(format="rgb24").planes[0]
-        image = Image.frombytes("RGB", (frame.width, frame.height), bytes(plane), "raw", "RGB", plane.line_size)
-        return image.rotate(frame.rotation, expand=True)  # phones film sideways and say so
+def _first_frame(file: BinaryIO, _width: int) -> "Image":
+    with footage.opened(file, "video") as container:
+        return footage.picture(footage.first_frame(container, _MAX_PREVIEW_PIXELS))
 
 
-def _url(path: Path) -> str:
-    """The file for FFmpeg, which would take a name such as "http:x.mp4" for a network address."""
-    return f"file:{path}"
-
-
-def _narrowed(image: "Image", width: int) -> "Image":
-    """The picture at most `width` pixels wide."""
-    from PIL import Image
-
-    if image.width <= width:
-        return image
-    height = max(1, round(image.height * width / image.width))
-    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
-
-
-def _jpeg(image: "Image") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY)
-    return buffer.getvalue()
-
-
-def _image_comment(path: Path) -> str | bytes:
+def _image_comment(file: BinaryIO) -> str | bytes:
     """The text inside a PNG, JPEG or WebP; only the parts before the pixels are read."""
-    with path.open("rb") as file, _opened(file) as image:
+    with _opened(file) as image:
         if text := image.info.get(PNG_KEYWORD):
             return str(text)
         comment = image.getexif().get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT)
@@ -230,13 +183,10 @@ def _image_comment(path: Path) -> str | bytes:
         return b"".join(data for marker, data in segments if marker == "COM")
 
 
-def _video_comment(path: Path) -> str:
-    import av
-
-    with av.open(_url(path), format=_DEMUXERS[path.suffix.lower()]) as container:
+def _video_comment(file: BinaryIO) -> str:
+    with footage.opened(file, "video") as container:
         return container.metadata["comment"]
 
 
-# The demuxer is named, never guessed: a playlist called x.mp4 could make FFmpeg open other files and addresses.
-_PICTURES: Final[Mapping[str, Callable[[Path, int], "Image"]]] = {"image": _drafted_image, "video": _first_frame}
-_COMMENTS: Final[Mapping[str, Callable[[Path], str | bytes]]] = {"image": _image_comment, "video": _video_comment}
+_PICTURES: Final[Mapping[str, Callable[[BinaryIO, int], "Image"]]] = {"image": _drafted_image, "video": _first_frame}
+_COMMENTS: Final[Mapping[str, Callable[[BinaryIO], str | bytes]]] = {"image": _image_comment, "video": _video_comment}

@@ -1,6 +1,6 @@
 """What a process of the engine does before anything else, torch included: logging, environment, the card that it sees.
 
-A worker is started by the daemon, and its followers (see engine.gpu.team) by the worker.
+The daemon starts a worker, and a worker its followers (see engine.gpu.team).
 """
 
 import logging
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from engine.capabilities import compile_environment, hide_unused_packages
@@ -22,7 +22,7 @@ LOCAL_ONLY = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  
 
 @dataclass(frozen=True)
 class Rank:
-    """The place of one process in a team of `count`; the lead is rank 0. They meet by the file `rendezvous`."""
+    """One of the `count` processes of a team; the lead is number 0. They find each other by the file `rendezvous`."""
 
     number: int
     count: int
@@ -31,7 +31,7 @@ class Rank:
 
 
 def prepare(config: EngineConfig, device: str) -> None:
-    """Make this process one that works on `device`, as configured, and that ends with the one that started it."""
+    """Make this process one that works on `device`, as configured, and that ends with the process that started it."""
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
     if config.compile:
@@ -44,17 +44,6 @@ def prepare(config: EngineConfig, device: str) -> None:
     if config.team:
         os.environ.update(LOCAL_ONLY)
     threading.Thread(target=_end_with_parent, name="watchdog", daemon=True).start()
-
-
-def follow(connection: Connection, rank: Rank, config: EngineConfig, visible: str | None) -> None:
-    """The whole life of a follower; `visible` are the cards that the lead could see before it chose its own."""
-    os.environ.pop(VISIBLE, None)
-    if visible is not None:
-        os.environ[VISIBLE] = visible
-    prepare(config, rank.device)
-    from engine.gpu.team.follower import Follower  # not before: it imports torch
-
-    Follower(connection, rank, config).serve()
 
 
 def _end_with_parent() -> None:
@@ -71,12 +60,12 @@ def end_all() -> None:
 
 
 def only_card(number: int, visible: str | None) -> str:
-    """The value of CUDA_VISIBLE_DEVICES that leaves card `number` of `visible` (None: all), or none if it has none.
+    """The value of CUDA_VISIBLE_DEVICES that leaves card `number` of `visible` (None: all), or none if there is none.
 
     A worker that saw the others too would take some hundred MB of the first one for a CUDA context: not every thread
-    and library looks at the device that torch was told to use.
+    and library uses the device that torch was given.
     """
-    cards = visible.split(",") if visible is not None else None
-    if cards is None:
+    if visible is None:
         return str(number)
+    cards = visible.split(",")
     return cards[number].strip() if number < len(cards) else ""

@@ -23,7 +23,8 @@ from engine.gpu.run.adapters import Adapters
 from engine.gpu.run.meter import Meter
 from engine.gpu.save.saving import Saved, Saver
 from engine.gpu.team import sharing
-from engine.gpu.team.lead import ModelSource, Team
+from engine.gpu.team.follower import ModelSource
+from engine.gpu.team.lead import Team
 from engine.job import EngineConfig, EngineError, Job, Phase, Result
 from engine.planning import placement as plans
 from engine.planning.machine import Machine
@@ -85,7 +86,8 @@ class ModelSession:
             self._shapes.expect(pipe, model.id, job)
         saved: list[Saved] = []
         try:
-            for clip in render.render(pipe, model, job, meter, self._adapters, team=self._helping):
+            together = self._helping.together if self._helping else None
+            for clip in render.render(pipe, model, job, meter, self._adapters, together=together):
                 for file in saved:
                     file.require_well()  # else no more of them are made
                 saved.append(self._saver.save(task_id, clip, job, started))
@@ -167,7 +169,7 @@ class ModelSession:
             plan = plans.plan(
                 model, work, free, profile=self._profile, vae_config=self._config.vae_config, quantization="auto"
             )
-            return plan.way.quantization
+            return plan.placement.quantization
 
         return quantization.kind_for(model, self._config.transformer_quantization, planned)
 

@@ -1,17 +1,17 @@
-"""How far a step cache must go for the speed that is wanted: published constants, and the choice of a threshold.
+"""Which threshold of a step cache gives a wanted speed, by published constants.
 
-A cache skips a denoising step when what it expects to get wrong stays under a threshold. Which threshold makes a run so
-many times faster is found by walking through the run with the constants alone.
+A cache skips a denoising step while the error that it expects stays under a threshold. Which threshold makes a run so
+many times faster is found by simulating the run with the constants alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 import rtoml
 
-MAX_SKIPS = 2  # steps that MagCache leaves out in a row
+MAX_SKIPS = 2  # steps in a row that MagCache skips
 THRESHOLDS = [i / 100 for i in range(1, 61)]
 
 
@@ -30,10 +30,10 @@ def ratios(name: str, steps: int) -> list[float]:
     return [known[round(i * (len(known) - 1) / (steps - 1))] for i in range(steps)]
 
 
-def mag_schedule(ratios: Sequence[float], threshold: float, warm_steps: int) -> list[bool]:
+def mag_schedule(mag_ratios: Sequence[float], threshold: float, warm_steps: int) -> list[bool]:
     """For each step, whether MagCache computes it. The first `warm_steps` always are."""
     schedule, product, error, skipped = [], 1.0, 0.0, 0
-    for step, ratio in enumerate(ratios):
+    for step, ratio in enumerate(mag_ratios):
         product, skipped = product * ratio, skipped + 1
         error += abs(1 - product)
         compute = step < max(1, warm_steps) or error > threshold or skipped > MAX_SKIPS
@@ -46,8 +46,11 @@ def mag_schedule(ratios: Sequence[float], threshold: float, warm_steps: int) -> 
 def tea_schedule(
     coefficients: Sequence[float], changes: Sequence[float], threshold: float, warm_steps: int
 ) -> list[bool]:
-    """For each step, whether TeaCache computes it; `changes[i]` is the relative change of the time embedding from step
-    i to step i + 1. The first `warm_steps` and the last always are."""
+    """For each step, whether TeaCache computes it. The first `warm_steps` and the last always are.
+
+    `changes[i]` is the relative change of the time embedding from step i to step i + 1; `coefficients` are those of a
+    polynomial of it, the highest power first.
+    """
     schedule, distance = [True], 0.0
     for step, change in enumerate(changes, start=1):
         distance += abs(_polynomial(coefficients, change))
@@ -58,10 +61,7 @@ def tea_schedule(
 
 
 def _polynomial(coefficients: Sequence[float], x: float) -> float:
-    value = 0.0
-    for coefficient in coefficients:
-        value = value * x + coefficient
-    return value
+    return reduce(lambda value, coefficient: value * x + coefficient, coefficients, 0.0)
 
 
 def threshold_for(multiplier: float, schedule: Callable[[float], list[bool]]) -> float:

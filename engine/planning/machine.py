@@ -1,4 +1,4 @@
-"""The machine: what can be used of it."""
+"""The machine: how much memory is free on it, and how fast it is."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """What can be used, measured: free memory, bytes a second to the card, dense bf16 operations a second.
+    """What was measured: free memory, bytes a second from RAM to the card, dense bf16 operations a second.
 
-    `cards` is the number of such devices that compute a forward of a denoiser together.
-    No free VRAM stands for no card of its own memory: everything runs in RAM, in float32.
+    `cards` such devices compute each forward of a denoiser together. No free VRAM stands for no card: everything runs
+    in RAM, in float32.
     """
 
     free_vram_bytes: int
@@ -22,21 +22,21 @@ class Machine:
 
 
 def free_ram_bytes() -> int:
-    """RAM that this process may fill, with what it holds already; what its cgroup allows, if that is less."""
+    """RAM that this process may fill, including what it holds already; what its cgroup allows, if that is less."""
     free = _kilobytes("/proc/meminfo", "MemAvailable")
     own = _kilobytes("/proc/self/status", "RssAnon")
     return min(free + own, _cgroup_bytes())
 
 
 def _kilobytes(path: str, name: str) -> int:
-    """The bytes that a file of /proc tells under `name`."""
+    """The entry `name` of a file of /proc, in bytes; 0 without one."""
     lines = (line.split() for line in Path(path).read_text().splitlines())
     return next((int(words[1]) * 1024 for words in lines if words and words[0] == f"{name}:"), 0)
 
 
-def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), told: Path = Path("/proc/self/cgroup")) -> int:
-    """The least memory.max of the cgroup (version 2) and those above it; a very large number without one."""
-    own = next((line[3:].strip("/") for line in told.read_text().splitlines() if line.startswith("0::")), "")
+def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """The smallest memory.max of the cgroup (version 2) and its parents; a very large number without one."""
+    own = next((line[3:].strip("/") for line in membership.read_text().splitlines() if line.startswith("0::")), "")
     folders = [root / own, *(root / own).parents]
     limits = [path.read_text().strip() for folder in folders if (path := folder / "memory.max").is_file()]
     return min((int(limit) for limit in limits if limit != "max"), default=2**62)

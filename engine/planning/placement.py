@@ -1,18 +1,19 @@
-"""The memory plan: where the weights live while a job runs, and what that will cost in memory and time.
+"""The memory plan: where the weights are while a job runs, and what that costs in memory and time.
 
-Pure arithmetic on the catalogue's bytes, so that the daemon can ask it without a GPU; `engine.gpu.memory` carries a
-Plan out. The estimates are rules of thumb, good to about a third; each constant says where it comes from.
+Pure arithmetic on the catalogue's bytes, so that the daemon can ask it without a GPU; `engine.gpu.load.offloading`
+carries a Plan out. The estimates are rules of thumb, good to about a third; each constant says where it comes from.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 
 from engine.catalog.models import Model
 from engine.job import EngineError
 from engine.planning.machine import GIB, Machine
-from engine.planning.work import Parts, Shape, Work, forward_flops, power
+from engine.planning.work import Parts, Shape, Work, forward_flops
 
 GB = 10**9
 
@@ -20,20 +21,19 @@ GB = 10**9
 
 # vae_config → side of a VAE tile in pixels; 0 chooses.
 TILES = {1: 512, 2: 256, 3: 128}
-TILE_SIDES = (0, *TILES.values())  # 0: whole frames
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to place a model.
+class Placement:
+    """Where the parts of a model are while it works.
 
-    `placement` is about the denoisers: resident, streamed (block by block during each step), swapped (each part comes
-    whole when it is its turn) or sequential (layer by layer, and the VAE too). `encoders` are on the card, streamed
-    (layer by layer while they work) or swapped. What streams comes from pinned RAM or from the mapped files. `fill`
-    keeps as many blocks on the card as fit.
+    `denoisers` are resident, streamed (block by block during each step), swapped (each part is on the card only while
+    it works) or sequential (layer by layer, and the VAE too). `encoders` are on the card, streamed (layer by layer
+    while they work) or swapped. What streams comes from pinned RAM or from the mapped files. `fill` keeps as many
+    blocks on the card as fit.
     """
 
-    placement: str
+    denoisers: str
     encoders: str
     pinned: bool = False
     encoders_pinned: bool = False
@@ -41,21 +41,31 @@ class Way:
     tile_side: int = 0
     quantization: str = "none"
 
+    @property
+    def name(self) -> str:
+        """resident, streamed, swapped or sequential; with `quantized` or `quantized_` before it for 8-bit weights."""
+        if self.quantization == "none":
+            return self.denoisers
+        return "quantized" if self.denoisers == "resident" else f"quantized_{self.denoisers}"
+
 
 RESIDENT = (
-    Way("resident", "card"),
-    Way("resident", "streamed", encoders_pinned=True),
-    Way("resident", "streamed"),
+    Placement("resident", "card"),
+    Placement("resident", "streamed", encoders_pinned=True),
+    Placement("resident", "streamed"),
 )
-SWAPPED = (Way("swapped", "swapped"),)
-PINNED = (Way("streamed", "streamed", pinned=True, encoders_pinned=True), Way("streamed", "streamed", pinned=True))
-MAPPED = (Way("streamed", "streamed"),)
+SWAPPED = (Placement("swapped", "swapped"),)
+MAPPED = (Placement("streamed", "streamed"),)
+PINNED = (
+    Placement("streamed", "streamed", pinned=True, encoders_pinned=True),
+    Placement("streamed", "streamed", pinned=True),
+)
 FILLED = tuple(
-    Way("streamed", "streamed", pinned, encoders_pinned, fill=True)
+    Placement("streamed", "streamed", pinned, encoders_pinned, fill=True)
     for pinned, encoders_pinned in product((True, False), repeat=2)
 )
-SEQUENTIAL = (Way("sequential", "streamed"),)
-PROFILES: Mapping[float, tuple[Way, ...]] = {
+SEQUENTIAL = (Placement("sequential", "streamed"),)
+PROFILES: Mapping[float, tuple[Placement, ...]] = {
     0: (*RESIDENT, *FILLED, *SWAPPED, *SEQUENTIAL),
     1: RESIDENT,
     2: PINNED,
@@ -66,7 +76,7 @@ PROFILES: Mapping[float, tuple[Way, ...]] = {
     5: SEQUENTIAL,
 }
 
-# ---- what the parts of a model take
+# ---- how much memory the parts of a model need
 
 # transformer_quantization → bytes of a weight against bf16; the scales and the layers left alone are counted in.
 QUANTIZED = {"none": 1.0, "int8": 0.52, "fp8": 0.52, "nf4": 0.3, "gguf": 0.55}
@@ -82,17 +92,16 @@ PINNED_ROUNDING = 1.5  # torch rounds each pinned tensor up to a power of two: 4
 ACTIVATION_BYTES = 56  # of a token, for each unit of the cube root of the denoiser's parameters
 SOUND_DECODE_BYTES = GIB
 OUTPUT_BYTES = 36  # of a pixel of a finished frame: three channels in float32, three times
-ENCODER_BYTES = GIB // 3  # what an encoder computes in
-STREAMED_ENCODER = 0.25  # share of an encoder that is there at once: its embedding table, and the layer to come
-LAYER_SHARE = 0.04  # of a denoiser: its largest layer, and the one to come
+ENCODER_BYTES = GIB // 3  # an encoder's activations
+STREAMED_SHARE = 0.25  # of an encoder or VAE that is on the card at once: the largest table, and the next layer
+LAYER_SHARE = 0.04  # of a denoiser: its largest layer, and the next one
 BLOCKS_AHEAD = 3  # on the card at once: at work, coming, and not yet given back
 FEWEST_BLOCKS = 12  # a denoiser's blocks are cube root of parameters / 60, at least these
 
-
-# ---- what takes time
+# ---- how long the work takes
 
 EFFICIENCY = 0.55  # of a card's measured matrix product; diffusers reaches 0.43 of an H100's, 0.65 of a 4090's
-TEAM_EFFICIENCY = 0.9  # of devices that compute a forward together; the rest is what they tell each other
+TEAM_EFFICIENCY = 0.9  # of devices that compute a forward together; the rest is communication
 STREAM_OVERHEAD = (0.02, 0.015)  # of a step whose blocks come in time: of the first one, of all (published: 3-4%)
 PAGEABLE_BYTES_PER_S = 3 * GB  # copies of whole parts from memory that is not pinned (published: 1-3)
 MAPPED_BYTES_PER_S = 8 * GB  # layers pinned on their way, as published for Flux; at most a third of the link's speed
@@ -107,27 +116,24 @@ SAVED_VOXELS_PER_S = 40e6  # x264 veryfast: 0.4-0.8 s for 832x480 with 81 frames
 
 
 def streamed_blocks(sizes: Sequence[int], room_bytes: int) -> list[int]:
-    """The places of the blocks to stream, so that the others take at most `room_bytes`.
+    """The indices of the blocks to stream, so that the others take at most `room_bytes`.
 
-    They are as few as can be and evenly spread: between two of them lie others, whose work hides the copy.
+    They are as few as possible and evenly spread: the work of the blocks between two of them hides the copy.
     """
-    for count in range(len(sizes) + 1):
-        places = [place * len(sizes) // count for place in range(count)]
-        if sum(sizes) - sum(sizes[place] for place in places) <= max(0, room_bytes):
-            return places
-    return list(range(len(sizes)))
+    spread = ([place * len(sizes) // count for place in range(count)] for count in range(len(sizes) + 1))
+    return next(places for places in spread if sum(sizes) - sum(sizes[place] for place in places) <= max(0, room_bytes))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything lives during a job, and what to expect.
+    """Where everything is during a job, and what to expect.
 
-    Of the denoisers `resident_bytes` stay on the card and `streamed_bytes` come anew with every forward. `ram_bytes`
-    can't be given back while the model is loaded; mapped weights are not in it, the system may drop them. `fits` is
+    Of the denoisers `resident_bytes` stay on the card and `streamed_bytes` are copied for every forward. `ram_bytes`
+    can't be given back while the model is loaded; mapped weights are not counted, the system may drop them. `fits` is
     False if the estimate says that it is too large, and it is tried all the same.
     """
 
-    way: Way
+    placement: Placement
     resident_bytes: int
     streamed_bytes: int
     peak_vram_bytes: int
@@ -138,44 +144,27 @@ class Plan:
     fits: bool = True
     cards: int = 1  # that compute each forward together; the bytes are those of one of them
 
-    @property
-    def placement(self) -> str:
-        """resident, streamed, swapped or sequential; with `quantized` or `quantized_` before it for 8-bit weights."""
-        if self.way.quantization == "none":
-            return self.way.placement
-        return "quantized" if self.way.placement == "resident" else f"quantized_{self.way.placement}"
-
     def describe(self) -> str:
         """The plan in one line."""
         together = f"{self.cards} devices together, each: " if self.cards > 1 else ""
-        return together + self._of_one()
+        where = self._on_card() if self.card_bytes else f"everything in RAM, about {_gib(self.ram_bytes)}"
+        return f"{together}{where}; about {self.step_s:.3g} s a step, {self.job_s:.3g} s a job"
 
-    def _of_one(self) -> str:
-        if not self.card_bytes:
-            return f"everything in RAM, about {_gib(self.ram_bytes)}; {self._times()}"
-        tiles = f"VAE in tiles of {self.way.tile_side} pixels" if self.way.tile_side else "VAE on whole frames"
+    def _on_card(self) -> str:
+        placement = self.placement
+        denoisers = placement.name.replace("_", " and ")
+        if placement.denoisers == "streamed":
+            source = "pinned RAM" if placement.pinned else "mapped files"
+            denoisers += f" ({_gib(self.streamed_bytes)} from {source}, {_gib(self.resident_bytes)} stay)"
+        tiles = f"VAE in tiles of {placement.tile_side} pixels" if placement.tile_side else "VAE on whole frames"
         doubt = "" if self.fits else ", more than is free"
         return (
-            f"{self._denoisers()}, encoders {_ENCODERS[self.way.encoders]}, {tiles}; about"
-            f" {_gib(self.peak_vram_bytes)} of GPU memory{doubt}, {_gib(self.ram_bytes)} of RAM; {self._times()}"
+            f"denoiser {denoisers}, encoders {_ENCODERS[placement.encoders]}, {tiles}; about"
+            f" {_gib(self.peak_vram_bytes)} of GPU memory{doubt}, {_gib(self.ram_bytes)} of RAM"
         )
 
-    def _denoisers(self) -> str:
-        words = f"denoiser {self.placement.replace('_', ' and ')}"
-        if self.way.placement != "streamed":
-            return words
-        source = "pinned RAM" if self.way.pinned else "mapped files"
-        return f"{words} ({_gib(self.streamed_bytes)} from {source}, {_gib(self.resident_bytes)} stay)"
 
-    def _times(self) -> str:
-        return f"about {self.step_s:.3g} s a step, {self.job_s:.3g} s a job"
-
-
-_ENCODERS = {
-    "card": "on the card",
-    "streamed": "streamed by layer",
-    "swapped": "on the card while they work",
-}
+_ENCODERS = {"card": "on the card", "streamed": "streamed by layer", "swapped": "on the card while they work"}
 
 
 def plan(
@@ -190,16 +179,15 @@ def plan(
 ) -> Plan:
     """The fastest plan that fits `machine` under `profile` (1 to 5 as in WanGP, 0: any).
 
-    `quantization` is a key of QUANTIZED, or "auto": 8-bit weights where they are faster. `parts` are the weights as
-    they were found, else the catalogue's. Where nothing fits, the least is returned (`fits` is False) if a profile was
-    demanded or the estimate may be wrong; else EngineError says what is missing.
+    `quantization` is a key of QUANTIZED, or "auto": 8-bit weights where they are faster. `parts` are the weights that
+    were found, by default the catalogue's. Where nothing fits, the plan that needs least memory is returned (`fits` is
+    False) if a profile was demanded or the estimate may be wrong; else EngineError says what is missing.
     """
-    way = Way("resident", "card", quantization=quantization if quantization in QUANTIZED else "none")
     machine = machine if model.context_parallel else replace(machine, cards=1)
-    case = _Case(parts or Parts.of(model), Shape.of(model), work, machine, way)
-    if not machine.free_vram_bytes:
-        return case.in_ram()
-    plans = [replace(case, way=way).plan() for way in _ways(profile, quantization, vae_config)]
+    in_ram = Placement("resident", "card", quantization=quantization if quantization in QUANTIZED else "none")
+    choices = _placements(profile, quantization, vae_config) if machine.free_vram_bytes else (in_ram,)
+    weights, shape = parts or Parts.of(model), Shape.of(model)
+    plans = [_Costs(weights, shape, work, machine, choice).plan() for choice in choices]
     fitting = [candidate for candidate in plans if candidate.fits]
     if fitting:
         return min(fitting, key=lambda candidate: (candidate.job_s, candidate.peak_vram_bytes))
@@ -211,190 +199,181 @@ def plan(
 
 
 def serves(current: Plan, model: Model, work: Work, parts: Parts | None = None) -> bool:
-    """True if a model that lies as `current` says can run `work` too, without being placed anew."""
-    case = _Case(parts or Parts.of(model), Shape.of(model), work, Machine(current.card_bytes, 0), current.way)
+    """True if a model that is placed as `current` says can run `work` too."""
+    machine = Machine(current.card_bytes, 0)
+    costs = _Costs(parts or Parts.of(model), Shape.of(model), work, machine, current.placement)
     room_bytes = max(current.card_bytes, current.peak_vram_bytes)
-    return not current.card_bytes or case.peak_bytes(current.resident_bytes) <= room_bytes
+    return not current.card_bytes or costs.peak_bytes(current.resident_bytes) <= room_bytes
 
 
 @cache
-def _ways(profile: float, quantization: str, vae_config: int) -> tuple[Way, ...]:
-    sides = (TILES[vae_config],) if vae_config else TILE_SIDES
+def _placements(profile: float, quantization: str, vae_config: int) -> tuple[Placement, ...]:
+    sides = (TILES[vae_config],) if vae_config else (0, *TILES.values())  # 0: whole frames
     kinds = ("none", "int8") if quantization == "auto" else (quantization,)
     choices = product(PROFILES[profile], sides, kinds)
-    return tuple(replace(way, tile_side=side, quantization=kind) for way, side, kind in choices)
+    return tuple(replace(choice, tile_side=side, quantization=kind) for choice, side, kind in choices)
 
 
 @dataclass(frozen=True)
-class _Case:
-    """One way for one job on one machine: the arithmetic."""
+class _Costs:
+    """What one placement costs one job on one machine: the arithmetic."""
 
     parts: Parts
     shape: Shape
     work: Work
     machine: Machine
-    way: Way
+    placement: Placement
 
     def plan(self) -> Plan:
-        resident = self._resident_bytes()
-        streamed = self._denoisers() - resident if self.way.placement != "resident" else 0
-        peak, ram = self.peak_bytes(resident), self._ram_bytes(streamed)
-        step_s = self._step_s(streamed)
-        fits = peak <= self.machine.free_vram_bytes and ram <= self.machine.free_ram_bytes
-        job_s = self.job_s(step_s, streamed)
-        free, cards = self.machine.free_vram_bytes, self.machine.cards
-        return Plan(self.way, resident, streamed, peak, ram, step_s, job_s, free, fits, cards)
-
-    def in_ram(self) -> Plan:
-        """The plan for a machine without a card."""
-        weights = self._denoisers() + self.parts.encoders + self.parts.vae
-        ram = PROCESS_RAM_BYTES + weights + round(max(self.activation_bytes(), self.decode_bytes()))
-        step_s = self.compute_s()
-        job_s, cards = self.job_s(step_s, 0), self.machine.cards
-        return Plan(self.way, self._denoisers(), 0, 0, ram, step_s, job_s, card_bytes=0, cards=cards)
+        """The placement with its costs."""
+        card, resident = self.machine.free_vram_bytes, self.resident_bytes
+        peak, ram = (self.peak_bytes(resident) if card else 0), self._ram_bytes
+        return Plan(
+            self.placement,
+            resident_bytes=resident,
+            streamed_bytes=self.streamed_bytes,
+            peak_vram_bytes=peak,
+            ram_bytes=ram,
+            step_s=self._step_s,
+            job_s=self._job_s(),
+            card_bytes=card,
+            fits=not card or (peak <= card and ram <= self.machine.free_ram_bytes),
+            cards=self.machine.cards,
+        )
 
     # ---- memory of the card
 
     def peak_bytes(self, resident_bytes: int) -> int:
-        """The most memory of the card at once, over the three phases."""
-        phases = _PHASES[self.way.placement](self, resident_bytes)
-        return round(FRAGMENTATION * max(phases)) + RESERVE_BYTES
+        """The most memory of the card at once, with `resident_bytes` of the denoisers there throughout."""
+        return round(FRAGMENTATION * self._most_bytes(resident_bytes)) + RESERVE_BYTES
 
-    def resident_phases(self, resident: int) -> tuple[float, ...]:
-        """Bytes while encoding, denoising, decoding, with what stays there throughout."""
-        stays = resident + self.parts.vae + (self.parts.encoders if self.way.encoders == "card" else 0)
-        comes = 0 if self.way.encoders == "card" else self.parts.encoders * STREAMED_ENCODER
-        blocks = self._blocks_bytes() if self.way.placement == "streamed" else 0
-        return (
-            stays + comes + ENCODER_BYTES,
-            stays + blocks + self.activation_bytes(),
-            stays + blocks / BLOCKS_AHEAD + self.decode_bytes(),
-        )
+    def _most_bytes(self, resident_bytes: int) -> float:
+        """The largest sum of weights and of what is computed in: while encoding, denoising, decoding."""
+        encoding, denoising, decoding = self._weights_bytes(resident_bytes)
+        activations, frames = self._activation_bytes(), self._decode_bytes()
+        return max(encoding + ENCODER_BYTES, denoising + activations, decoding + frames)
 
-    def swapped_phases(self, _resident: int) -> tuple[float, ...]:
-        """Bytes while encoding, denoising, decoding, with one part on the card at a time."""
-        return (
-            self.parts.encoders + ENCODER_BYTES,
-            self._denoisers() / self.parts.denoiser_count + self.activation_bytes(),
-            self.parts.vae + self.decode_bytes(),
-        )
+    def _weights_bytes(self, resident_bytes: int) -> tuple[float, float, float]:
+        """Weights on the card while encoding, denoising, decoding."""
+        parts, one = self.parts, self.denoisers_bytes / self.parts.denoiser_count
+        if self.placement.denoisers == "swapped":
+            return parts.encoders, one, parts.vae
+        if self.placement.denoisers == "sequential":
+            return parts.encoders * STREAMED_SHARE, one * LAYER_SHARE, parts.vae * STREAMED_SHARE
+        resident = self.placement.encoders == "card"
+        stays = resident_bytes + parts.vae + (parts.encoders if resident else 0)
+        comes = 0 if resident else parts.encoders * STREAMED_SHARE
+        blocks = self._blocks_bytes(one) if self.placement.denoisers == "streamed" else 0
+        return stays + comes, stays + blocks, stays + blocks / BLOCKS_AHEAD
 
-    def sequential_phases(self, _resident: int) -> tuple[float, ...]:
-        """Bytes while encoding, denoising, decoding, with one layer on the card at a time."""
-        layer = self._denoisers() / self.parts.denoiser_count * LAYER_SHARE
-        return (
-            self.parts.encoders * STREAMED_ENCODER + ENCODER_BYTES,
-            layer + self.activation_bytes(),
-            self.parts.vae * STREAMED_ENCODER + self.decode_bytes(),
-        )
+    @cached_property
+    def denoisers_bytes(self) -> int:
+        """All denoisers, as this placement quantises them."""
+        return round(self.parts.denoisers * QUANTIZED[self.placement.quantization] / QUANTIZED[self.parts.quantization])
 
-    def _resident_bytes(self) -> int:
+    @cached_property
+    def resident_bytes(self) -> int:
         """How much of the denoisers stays on the card."""
-        if self.way.placement == "resident":
-            return self._denoisers()
-        if not self.way.fill:
+        if self.placement.denoisers == "resident":
+            return self.denoisers_bytes
+        if not self.placement.fill:
             return 0
-        room = (self.machine.free_vram_bytes - RESERVE_BYTES) / FRAGMENTATION - max(self.resident_phases(0))
-        return max(0, min(int(room), self._denoisers()))
+        room = (self.machine.free_vram_bytes - RESERVE_BYTES) / FRAGMENTATION - self._most_bytes(0)
+        return max(0, min(int(room), self.denoisers_bytes))
 
-    def _denoisers(self) -> int:
-        return round(self.parts.denoisers * QUANTIZED[self.way.quantization] / QUANTIZED[self.parts.quantization])
+    @property
+    def streamed_bytes(self) -> int:
+        """How much of the denoisers is copied for every forward."""
+        return self.denoisers_bytes - self.resident_bytes
 
-    def _blocks_bytes(self) -> float:
-        """Of the blocks that are on the card only for a moment; of layers, if they come from mapped files."""
-        one = self._denoisers() / self.parts.denoiser_count
-        if not self.way.pinned:
-            return one * LAYER_SHARE
-        return BLOCKS_AHEAD * one / max(FEWEST_BLOCKS, power(self.parts.parameters, 1 / 3) / 60)
+    def _blocks_bytes(self, denoiser_bytes: float) -> float:
+        """The blocks that are on the card only for a moment; layers, if they come from mapped files."""
+        if not self.placement.pinned:
+            return denoiser_bytes * LAYER_SHARE
+        return BLOCKS_AHEAD * denoiser_bytes / max(FEWEST_BLOCKS, math.pow(self.parts.parameters, 1 / 3) / 60)
 
-    def activation_bytes(self) -> float:
-        """What a forward of the denoiser computes in."""
+    def _activation_bytes(self) -> float:
+        """The denoiser's activations."""
         tokens = self.work.tokens_at_once / self.machine.cards
-        return ACTIVATION_BYTES * tokens * power(self.parts.parameters, 1 / 3)
+        return ACTIVATION_BYTES * tokens * math.pow(self.parts.parameters, 1 / 3)
 
-    def decode_bytes(self) -> float:
-        """What the VAE computes in, and the finished frames."""
-        work, shape, side = self.work, self.shape, self.way.tile_side
+    def _decode_bytes(self) -> float:
+        """The VAE's activations, and the finished frames."""
+        work, shape, side = self.work, self.shape, self.placement.tile_side
         if not work.frames:
             return SOUND_DECODE_BYTES
         pixels = min(work.width, side or work.width) * min(work.height, side or work.height) * work.batch
-        return (
-            self.parts.vae_width * pixels * (shape.frame_bytes + shape.voxel_bytes * work.frames)
-            + OUTPUT_BYTES * work.voxels
-        )
+        activations = self.parts.vae_width * pixels * (shape.frame_bytes + shape.voxel_bytes * work.frames)
+        return activations + OUTPUT_BYTES * work.voxels
 
-    # ---- memory beside it
+    # ---- RAM
 
-    def _ram_bytes(self, streamed_bytes: int) -> int:
-        """RAM that the worker can't give back."""
-        pinned = streamed_bytes * self.way.pinned + self.parts.encoders * self.way.encoders_pinned
-        changed = 0 if self.way.pinned or not self.parts.changed else self.parts.denoisers
+    @cached_property
+    def _ram_bytes(self) -> int:
+        """RAM that the worker can't give back; without a card everything is in it."""
+        if not self.machine.free_vram_bytes:
+            weights = self.denoisers_bytes + self.parts.encoders + self.parts.vae
+            return PROCESS_RAM_BYTES + weights + round(max(self._activation_bytes(), self._decode_bytes()))
+        pinned = self.streamed_bytes * self.placement.pinned + self.parts.encoders * self.placement.encoders_pinned
+        changed = 0 if self.placement.pinned or not self.parts.changed else self.parts.denoisers
         return PROCESS_RAM_BYTES + max(round(PINNED_ROUNDING * pinned), changed)
 
-    def _mapped_rate(self, streamed_bytes: int) -> float:
+    @cached_property
+    def _mapped_rate(self) -> float:
         """Bytes a second from the mapped files, or from the disk itself where RAM does not hold them."""
-        in_ram = self.way.pinned or self.parts.changed
-        mapped = streamed_bytes * (not in_ram) + self.parts.encoders * (not self.way.encoders_pinned)
-        if self._ram_bytes(streamed_bytes) + mapped > self.machine.free_ram_bytes:
+        in_ram = self.placement.pinned or self.parts.changed
+        mapped = self.streamed_bytes * (not in_ram) + self.parts.encoders * (not self.placement.encoders_pinned)
+        if self._ram_bytes + mapped > self.machine.free_ram_bytes:
             return min(DISK_BYTES_PER_S, self.machine.link_bytes_per_s)
-        most = PAGEABLE_BYTES_PER_S if self.way.placement == "swapped" else MAPPED_BYTES_PER_S
+        most = PAGEABLE_BYTES_PER_S if self.placement.denoisers == "swapped" else MAPPED_BYTES_PER_S
         return min(most, self.machine.link_bytes_per_s / 3)
 
     # ---- time
 
-    def compute_s(self) -> float:
+    def _compute_s(self) -> float:
         """Seconds of arithmetic of a denoising step."""
-        one = forward_flops(self.parts.parameters, self.work.tokens, self.shape.work) / (
-            self.machine.flops_per_s * EFFICIENCY
-        )
-        slowdown = QUANTIZED_SLOWDOWN if self.way.quantization != "none" else 1.0
+        speed = self.machine.flops_per_s * EFFICIENCY
+        one = forward_flops(self.parts.parameters, self.work.tokens, self.shape.work) / speed
+        slowdown = QUANTIZED_SLOWDOWN if self.placement.quantization != "none" else 1.0
         shared = 1 / (self.machine.cards * TEAM_EFFICIENCY) if self.machine.cards > 1 else 1.0
         return one * self.work.passes * self.work.batch * slowdown * shared
 
-    def _step_s(self, streamed_bytes: int) -> float:
+    @cached_property
+    def _step_s(self) -> float:
         """Seconds of a denoising step. Copies from pinned memory hide behind the arithmetic, others add to it."""
-        compute_s = self.compute_s()
-        if self.way.placement in ("resident", "swapped"):
+        compute_s = self._compute_s()
+        if self.placement.denoisers in ("resident", "swapped"):
             return compute_s
         forwards = 1 if self.work.joined else self.work.passes
-        moved = forwards * streamed_bytes / self.parts.denoiser_count
-        if self.way.pinned:
-            first, share = STREAM_OVERHEAD
-            overhead = 1 + first + share * streamed_bytes / max(1, self._denoisers())
+        moved = forwards * self.streamed_bytes / self.parts.denoiser_count
+        first, share = STREAM_OVERHEAD
+        if self.placement.pinned:
+            overhead = 1 + first + share * self.streamed_bytes / max(1, self.denoisers_bytes)
             return max(compute_s, moved / self.machine.link_bytes_per_s) * overhead
-        return compute_s * (1 + sum(STREAM_OVERHEAD)) + moved / self._mapped_rate(streamed_bytes)
+        return compute_s * (1 + first + share) + moved / self._mapped_rate
 
-    def job_s(self, step_s: float, streamed_bytes: int) -> float:
+    def _job_s(self) -> float:
         """Seconds of the whole job once the model is loaded."""
         work = self.work
-        swaps_s = 2 * self._denoisers() / self._mapped_rate(streamed_bytes) if self.way.placement == "swapped" else 0
-        denoise_s = work.steps * work.sections * step_s
+        swaps_s = 2 * self.denoisers_bytes / self._mapped_rate if self.placement.denoisers == "swapped" else 0
+        denoise_s = work.steps * work.sections * self._step_s
         save_s = work.voxels / SAVED_VOXELS_PER_S
-        return work.runs * (self._encode_s(streamed_bytes) + swaps_s + denoise_s + self._decode_s() + save_s)
+        return work.runs * (self._encode_s() + swaps_s + denoise_s + self._decode_s() + save_s)
 
-    def _encode_s(self, streamed_bytes: int) -> float:
+    def _encode_s(self) -> float:
         compute_s = self.work.passes * self.parts.encoders * PROMPT_TOKENS / self.machine.flops_per_s
-        rate = self.machine.link_bytes_per_s if self.way.encoders_pinned else self._mapped_rate(streamed_bytes)
-        runs = self.work.passes * self.shape.encoder_runs
-        trips = {"card": 0, "streamed": runs, "swapped": 2}
-        return compute_s + trips[self.way.encoders] * self.parts.encoders / rate
+        rate = self.machine.link_bytes_per_s if self.placement.encoders_pinned else self._mapped_rate
+        copies = {"card": 0, "streamed": self.work.passes * self.shape.encoder_runs, "swapped": 2}
+        return compute_s + copies[self.placement.encoders] * self.parts.encoders / rate
 
     def _decode_s(self) -> float:
-        work, side = self.work, self.way.tile_side
+        work, side = self.work, self.placement.tile_side
         slower = self.parts.vae_width > 1 and self.machine.free_vram_bytes  # a CPU was measured in float32
         rate = self.machine.flops_per_s * EFFICIENCY * (FLOAT32_SHARE if slower else 1)
         tiled = TILED_DECODE[side] if max(work.width, work.height) > side else 1.0
-        layered = SEQUENTIAL_VAE if self.way.placement == "sequential" else 1.0
+        layered = SEQUENTIAL_VAE if self.placement.denoisers == "sequential" else 1.0
         size = min(1.0, self.parts.vae / (self.parts.vae_width * USUAL_VAE_BYTES))
         return size * DECODE_FLOPS * work.voxels / rate * tiled * layered
-
-
-_PHASES: Mapping[str, Callable[[_Case, int], tuple[float, ...]]] = {
-    "resident": _Case.resident_phases,
-    "streamed": _Case.resident_phases,
-    "swapped": _Case.swapped_phases,
-    "sequential": _Case.sequential_phases,
-}
 
 
 def _refusal(model: Model, work: Work, machine: Machine, least: Plan) -> str:
@@ -403,8 +382,9 @@ def _refusal(model: Model, work: Work, machine: Machine, least: Plan) -> str:
             f"model: '{model.id}' needs about {_gib(least.ram_bytes)} of RAM, and {_gib(machine.free_ram_bytes)} are"
             " free. End other programs, or choose a smaller model."
         )
+    size = f"{work.width}x{work.height} with {work.frames} frames" if work.frames else "this length"
     return (
-        f"model: '{model.id}' needs about {_gib(least.peak_vram_bytes)} of GPU memory for {work.told}, even with its"
+        f"model: '{model.id}' needs about {_gib(least.peak_vram_bytes)} of GPU memory for {size}, even with its"
         f" weights streamed in layer by layer, and {_gib(machine.free_vram_bytes)} are free. Ask for a smaller"
         " resolution, fewer frames or batch_size 1, or choose a smaller model."
     )

@@ -1,6 +1,6 @@
-"""Sliding windows: how a video that is longer than a model makes at once is cut into overlapping pieces.
+"""Sliding windows: how a video that is longer than a model makes at once is cut into overlapping windows.
 
-Pure arithmetic; `engine.gpu.sliding` makes the pieces and joins them.
+Pure arithmetic; `engine.gpu.run.sliding` makes the windows and joins them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,16 +44,17 @@ def _windows(job: Job, rule: FrameRule) -> Iterator[Window]:
 def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[str]) -> tuple[int, int]:
     """The most frames of a window, and how many it shares with the one before; 0 and 0: no windows.
 
-    What a request asks for and the model can't do is changed, and told in `warnings`.
+    What a request asks for and the model can't do is changed, with a sentence in `warnings`.
     """
-    way, size, overlap = model.continuation(task), values["sliding_window_size"], values["sliding_window_overlap"]
-    if way is None:
+    continuation = model.continuation(task)
+    size, overlap = values["sliding_window_size"], values["sliding_window_overlap"]
+    if continuation is None:
         if size or overlap:
             warnings.append(f"sliding_window_size: model '{model.id}' has no such setting, the value was ignored")
         return 0, 0
     if size == 0:
         return 0, 0
-    shared = min(overlap or way.overlap, way.most)
+    shared = min(overlap or continuation.overlap, continuation.most)
     if shared != (overlap or shared):
         warnings.append(f"sliding_window_overlap: {overlap} was changed to {shared}, the most for model '{model.id}'")
     wanted = size or int(model.defaults["video_length"])  # what the model was made for
@@ -64,7 +65,7 @@ def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[st
 
 
 def usual(model: Model) -> dict[str, int] | None:
-    """Size and overlap of a window where nobody says; None if the model makes every video at once."""
+    """Size and overlap of a window by default; None if the model makes every video at once."""
     values = dict.fromkeys(SETTINGS) | {name: model.defaults[name] for name in SETTINGS if name in model.defaults}
     size, overlap = chosen(model, model.tasks[0], values, [])
     return {"size": size, "overlap": overlap} if size else None

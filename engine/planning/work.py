@@ -1,4 +1,4 @@
-"""What a job is made of: the bytes of a model, the tokens of a request, and the arithmetic that both ask for."""
+"""What a job consists of: the bytes of a model, the tokens of a request, and the arithmetic that both need."""
 
 import math
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ ATTENTION_WIDTH = 28  # layers x width is the parameters to the power 2/3, divid
 
 @dataclass(frozen=True)
 class Shape:
-    """What the sizes of a family mean; what is 0 follows a rule.
+    """How the sizes of a family count; a step of 0 follows a rule.
 
     A token is `pixel_step` pixels square (rule: the size step, between 16 and 32) and `frame_step` frames long (rule:
     the length step). The VAE needs `frame_bytes` for a pixel of one frame however many there are, and `voxel_bytes` for
-    a pixel of each frame, both with numbers of 2 bytes. `work` is the share of the weights that a token meets,
-    `encoder_runs` how often the encoders run for one prompt.
+    a pixel of each frame, both with numbers of 2 bytes. `work` is the share of the weights that a token passes
+    through, `encoder_runs` how often the encoders run for one prompt.
     """
 
     pixel_step: int = 0
@@ -49,7 +49,7 @@ SHAPES: Mapping[str, Shape] = {
     "cogvideox": Shape(frame_step=4, frame_bytes=45_800),
     "cogview": Shape(pixel_step=16, voxel_bytes=1_550),
     "easyanimate": Shape(voxel_bytes=1_160),
-    "glm": Shape(pixel_step=16, voxel_bytes=1_550, encoder_runs=1_000),  # it writes the picture as words first
+    "glm": Shape(pixel_step=16, voxel_bytes=1_550, encoder_runs=1_000),  # it writes the picture as tokens first
     "helios": Shape(pixel_step=16, frame_step=4, frame_bytes=9_800),
     "hunyuan": Shape(frame_step=4, frame_bytes=39_500),
     "hunyuan_1_5": Shape(voxel_bytes=1_800),
@@ -68,7 +68,7 @@ SHAPES: Mapping[str, Shape] = {
     "wan": Shape(frame_step=4, frame_bytes=9_800),
 }
 SOUND_TOKENS_PER_S = 25
-SOUND_S = 60.0  # where a job names no duration
+SOUND_S = 60.0  # where a job has no duration
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Parts:
     parameters: int = 0  # of one denoiser
     vae_width: float = 1.0  # bytes of its numbers against bf16
     quantization: str = "none"  # of the denoisers, whose bytes are counted as they are then
-    changed: bool = False  # after loading: the denoisers' weights are no longer a file's pages, which RAM may drop
+    changed: bool = False  # after loading: the denoisers' weights are no longer pages of a file, which may be dropped
 
     @classmethod
     def of(cls, model: Model) -> "Parts":
@@ -121,37 +121,41 @@ class Work:
     @classmethod
     def of(cls, model: Model, job: Job) -> "Work":
         """What `job` asks of `model`."""
-        # A long video is made for itself: each of its windows goes on from the one before.
-        batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
         size = (job.width, job.height, job.window_frames or job.frames)
-        work = cls._of_size(model, job.task, size, job.duration_s)
-        guided = _is_guided(model, job.task, job.guidance_scale)
+        run = cls._of_run(
+            model, job.task, size, steps=job.steps, guidance=job.guidance_scale, duration_s=job.duration_s
+        )
+        # A long video is made by itself: each of its windows continues the one before.
+        batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
         runs = job.repeat_generation * job.batch_size // batch * len(windows(job, model.frames))
-        return replace(work, steps=work.steps * job.steps, passes=1 + guided, batch=batch, runs=runs)
+        return replace(run, batch=batch, runs=runs)
 
     @classmethod
     def usual(cls, model: Model) -> "Work":
-        """What a request that names only a prompt asks for."""
-        task, settings = model.tasks[0], default_settings(model)
+        """What a request asks for that has only a prompt."""
+        settings = default_settings(model)
         width, height = map(int, settings.get("resolution", "0x0").split("x"))
-        frames = settings.get("video_length", 1 if width else 0)
-        work = cls._of_size(model, task, (width, height, frames), settings.get("duration_seconds"))
+        size = (width, height, settings.get("video_length", 1 if width else 0))
         steps = settings.get("num_inference_steps") or model.fixed_steps or 1
-        guided = _is_guided(model, task, settings.get("guidance_scale"))
-        return replace(work, steps=work.steps * steps, passes=1 + guided)
+        guidance, duration_s = settings.get("guidance_scale"), settings.get("duration_seconds")
+        return cls._of_run(model, model.tasks[0], size, steps=steps, guidance=guidance, duration_s=duration_s)
 
     @classmethod
-    def _of_size(cls, model: Model, task: str, size: tuple[int, int, int], duration_s: float | None) -> "Work":
-        """One step without guidance."""
+    def _of_run(
+        cls, model: Model, task: str, size: tuple[int, int, int], *,
+        steps: int, guidance: float | None, duration_s: float | None,
+    ) -> "Work":  # fmt: skip
         width, height, frames = size
         pipeline = model.pipelines[task]
         section = min(pipeline.section_frames or frames, frames)
+        guided = (guidance or 0) > 1 and pipeline.cfg_passes != "single"
         return cls(
             width=width,
             height=height,
             frames=frames,
-            steps=pipeline.stages,
+            steps=pipeline.stages * steps,
             tokens=tokens(model, width, height, section, duration_s),
+            passes=1 + guided,
             joined=pipeline.cfg_passes.startswith("batched"),
             sections=math.ceil(frames / section) if section else 1,
         )
@@ -166,11 +170,6 @@ class Work:
         """Tokens that one forward carries."""
         return self.tokens * self.batch * (self.passes if self.joined else 1)
 
-    @property
-    def told(self) -> str:
-        """The size in words."""
-        return f"{self.width}x{self.height} with {self.frames} frames" if self.frames else "this length"
-
 
 def tokens(model: Model, width: int, height: int, frames: int, duration_s: float | None = None) -> int:
     """How many tokens the denoiser sees for one result: latent frames x latent size / patch, or seconds of sound."""
@@ -181,15 +180,6 @@ def tokens(model: Model, width: int, height: int, frames: int, duration_s: float
     return math.ceil(frames / shape.frame_step) * rows * columns
 
 
-def _is_guided(model: Model, task: str, guidance_scale: float | None) -> bool:
-    return (guidance_scale or 0) > 1 and model.pipelines[task].cfg_passes != "single"
-
-
 def forward_flops(parameters: int, token_count: int, work: float = 1.0) -> float:
     """Operations of one forward: the products with the weights, and self-attention."""
-    return 2 * parameters * work * token_count + 4 * token_count**2 * power(parameters, 2 / 3) / ATTENTION_WIDTH
-
-
-def power(base: float, exponent: float) -> float:
-    """`base ** exponent`, of which mypy does not know that it is no complex number."""
-    return math.pow(base, exponent)
+    return 2 * parameters * work * token_count + 4 * token_count**2 * math.pow(parameters, 2 / 3) / ATTENTION_WIDTH

@@ -51,8 +51,8 @@ def planned(
 
 def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
     """Put the parts, which lie in RAM, where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
-    _PLACINGS[plan.way.placement](pipe, plan, device)
-    tile_vae(pipe, plan.way.tile_side)
+    _PLACINGS[plan.placement.denoisers](pipe, plan, device)
+    tile_vae(pipe, plan.placement.tile_side)
 
 
 # ---- what is there
@@ -191,7 +191,7 @@ def _streamed(pipe: Any, plan: Plan, device: torch.device) -> None:
         part.to(device)
     share = plan.resident_bytes / max(1, plan.resident_bytes + plan.streamed_bytes)
     for denoiser in _denoisers(pipe):
-        _stream_blocks(denoiser, round(share * size_bytes(denoiser)), device, plan.way.pinned)
+        _stream_blocks(denoiser, round(share * size_bytes(denoiser)), device, plan.placement.pinned)
     _place_encoders(pipe, plan, device)
 
 
@@ -217,8 +217,8 @@ _PLACINGS: Mapping[str, Callable[[Any, Plan, torch.device], None]] = {
 
 def _place_encoders(pipe: Any, plan: Plan, device: torch.device) -> None:
     for encoder in _encoders(pipe):
-        if plan.way.encoders == "streamed":
-            _stream_layers(encoder, device, plan.way.encoders_pinned)
+        if plan.placement.encoders == "streamed":
+            _stream_layers(encoder, device, plan.placement.encoders_pinned)
         else:
             encoder.to(device)
 

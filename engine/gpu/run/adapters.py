@@ -1,4 +1,4 @@
-"""The LoRAs of a job on the loaded model. Loaded once, they stay, and are switched on and off from task to task."""
+"""The LoRAs of a job on the loaded model. Once loaded they stay, and are enabled and disabled from task to task."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,16 +24,16 @@ def load_file(pipe: Any, path: Path, name: str, target: str) -> None:
 
 
 class Adapters:
-    """What is loaded on one pipeline's denoisers."""
+    """The LoRAs that are loaded on one pipeline's denoisers."""
 
     def __init__(self) -> None:
         self._names: dict[Path, str] = {}
 
     @contextmanager
     def applied(self, pipe: Any, job: Job) -> Iterator[Callable[[int], None]]:
-        """Within the block the job's LoRAs work, in the strength of the first step.
+        """Within the block the job's LoRAs are enabled, with the strengths of the first step.
 
-        Yields what is to be called after each step with the number of steps that are done.
+        Yields what to call after each step with the number of steps that are done.
         """
         for lora in job.loras:
             self._load(pipe, lora.path)
@@ -59,28 +59,25 @@ class Adapters:
 
 
 class _Strengths:
-    """How strong each LoRA is at which step; set anew only where it changes."""
+    """The strength of each LoRA at each step; set again only where it changes."""
 
     def __init__(self, pipe: Any, job: Job, names: list[str]) -> None:
         self._pipe, self._job, self._names = pipe, job, names
         self._now: list[dict[str, float]] = []
 
     def set(self, step: int) -> None:
-        """Be as strong as `step`, from 0, asks for."""
+        """Set the strengths for `step`, from 0; after the last step nothing happens."""
         if step == self._job.steps:
-            return  # the last is done
+            return
         wanted = [strength(lora, step, self._job.steps) for lora in self._job.loras]
         if wanted != self._now:
             self._now = wanted
-            self._pipe.set_adapters(self._names, self._weights(wanted))
-
-    def _weights(self, wanted: list[dict[str, float]]) -> list[Any]:
-        two = getattr(self._pipe, EXPERTS[1], None) is not None
-        return wanted if two else [by_expert[EXPERTS[0]] for by_expert in wanted]
+            two = getattr(self._pipe, EXPERTS[1], None) is not None
+            self._pipe.set_adapters(self._names, wanted if two else [each[EXPERTS[0]] for each in wanted])
 
 
 def strength(lora: Lora, step: int, steps: int) -> dict[str, float]:
-    """The strength at a step for each expert: the first phase is that of the first, the last of the second.
+    """The strength at a step for each expert: the first phase is for the first, the last one for the second.
 
     Several values are spread evenly over the steps.
     """

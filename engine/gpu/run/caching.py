@@ -1,6 +1,6 @@
-"""Step caches: denoising steps whose result can be told from the steps before are not computed.
+"""Step caches: denoising steps whose result follows from the steps before are not computed.
 
-How many is the request's wish (`skip_steps_multiplier`); which ones, each cache decides in its own way.
+The request says how many (`skip_steps_multiplier`); each cache decides in its own way which.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,16 +11,16 @@ import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
 from engine.catalog.models import Model
-from engine.gpu.run import teacache
 from engine.job import Job
 from engine.planning import calibration
 
-# The change of the first block's output, in shares, below which the others are left out, for a wanted speed.
+# Wanted speed → relative change of the first block's output below which the other blocks are skipped.
 FIRST_BLOCK_THRESHOLDS: Mapping[float, float] = {1.5: 0.06, 1.75: 0.08, 2.0: 0.12, 2.25: 0.16, 2.5: 0.2}
-# diffusers matches its patterns against whole names, and its own end before the number of `attn1` and `attn2`.
+# diffusers matches patterns against whole names, and its own do not include the number of `attn1` and `attn2`.
 TAYLOR_MODULES = [r"(transformer_)?blocks\.\d+\.(attn\d?|ffn|ff)", r"single_transformer_blocks\.\d+\.attn"]
 TRAIN_TIMESTEPS = 1000
 TAYLOR_WARM_STEPS = 3  # a tangent needs two points, and the first steps change too much
+COMPUTE, SKIP, BETWEEN = 2.0, 1.0, 0.5  # magnitude ratios whose errors, 1 and 0, are above and below a threshold
 
 Switch = Callable[[], None]
 
@@ -38,7 +38,7 @@ def cached(pipe: Any, model: Model, job: Job) -> Iterator[None]:
 
 
 def _shares(pipe: Any, model: Model, job: Job) -> list[tuple[Any, torch.Tensor]]:
-    """The denoisers, each with the timesteps that fall to it."""
+    """The denoisers, each with its timesteps."""
     if model.boundary_ratio is None and job.skip_steps_cache_type != "tea":
         return [(pipe.transformer, torch.arange(job.steps, 0, -1))]  # only their number counts
     pipe.scheduler.set_timesteps(job.steps)
@@ -54,7 +54,7 @@ def _warm_steps(steps: int, job: Job) -> int:
 
 
 def _mag(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Switch:
-    """MagCache, with the share of the ratios that belongs to this denoiser."""
+    """MagCache, with this denoiser's share of the ratios."""
     steps = len(timesteps)
     whole = calibration.ratios(model.mag_calibration, job.steps)
     ratios = whole[-steps:] if _is_second(model, timesteps) else whole[:steps]
@@ -99,22 +99,44 @@ def _switched_on(denoiser: Any, config: Any) -> Switch:
     denoiser.enable_cache(config)
 
     def off() -> None:
-        denoiser._reset_stateful_cache()  # after an exception the pipeline has not done it
+        denoiser._reset_stateful_cache()  # which the pipeline does not do after an exception
         denoiser.disable_cache()
 
     return off
 
 
 def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Switch:
+    """TeaCache (arXiv:2411.19108): the steps where the time embedding has hardly changed are skipped.
+
+    The embedding depends on the timestep alone, so the steps to compute are known before the run; MagCache is given
+    the ratios with which it computes exactly those.
+    """
     coefficients = calibration.constants()["teacache"][model.tea_calibration]["coefficients"]
-    changes = teacache.embedding_changes(denoiser, timesteps.to(denoiser.device))
-    warm = _warm_steps(len(timesteps), job)
+    changes = embedding_changes(denoiser, timesteps.to(denoiser.device))
+    steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
 
     def schedule(threshold: float) -> list[bool]:
         return calibration.tea_schedule(coefficients, changes, threshold, warm)
 
-    teacache.enable(denoiser, schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule)))
-    return lambda: teacache.disable(denoiser)
+    computed = schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule))
+    config = MagCacheConfig(
+        threshold=BETWEEN,
+        max_skip_steps=steps,
+        retention_ratio=0.0,
+        num_inference_steps=steps,
+        mag_ratios=[COMPUTE if compute else SKIP for compute in computed],
+    )
+    return _switched_on(denoiser, config)
+
+
+@torch.no_grad()
+def embedding_changes(denoiser: Any, timesteps: torch.Tensor) -> list[float]:
+    """The relative L1 change of the time embedding of a Wan denoiser from each timestep to the next."""
+    embedder = denoiser.condition_embedder
+    dtype = next(embedder.time_embedder.parameters()).dtype
+    embedded = embedder.time_embedder(embedder.timesteps_proj(timesteps.float()).to(dtype)).float()  # (steps, D)
+    changes = (embedded.diff(dim=0).abs().mean(1) / embedded[:-1].abs().mean(1)).tolist()
+    return [float(change) for change in changes]
 
 
 _CACHES: Mapping[str, Callable[[Any, torch.Tensor, Model, Job], Switch]] = {

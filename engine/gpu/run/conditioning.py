@@ -1,7 +1,7 @@
 """The input media of a job as arguments of a pipeline: pictures, lists of frames, masks, waveforms.
 
-How start picture, end picture and source video reach a class is its form (`start_image_as` in the catalogue); every
-other input has a parameter of its own.
+The form of a class (`start_image_as` in the catalogue) is how it takes start picture, end picture and source video;
+every other input has a parameter of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +29,8 @@ LEAD = "lead"  # beside the inputs of a masked video: the frames that it begins 
 class Call:
     """One call of a pipeline: `job`, which makes a result for each of `seeds`.
 
-    A window of a longer video begins with the frames of `lead`, each (H, W, 3) uint8, if it is not the first, and its
-    first frame is frame `start` of the videos that were sent.
+    A window of a longer video begins with the frames of `lead`, each (H, W, 3) uint8, unless it is the first; frame
+    `start` of the input videos belongs to its first frame.
     """
 
     job: Job
@@ -40,7 +40,7 @@ class Call:
 
 
 def roles(pipeline: Pipeline, call: Call, sample_rate: int) -> dict[str, Any]:
-    """Role → value for everything that was sent; what fills the frame is cropped to it and never stretched.
+    """Role → value for every input; what fills the frame is cropped to it and never stretched.
 
     Sound comes at `sample_rate` samples a second.
     """
@@ -114,7 +114,7 @@ def _as_sound_batch(pipeline: Pipeline, _: Job, opened: Mapping[str, torch.Tenso
 def _as_masked_video(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
     """A video that is grey where nothing is known, and a mask that is black where a frame stays as it is.
 
-    A video without a mask leads the new one and is painted over everywhere.
+    A video without a mask guides the new one and is painted over everywhere.
     """
     taken = FORMS[pipeline.start_image_as] | {LEAD}
     others = _as_themselves(pipeline, job, {name: value for name, value in opened.items() if name not in taken})
@@ -142,8 +142,8 @@ def _as_rgba(pipeline: Pipeline, _: Job, opened: Mapping[str, Any]) -> dict[str,
 
 
 def _as_conditions(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
-    """Each picture, and a source video, with the number of the frame where it belongs, in LTX-Video's own words."""
-    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition  # heavy: only for who needs it
+    """Each picture, and a source video, with the index of its first frame, as LTX-Video's own class."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition  # heavy, and few jobs need it
 
     def condition(value: Any, frame: int) -> LTXVideoCondition:
         return LTXVideoCondition(**{"video" if isinstance(value, list) else "image": value}, frame_index=frame)
@@ -152,8 +152,8 @@ def _as_conditions(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str
 
 
 def _as_conditions_2(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
-    """The same in the words of LTX-2, which counts latent frames: the end is its last one."""
-    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition  # heavy: only for who needs it
+    """The same for LTX-2, which counts latent frames: -1 is the last."""
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition  # heavy, and few jobs need it
 
     return _conditions(job, opened, lambda value, frame: LTX2VideoCondition(frames=value, index=-1 if frame else 0))
 
@@ -170,9 +170,10 @@ def _as_frame_tensors(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -
 
 
 def _as_masked_tensors(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
-    """A masked video in one tensor, with a mask of 0 and 255: at 255 everywhere the class leaves the video out."""
-    roles = _as_masked_video(pipeline, job, opened)
-    return {**roles, "source_video": _stacked(roles["source_video"], job), "mask": 255 * _stacked(roles["mask"], job)}
+    """A masked video in one tensor, with a mask of 0 and 255: if that is 255 everywhere the class ignores the video."""
+    masked = _as_masked_video(pipeline, job, opened)
+    video, mask = (_stacked(masked[role], job) for role in ("source_video", "mask"))
+    return {**masked, "source_video": video, "mask": 255 * mask}
 
 
 def _stacked(pictures: Image.Image | list[Image.Image], job: Job) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """From latents to frames: the precision in which a VAE decodes, and Wan's VAE piece by piece.
 
-What it encodes stays as precise as the catalogue says: a condition's error is seen in all that is made after it, an
+The encoder keeps the precision of the catalogue: an error in a condition shows in everything that is made from it, an
 error of the decoder only where it happens.
 """
 
@@ -15,14 +15,14 @@ from torch import nn
 from engine.gpu.run.results import pixels
 
 AUTO = "auto"
-# Classes whose decoder works in bfloat16 as well: no value in it grows beyond what 8 bits of mantissa can tell apart.
+# Classes whose decoder works in bfloat16 as well: 8 bits of mantissa distinguish all of its values.
 SAFE = frozenset({"AutoencoderKLWan"})
 
 
 def set_precision(pipe: Any, wanted: str, device: torch.device) -> None:
     """Let the VAE decode in 16 bits where that is safe; `wanted` is auto (16 on CUDA), 16 or 32.
 
-    What goes in and what comes out have the dtype of its encoder, as before.
+    Its inputs and outputs keep the dtype of its encoder.
     """
     vae: Any = getattr(pipe, "vae", None)
     halved = wanted == "16" or (wanted == AUTO and device.type == "cuda")
@@ -35,7 +35,7 @@ def set_precision(pipe: Any, wanted: str, device: torch.device) -> None:
 
 
 def width_of(pipe: Any) -> float:
-    """How wide the numbers are in which the VAE decodes, against 16 bits."""
+    """The width of the numbers in which the VAE decodes, in multiples of 16 bits."""
     vae: Any = getattr(pipe, "vae", None)
     decoder = getattr(vae, "decoder", vae)
     weight = next(decoder.parameters(), None) if isinstance(decoder, nn.Module) else None
@@ -55,14 +55,14 @@ def _widened(_: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> to
 
 @torch.no_grad()
 def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tensor]:
-    """What Wan's VAE makes of the normalised latents of one video: the frames of each latent frame, (F, H, W, 3) uint8.
+    """Decode the normalised latents of one video with Wan's VAE: the frames of each latent frame, (F, H, W, 3) uint8.
 
     latents: (1, C, F, H, W); a class may have put reference pictures before those of the video's `frames`. The frames
     are those of `vae.decode`, bit by bit, but they can be encoded while the next ones are decoded, and the whole video
     is never on the card.
     """
     vae = pipe.vae
-    if hook := getattr(vae, "_hf_hook", None):  # it brings the VAE to the card, and hangs on `decode`
+    if hook := getattr(vae, "_hf_hook", None):  # it moves the VAE to the card, but only in `decode`
         hook.pre_forward(vae)
     count = (frames - 1) // vae.config.scale_factor_temporal + 1
     z = _restored(vae, latents[:, :, -count:])
@@ -75,7 +75,7 @@ def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tens
 
 
 def _restored(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The latents as the VAE knows them, with the mean and the deviation that they had."""
+    """The latents as the VAE knows them, with the mean and the deviation of the VAE's config."""
     z = latents.to(get_module_execution_device(vae), dtype=vae.dtype)
     mean, deviation = (
         torch.tensor(values).view(1, -1, 1, 1, 1).to(z) for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -90,7 +90,7 @@ def _in_tiles(vae: Any, z: torch.Tensor) -> bool:
 
 
 def _tiled(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield vae.decode(z, return_dict=False)[0]  # tile after tile, each through all frames
+    yield vae.decode(z, return_dict=False)[0]  # tile by tile, each through all frames
 
 
 def _chunks(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -1,11 +1,11 @@
-"""The pace of a video: how much changes from frame to frame, and how a jump in it is spread out."""
+"""The pace of a video: how much changes from frame to frame, and how a jump is spread out."""
 
 from itertools import pairwise
 
 import torch
 
-JUMP = 1.1  # times the usual change: a step below it is not seen as one
-ROUNDS = 4  # of evening: later ones change nothing that can be seen
+JUMP = 1.1  # times the usual change: a smaller step is not visible
+ROUNDS = 4  # of evening: later ones change nothing visible
 
 
 def changes(frames: torch.Tensor) -> torch.Tensor:
@@ -17,30 +17,30 @@ def changes(frames: torch.Tensor) -> torch.Tensor:
 def evened(frames: torch.Tensor, usual: float) -> torch.Tensor:
     """`frames`, (F, H, W, 3) uint8, at an even pace if one of their changes is a jump against `usual`; else unchanged.
 
-    The first and the last stay. Each one between is moved in time to where its share of all the change is done, and is
-    a blend of the two frames around that place: so no change is larger than the mean of them all was.
+    The first and the last stay. Each one between is moved in time to where its share of the whole change is reached,
+    and is a blend of the two frames around that time: so no change is larger than the mean of all was.
     """
     if changes(frames).max() <= JUMP * usual:
         return frames  # a blend is a little softer than a frame
-    places, tries, made = torch.arange(float(len(frames))), [], frames
-    for _ in range(ROUNDS):  # a step around a corner is shorter than its way, so that the first round is not quite even
-        places = _evened(places, changes(made))
-        made = _at(frames, places)
+    times, tries, made = torch.arange(float(len(frames))), [], frames
+    for _ in range(ROUNDS):  # blends change less than the frames around them, so that one round is not quite even
+        times = _evened(times, changes(made))
+        made = _at(frames, times)
         tries.append(made)
     return min(tries, key=lambda one: float(changes(one).max()))
 
 
-def _evened(places: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """As many places in time as before, (F,) float32, between which as much is done each; `steps` is what was."""
+def _evened(times: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """As many times as before, (F,) float32, moved so that all changes are equal; `steps` are the present changes."""
     done = torch.cat([torch.zeros(1), steps.cumsum(0)])
     wanted = torch.linspace(0, float(done[-1]), len(done))[1:-1]
     after = torch.searchsorted(done, wanted).clamp(min=1)
-    shares = (wanted - done[after - 1]) / (done[after] - done[after - 1]).clamp(min=1e-9)  # nothing may be done at all
-    return torch.cat([places[:1], places[after - 1].lerp(places[after], shares), places[-1:]])
+    shares = (wanted - done[after - 1]) / (done[after] - done[after - 1]).clamp(min=1e-9)  # nothing may change at all
+    return torch.cat([times[:1], times[after - 1].lerp(times[after], shares), times[-1:]])
 
 
-def _at(frames: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """What is to be seen at each place in time: a blend of the two frames around it."""
-    before = places.long().clamp(max=len(frames) - 2)
-    shares = (places - before).view(-1, 1, 1, 1)
+def _at(frames: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """The picture at each time: a blend of the two frames around it."""
+    before = times.long().clamp(max=len(frames) - 2)
+    shares = (times - before).view(-1, 1, 1, 1)
     return frames[before].float().lerp(frames[before + 1].float(), shares).round().to(torch.uint8)

@@ -1,13 +1,14 @@
 """Run a Job through a loaded diffusers pipeline.
 
-What differs from class to class is the catalogue's table of parameter names; there is no branch on a class here.
+Pipeline classes differ in the names of their parameters, and the catalogue has a table of those; no code here depends
+on a class.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import reduce
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
@@ -23,74 +24,65 @@ from engine.gpu.run.steps import StepCounter
 from engine.job import SEED_RANGE, Job, Phase
 from engine.planning.work import Work
 
-if TYPE_CHECKING:
-    from engine.gpu.team.lead import Team
+AfterStep = Callable[[int], None]  # called after each step with the number of steps that are done
+Together = Callable[[Any, Job, AfterStep], AbstractContextManager[AfterStep]]  # Team.together
 
 LATENT = "latent"
-CHECKS = 8  # for a cancel, within a call of a denoiser: a call takes up to a minute, and each look a hundredth of a ms
+CHECKS = 8  # for a cancel, within a call of a denoiser: a call takes up to a minute, and each check 0.01 ms
 
 
 def render(
-    pipe: Any, model: Model, job: Job, meter: Meter, adapters: Adapters | None = None, *, team: "Team | None" = None
+    pipe: Any,
+    model: Model,
+    job: Job,
+    meter: Meter,
+    adapters: Adapters | None = None,
+    *,
+    together: Together | None = None,
 ) -> Iterator[Clip]:
-    """Run `job`, together with `team`, and yield its clips as they are ready, file i with the seed `job.seed + i`.
+    """Run `job` and yield its clips as they are ready, file i with the seed `job.seed + i`.
 
-    Reports encoding, each denoising step and decoding to `meter`, from where a cancel raises Cancelled.
+    Reports encoding, each denoising step and decoding to `meter`, which raises Cancelled on a cancel. Within `together`
+    other devices compute each call of a denoiser too.
     """
-    work, numbers = Work.of(model, job), count()
-    loras = adapters or Adapters()
+    work, numbers, loras = Work.of(model, job), count(), adapters or Adapters()
 
     def run(call: Call) -> Iterator[Clip]:
         meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
         meter.begin_run(next(numbers), work.runs, job.steps)
-        return _run(pipe, model, call, meter, loras, team=team)
+        return _run(pipe, model, call, meter, loras, together=together)
 
-    with _reported(pipe, meter, alone=team is None):
-        for seeds in seeds_of_calls(job, work.batch):
+    with _reported(pipe, meter, alone=together is None):
+        for seeds in _seeds_of_calls(job, work.batch):
             if job.window_frames:
-                yield Clip(seeds[0], sliding.frames(model, job, seeds[0], lambda call: _only_frames(run(call))))
+                yield Clip(seeds[0], sliding.video(model, job, seeds[0], lambda call: _only_frames(run(call))))
             else:
                 yield from run(Call(job, seeds))
 
 
-def _only_frames(clips: Iterator[Clip]) -> torch.Tensor:
-    """(F, H, W, 3) uint8 of a call that makes one video."""
-    (clip,) = clips
-    assert clip.frames is not None
-    return torch.cat(list(clip.frames))
-
-
-def seeds_of_calls(job: Job, size: int) -> list[list[int]]:
-    """The seeds of the job's files, `size` of them made at once."""
-    seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
-    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
-
-
-def sample_rate(pipe: Any, pipeline: Pipeline) -> int:
-    """Samples a second of the sound that the pipeline makes; 0 where it makes none."""
-    return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
-
-
 def _run(
-    pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters, *, team: "Team | None"
+    pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters, *, together: Together | None
 ) -> Iterator[Clip]:
     """One call of the pipeline, and the clips that it makes."""
     job, pipeline = call.job, model.pipelines[call.job.task]
     with prepared(pipe, model, job, adapters) as (fitted, set_strengths):
         torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
-        together = team.together(fitted, job, set_strengths) if team else nullcontext(set_strengths)
-        with together as after_step, StepCounter(fitted, job, pipeline, meter, after_step).counting() as arguments:
-            output = fitted(**call_arguments(fitted, model, call), **arguments)
-    if pipeline.output_type == LATENT:
-        return _decoded(fitted, output.frames, call)
-    return results.clips(output, pipeline, call.seeds, sample_rate(fitted, pipeline), job.frames)
+        joint = together(fitted, job, set_strengths) if together else nullcontext(set_strengths)
+        with joint as after_step, StepCounter(fitted, job, pipeline, meter, after_step).counting() as callback:
+            output = fitted(**_call_arguments(fitted, model, call), **callback)
+    if pipeline.output_type == LATENT:  # Wan's, (B, C, F, H, W); their frames are decoded as they are iterated over
+        latents = output.frames.split(1)
+        return (
+            Clip(seed, decoding.pieces(fitted, one, job.frames)) for seed, one in zip(call.seeds, latents, strict=True)
+        )
+    return results.clips(output, pipeline, call.seeds, _sample_rate(fitted, pipeline), job.frames)
 
 
 @contextmanager
-def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[tuple[Any, Callable[[int], None]]]:
+def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[tuple[Any, AfterStep]]:
     """Within the block, the pipeline for the job's task with its schedule, guidance, LoRAs and step cache.
 
-    With it comes what is to be called after each step with the number of steps that are done.
+    Yields it with what sets the LoRAs' strengths after each step.
     """
     pipeline = model.pipelines[job.task]
     pipe = pipelines.sibling(pipe, pipeline)
@@ -106,21 +98,33 @@ def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[
         yield pipe, set_strengths
 
 
-def _decoded(pipe: Any, latents: torch.Tensor, call: Call) -> Iterator[Clip]:
-    """The clips of Wan's latents, (B, C, F, H, W); their frames are decoded when they are asked for."""
-    for i, seed in enumerate(call.seeds):
-        yield Clip(seed, decoding.pieces(pipe, latents[i : i + 1], call.job.frames))
+def _only_frames(clips: Iterator[Clip]) -> torch.Tensor:
+    """(F, H, W, 3) uint8 of a call that makes one video."""
+    (clip,) = clips
+    assert clip.frames is not None
+    return torch.cat(list(clip.frames))
+
+
+def _seeds_of_calls(job: Job, size: int) -> list[list[int]]:
+    """The seeds of the job's files, `size` for each call."""
+    seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
+    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
+
+
+def _sample_rate(pipe: Any, pipeline: Pipeline) -> int:
+    """Samples a second of the sound that the pipeline makes; 0 where it makes none."""
+    return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
 
 
 def _shift(pipe: Any, parameter: str, value: float) -> None:
-    """Let the scheduler have this shift; one that has it stays, and begins anew when its timesteps are set."""
+    """Give the scheduler this shift; one that has it stays, and starts over when its timesteps are set."""
     scheduler = pipe.scheduler
     if scheduler.config[parameter] != value:
         pipe.scheduler = type(scheduler).from_config(scheduler.config, **{parameter: value})
 
 
 def _guide(pipe: Any, scale: float) -> None:
-    """Set the strength of the guiders; some classes have a second one for prompts with writing in them."""
+    """Set the scale of the guiders; some classes have a second one for prompts that ask for written text."""
     for name in ("guider", "ocr_guider"):
         if (guider := getattr(pipe, name, None)) is not None:
             setattr(pipe, name, guider.new(guidance_scale=scale))
@@ -131,10 +135,10 @@ def _latent_side(pipe: Any, job: Job) -> float:
     return float((job.width * job.height) ** 0.5 / pipe.vae_scale_factor * (1 + 1e-9))
 
 
-def call_arguments(pipe: Any, model: Model, call: Call) -> dict[str, Any]:
+def _call_arguments(pipe: Any, model: Model, call: Call) -> dict[str, Any]:
     """The keyword arguments of the pipeline's `__call__`."""
     job, seeds, pipeline = call.job, call.seeds, model.pipelines[call.job.task]
-    roles = {**_plain_roles(model, job), **conditioning.roles(pipeline, call, sample_rate(pipe, pipeline))}
+    roles = {**_plain_roles(model, job), **conditioning.roles(pipeline, call, _sample_rate(pipe, pipeline))}
     # A CPU generator draws the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     roles |= {"seed": generators[0], "output_type": pipeline.output_type}
@@ -187,14 +191,13 @@ def _marked(prompt: str, mark: str, pictures: int) -> str:
 
 @contextmanager
 def _reported(pipe: Any, meter: Meter, *, alone: bool) -> Iterator[None]:
-    """Within the block, `meter` hears of every denoiser and VAE decoder call, and can cancel there.
+    """Within the block, each call of a denoiser or VAE decoder enters its phase in `meter`, and can be cancelled there.
 
-    One who works `alone` can be stopped at some blocks of a denoiser too: nobody waits for the others.
+    A process that works `alone` can be stopped at some blocks of a denoiser too: no other waits for it.
     """
     with ExitStack() as hooks:
         for module, phase in _milestones(pipe, alone):
-            handle = module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase))
-            hooks.callback(handle.remove)
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase)))
         yield
 
 

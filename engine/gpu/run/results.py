@@ -1,4 +1,4 @@
-"""What a pipeline returns, as clips: whichever field it is in, tensors, arrays or pictures."""
+"""What a pipeline returns, as clips: from any of its fields, as tensors, arrays or pictures."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SOUND = ("audios", "audio", "sound")
 class Clip:
     """One finished file's content. `layer` counts the files that share a seed, from 0.
 
-    frames: pieces of (F, H, W, 3 or 4) uint8 on the CPU, which may be made only when they are asked for, or None;
+    frames: pieces of (F, H, W, 3 or 4) uint8 on the CPU, which may be made only as they are iterated over, or None;
     sound: (channels, N) float32 in -1..1 on the CPU, or None, at `sample_rate` samples a second.
     """
 
@@ -43,13 +43,13 @@ def clips(output: Any, pipeline: Pipeline, seeds: Sequence[int], sample_rate: in
 
 
 def _field(output: Any, names: Sequence[str], pipeline: Pipeline) -> Any:
-    """The first of these fields that there is, one item a seed; else None."""
+    """The first of these fields that the output has, one item a seed; else None."""
     found = next((output[name] for name in names if name in output and output[name] is not None), None)
     return [found] if pipeline.single and found is not None else found
 
 
 def _layers(item: Any) -> list[Any]:
-    """The pictures of a layered image, each for itself; anything else is one."""
+    """The pictures of a layered image, one by one; anything else is one item."""
     layered = isinstance(item, list) and getattr(item[0], "mode", "") == "RGBA"
     return [[layer] for layer in item] if layered else [item]
 

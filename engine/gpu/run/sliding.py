@@ -1,4 +1,4 @@
-"""Long videos: the windows of engine.sliding, each made after the end of the one before, joined without a seam."""
+"""Long videos: the windows of engine.planning.windows, each continuing the one before, joined without a seam."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,21 +14,21 @@ from engine.gpu.run.conditioning import Call
 from engine.job import SEED_RANGE, Job
 from engine.planning.windows import Window, windows
 
-SEED_STRIDE = 2**32  # from window to window; the files of a job count up by one
-MOST_GAIN = 1.25  # of a correction: frames that differ by more differ in what they show
+SEED_STRIDE = 2**32  # from window to window; the seeds of a job's files count up by one
+MOST_GAIN = 1.25  # of a correction: frames whose contrast differs by more show different things
 LEVELS = torch.arange(256, dtype=torch.float32)
 
 Make = Callable[[Call], torch.Tensor]
 
 
-def frames(model: Model, job: Job, seed: int, make: Make) -> Iterator[torch.Tensor]:
-    """The frames of one video in pieces, (F, H, W, 3) uint8, as they are ready; never more than two windows are held.
+def video(model: Model, job: Job, seed: int, make: Make) -> Iterator[torch.Tensor]:
+    """The frames of one video in pieces, (F, H, W, 3) uint8, as they are ready; at most two windows are in memory.
 
-    `make` makes the frames of one call. Each window begins with the last frames of the one before: it learns them from
-    there, takes over their colours, fades in over them, and keeps the pace while it does.
+    `make` makes the frames of one call. Each window begins with the last frames of the one before: the call is
+    conditioned on them, and what it makes takes over their colours and fades in over them at an even pace.
     """
     pieces = windows(job, model.frames)
-    end = torch.empty(0)  # of the window before: the last frame that was handed over, and those of the overlap
+    end = torch.empty(0)  # of the window before: the last frame that was yielded, and those of the overlap
     for number, window in enumerate(pieces):
         overlaps = [piece.overlap for piece in pieces[number + 1 :]]
         call = _call(model, job, window, end[1:], seed + number * SEED_STRIDE, last=not overlaps)
@@ -42,7 +42,7 @@ def frames(model: Model, job: Job, seed: int, make: Make) -> Iterator[torch.Tens
 
 
 def _call(model: Model, job: Job, window: Window, lead: torch.Tensor, seed: int, *, last: bool) -> Call:
-    """What makes one window; `lead` are the frames that it begins with."""
+    """The call that makes one window; `lead` are the frames that it begins with."""
     kept = {name: paths for name, paths in job.inputs.items() if last or name != "image_end"}
     task = _task(model, job, frozenset(kept), first=not window.overlap)
     if window.overlap:
@@ -55,18 +55,18 @@ def _call(model: Model, job: Job, window: Window, lead: torch.Tensor, seed: int,
 
 def _task(model: Model, job: Job, given: frozenset[str], *, first: bool) -> str:
     """The task of a window. Without its end picture, what began as flf2v is i2v until the last window."""
-    way = model.continuation(job.task)
-    assert way
+    continuation = model.continuation(job.task)
+    assert continuation
     if first:
         return job.task if TASKS[job.task].fits(given) else "i2v"
     ends = "image_end" in given
-    return job.task if ends and "image_end" not in model.inputs_of(way.task) else way.task
+    return job.task if ends and "image_end" not in model.inputs_of(continuation.task) else continuation.task
 
 
 def recoloured(made: torch.Tensor, known: torch.Tensor, strength: float) -> torch.Tensor:
     """`made` with the colours of `known`, which are its first frames as they should be; both (F, H, W, 3) uint8.
 
-    Mean and contrast of each channel are matched: coding a frame again and again shifts both a little every time.
+    Mean and contrast of each channel are matched: encoding a frame again and again shifts both a little every time.
     """
     if not strength:
         return made
@@ -93,17 +93,17 @@ def _looked_up(frame: NDArray[np.uint8], tables: list[NDArray[np.uint8]]) -> NDA
 def joined(end: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """`made`, faded in over all frames of `end` but the first, which is the one before them, without a jump.
 
-    A window moves at a pace of its own, and its object stands where that has brought it: what is missing to it, or too
-    much, is spread over the overlap and the changes into it and out of it.
+    A window has its own pace, so that its objects may be behind or ahead of where the window before has left them: the
+    difference is spread over the overlap and the changes into it and out of it.
     """
     count = len(end)
-    frames = torch.cat([end[:1], faded(end[1:], made)])
-    seam = pace.evened(frames[: count + 1], usual=float(pace.changes(made).mean()))
-    return torch.cat([seam[1:], frames[count + 1 :]])
+    whole = torch.cat([end[:1], faded(end[1:], made)])
+    seam = pace.evened(whole[: count + 1], usual=float(pace.changes(made).mean()))
+    return torch.cat([seam[1:], whole[count + 1 :]])
 
 
 def faded(known: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-    """`made`, its first frames blended with `known`: mostly that at first, mostly itself at the end of the overlap."""
+    """`made`, its first frames blended with `known`: mostly `known` at first, mostly `made` at the overlap's end."""
     count = len(known)
     weights = (torch.arange(1, count + 1) / (count + 1)).view(-1, 1, 1, 1)
     blended = known.float().lerp(made[:count].float(), weights).round().to(torch.uint8)

@@ -1,7 +1,7 @@
-"""Counting denoising steps, whichever way a pipeline tells of them."""
+"""Counting denoising steps, however a pipeline class reports them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from engine.catalog.models import Pipeline
@@ -12,70 +12,56 @@ from engine.job import Job
 class StepCounter:
     """Reports the steps of one call to the meter, as shares of the steps that the job names.
 
-    A class may take more (each section of a long video is denoised anew) or fewer (a source that is partly kept).
+    A class may take more (each section of a long video is denoised again) or fewer (a source that is partly kept).
     """
 
     def __init__(
         self, pipe: Any, job: Job, pipeline: Pipeline, meter: Meter, after_step: Callable[[int], None]
     ) -> None:
-        self._pipe, self._job, self._meter, self._after_step = pipe, job, meter, after_step
-        self._progress = pipeline.progress
-        sections = -(-job.frames // pipeline.section_frames) if pipeline.section_frames else 1
-        self._sections = sections * pipeline.stages
+        self._pipe, self._job, self._pipeline, self._meter, self._after_step = pipe, job, pipeline, meter, after_step
         self._count = 0
 
-    def counting(self) -> AbstractContextManager[dict[str, Any]]:
-        """A block in which steps are counted; it yields the keyword arguments that the call needs for it."""
-        return _WAYS[self._progress](self)
+    @contextmanager
+    def counting(self) -> Iterator[dict[str, Any]]:
+        """Within the block steps are counted; yields the keyword arguments that the call needs for it."""
+        if self._pipeline.progress == "callback_on_step_end":
+            yield {"callback_on_step_end": self._on_step_end}
+        elif self._pipeline.progress == "callback":  # older classes
+            yield {"callback": lambda *_: self._step(), "callback_steps": 1}
+        else:  # a class without a callback: each step of the scheduler is one
+            with self._counting_scheduler():
+                yield {}
 
-    def step(self) -> None:
-        """One more step is done. Raises Cancelled: `pipe._interrupt` would still run the VAE."""
-        self._count += 1
-        steps = self._job.steps
-        done = min(steps, self._count * steps // self._expected())
-        self._meter.step_done(done)
-        self._after_step(done)
-
-    def _expected(self) -> int:
-        """The steps of the whole call, as the pipeline knows them once it has begun."""
-        known = getattr(self._pipe, "num_timesteps", None) or self._job.steps
-        return int(known) * self._sections
+    def _on_step_end(self, _pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self._step()
+        return tensors
 
     @contextmanager
-    def by_callback(self) -> Iterator[dict[str, Any]]:
-        """The usual callback."""
-
-        def report(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            self.step()
-            return tensors
-
-        yield {"callback_on_step_end": report}
-
-    @contextmanager
-    def by_old_callback(self) -> Iterator[dict[str, Any]]:
-        """The callback of older classes."""
-        yield {"callback": lambda *_: self.step(), "callback_steps": 1}
-
-    @contextmanager
-    def by_scheduler(self) -> Iterator[dict[str, Any]]:
-        """For classes without a callback: each step of the scheduler is one."""
+    def _counting_scheduler(self) -> Iterator[None]:
         scheduler = self._pipe.scheduler
         plain = scheduler.step
 
         def counted(*arguments: Any, **options: Any) -> Any:
             result = plain(*arguments, **options)
-            self.step()
+            self._step()
             return result
 
         scheduler.step = counted
         try:
-            yield {}
+            yield
         finally:
-            del scheduler.step  # the instance's; the class's comes to light again
+            del scheduler.step  # the instance's, which hides the class's
 
+    def _step(self) -> None:
+        """One more step is done. Raises Cancelled: `pipe._interrupt` would still run the VAE."""
+        self._count += 1
+        done = min(self._job.steps, self._count * self._job.steps // self._expected())
+        self._meter.step_done(done)
+        self._after_step(done)
 
-_WAYS: Mapping[str, Callable[[StepCounter], AbstractContextManager[dict[str, Any]]]] = {
-    "callback_on_step_end": StepCounter.by_callback,
-    "callback": StepCounter.by_old_callback,
-    "none": StepCounter.by_scheduler,
-}
+    def _expected(self) -> int:
+        """The steps of the whole call, as the pipeline knows them once it has begun."""
+        section_frames = self._pipeline.section_frames
+        sections = -(-self._job.frames // section_frames) if section_frames else 1
+        known = getattr(self._pipe, "num_timesteps", None) or self._job.steps
+        return int(known) * sections * self._pipeline.stages

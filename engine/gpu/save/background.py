@@ -1,4 +1,4 @@
-"""Work beside the generation: while a file is encoded, the next frames are already made."""
+"""Writing files beside the generation: while a file is encoded, the next frames are already made."""
 
 import threading
 from collections import deque
@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-MOST_WAITING_BYTES = 2**30  # of frames in memory that nobody has encoded yet
+MOST_WAITING_BYTES = 2**30  # of frames that are made and not yet encoded
 
 
 class Broken(Exception):
@@ -17,16 +17,16 @@ class Broken(Exception):
 
 
 class _Handover(Generic[T]):
-    """Pieces on their way from who makes them to who writes them."""
+    """A queue of pieces from the thread that makes them to the one that writes them, limited in bytes."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[T, int]] = deque()
         self._waiting_bytes = 0
         self._changed = threading.Condition()
-        self._state = "open"  # ended: there are no more; broken: nor will there be; left: nobody takes any
+        self._state = "open"  # then ended (complete), broken (the rest can't be made) or left (the writer has stopped)
 
     def put(self, piece: T, size_bytes: int) -> bool:
-        """Hand a piece over, once those that wait leave room; False if nobody takes it any more."""
+        """Add a piece, once those that wait leave room; False if the writer has stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting_bytes < MOST_WAITING_BYTES or self._state == "left")
             self._waiting.append((piece, size_bytes))
@@ -35,7 +35,7 @@ class _Handover(Generic[T]):
             return self._state != "left"
 
     def close(self, state: str) -> None:
-        """Say that this is all (ended), that the rest can't be made (broken), or that nobody takes any more (left)."""
+        """Enter the final `state`."""
         with self._changed:
             self._state = state
             self._changed.notify_all()
@@ -64,9 +64,9 @@ class Background:
     def feed(
         self, pieces: Iterable[T], write: Callable[[Iterator[T]], R], size_bytes: Callable[[T], int]
     ) -> "Future[R]":
-        """Hand `pieces` to `write` in the thread, each as soon as it is made; returns when the last one is handed over.
+        """Pass `pieces` to `write` in the thread, each as soon as it is made; returns when the last one is made.
 
-        What the making or the writing raises is raised here, and the file is given up.
+        Raises what making them or `write` raises, and then `write` has ended: with Broken, if making them failed.
         """
         handover = _Handover[T]()
         written = self._thread.submit(write, handover.taken())

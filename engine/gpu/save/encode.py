@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import cache
@@ -35,7 +35,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 _SLUG_CHARS: Final = 40
 _HANDLE: Final = "/dev/fd/"
-_NICENESS: Final = 5  # of ffmpeg: a third of what the generation gets where both want the same core
+_NICENESS: Final = 5  # of ffmpeg: a third of the generation's share where both need the same core
 _JPEG_SEGMENT_BYTES: Final = 65533  # a JPEG segment's length has 16 bits and counts itself
 
 # Without the matrix named at both ends, swscale converts with BT.601 and players decode small videos with BT.601 and
@@ -114,13 +114,13 @@ def works(encoder: str) -> bool:
     trial = f"-v error -f lavfi -i color=size=256x256:rate=1 -frames:v 1 -pix_fmt yuv420p {codec} -f null -"
     try:
         done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *trial.split()], capture_output=True, check=False)
-    except (OSError, RuntimeError):  # the first real file will tell
+    except (OSError, RuntimeError):  # the first real file reports it
         return False
     return done.returncode == 0
 
 
 def write_sound(path: Path, sound: Sound, settings: Mapping[str, Any] | None) -> None:
-    """Write a WAV, FLAC or MP3, told by the suffix of `path`, `settings` in its comment tag.
+    """Write a WAV, FLAC or MP3, by the suffix of `path`, with `settings` in its comment tag.
 
     Raises EngineError with code "save_failed"; nothing is left in the folder then.
     """
@@ -131,7 +131,7 @@ def write_sound(path: Path, sound: Sound, settings: Mapping[str, Any] | None) ->
 def _encode(
     path: Path, chunks: Iterable[bytes], settings: Mapping[str, Any] | None, inputs: list[str], end: list[str]
 ) -> None:
-    """Let ffmpeg make `path` of what is piped in. Its input 0 are the settings, those of `inputs` come after it."""
+    """Let ffmpeg make `path` of what is piped in. Its input 0 are the settings; those of `inputs` follow."""
     with _part_of(path) as part, TemporaryFile() as complaints, _spooled(_ffmetadata(settings)) as tags:
         command = ["-hide_banner", "-loglevel", "error", "-y", "-f", "ffmetadata", "-i", tags, *inputs]
         command += ["-map_metadata", "0", *end, f"file:{part}"]
@@ -149,7 +149,7 @@ def _spooled(data: bytes) -> Iterator[str]:
     with TemporaryFile() as file:
         file.write(data)
         file.flush()
-        file.seek(0)  # the name may stand for this very handle, with its place in the file
+        file.seek(0)  # the name may stand for this very handle, with its position in the file
         yield f"{_HANDLE}{file.fileno()}"
 
 
@@ -168,17 +168,14 @@ def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, f
     Raises EngineError with code "save_failed"; nothing is left in the folder then.
     """
     with _part_of(path) as part:
-        buffer = io.BytesIO()  # Pillow hides the cause of a failed write ("encoder error -2"): the disk comes after it
+        buffer = io.BytesIO()  # Pillow hides why a write has failed ("encoder error -2"): the disk comes after it
         comment = None if settings is None else _json(settings)
-        Image.fromarray(frame).save(buffer, format, **_IMAGE_OPTIONS[format](comment))
+        Image.fromarray(frame).save(buffer, format, **_image_options(format, comment))
         part.write_bytes(buffer.getbuffer())
 
 
 def publish(part: Path, final: Path) -> None:
-    """Rename `part` to `final` in the same folder, its bytes and then its name proof against a power cut.
-
-    Raises OSError.
-    """
+    """Rename `part` to `final` in the same folder; bytes, then name are on the disk. Raises OSError."""
     _sync(part)
     part.replace(final)
     _sync(final.parent)
@@ -207,7 +204,7 @@ def _sync(path: Path) -> None:
 
 
 def _slug(prompt: str) -> str:
-    """The prompt's start in a-z, 0-9 and hyphens, so that a name needs no quoting anywhere."""
+    """The prompt's start in a-z, 0-9 and hyphens, so that no shell needs quotes."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
 
@@ -242,7 +239,7 @@ def _started(command: list[str], complaints: IO[bytes], path: Path) -> "subproce
 
 
 def _feed(ffmpeg: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
-    """Pipe the input in, a chunk at a time. An ffmpeg that ended early breaks the pipe; its status then tells why."""
+    """Pipe the input in, a chunk at a time. An ffmpeg that ends early breaks the pipe; its status then says why."""
     assert ffmpeg.stdin
     with suppress(BrokenPipeError), ffmpeg.stdin as pipe:
         for chunk in chunks:
@@ -250,7 +247,7 @@ def _feed(ffmpeg: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
 
 
 def _even(frame: Pixels) -> Pixels:
-    """The frame with even sides, which yuv420p needs; the last column and row repeated where one is missing."""
+    """The frame with even sides, which yuv420p needs; the last column or row repeated where a side is odd."""
     height, width, _ = frame.shape
     return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
@@ -268,31 +265,22 @@ def _save_failed(path: Path, reason: str) -> EngineError:
     return EngineError(f"'{path.name}' could not be saved: {reason}; {remedy}", "save_failed")
 
 
-def _png_options(comment: str | None) -> dict[str, Any]:
-    text = PngImagePlugin.PngInfo()
-    if comment is not None:
-        text.add_text(PNG_KEYWORD, comment)
-    return {"pnginfo": text}
-
-
-def _jpeg_options(comment: str | None) -> dict[str, Any]:
-    look = {"quality": 95, "subsampling": "4:4:4"}
-    exif = _exif(comment)
-    if len(exif) <= _JPEG_SEGMENT_BYTES:
-        return look | {"exif": exif}
-    return look | {"extra": _comment_segments(comment or "")}
-
-
-def _webp_options(comment: str | None) -> dict[str, Any]:
-    return {"quality": 95, "exif": _exif(comment)}
-
-
-def _exif(comment: str | None) -> bytes:
+def _image_options(format: ImageFormat, comment: str | None) -> dict[str, Any]:
+    """Pillow's options for quality and for `comment`, which each format has in another place."""
+    if format == "png":
+        text = PngImagePlugin.PngInfo()
+        if comment is not None:
+            text.add_text(PNG_KEYWORD, comment)
+        return {"pnginfo": text}
+    options = {"quality": 95, "subsampling": "4:4:4"}  # WebP has no such subsampling, and ignores it
     if comment is None:
-        return b""
+        return options
     exif = Image.Exif()
     exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + comment.encode("ascii")}
-    return exif.tobytes()
+    data = exif.tobytes()
+    if format == "jpeg" and len(data) > _JPEG_SEGMENT_BYTES:
+        return options | {"extra": _comment_segments(comment)}
+    return options | {"exif": data}
 
 
 def _comment_segments(comment: str) -> bytes:
@@ -300,10 +288,3 @@ def _comment_segments(comment: str) -> bytes:
     data = comment.encode("ascii")
     chunks = (data[at : at + _JPEG_SEGMENT_BYTES] for at in range(0, len(data), _JPEG_SEGMENT_BYTES))
     return b"".join(b"\xff\xfe" + (len(chunk) + 2).to_bytes(2, "big") + chunk for chunk in chunks)
-
-
-_IMAGE_OPTIONS: Final[Mapping[str, Callable[[str | None], dict[str, Any]]]] = {
-    "png": _png_options,
-    "jpeg": _jpeg_options,
-    "webp": _webp_options,
-}

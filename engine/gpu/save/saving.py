@@ -22,14 +22,14 @@ from engine.gpu.save.background import Background
 from engine.job import EngineConfig, Job, OutputFile
 
 log = logging.getLogger("wangpd.worker")
-RGB = 3  # channels; a picture with an alpha channel is laid on a ground by whoever shows it
+RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
 IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 Pieces = Iterator[torch.Tensor]
 
 
 @dataclass
 class _File:
-    """A file to be: what goes into it, and what is known of it by and by."""
+    """A file to write, and what is known of its frames once they are made."""
 
     path: Path
     kind: str  # video, image, audio
@@ -47,7 +47,7 @@ class _File:
             self.count += len(piece)
             yield piece
 
-    def told(self) -> OutputFile:
+    def described(self) -> OutputFile:
         """The file as the daemon knows it, but for its size."""
         height, width = (0, 0) if self.first is None else self.first.shape[:2]
         return OutputFile(self.path.name, self.kind, 0, width, height, self.count, self.job.fps, self.clip.seed)
@@ -61,13 +61,13 @@ class Saved:
     written: "Future[None]"
 
     def require_well(self) -> None:
-        """Raises what the writing has failed with, if it has."""
+        """Raises what writing the file has raised, if it has."""
         if self.written.done():
             self.written.result()
 
 
 class Saver:
-    """Writes the files of a job; each is seen in the output folder only when it is whole."""
+    """Writes the files of a job; each is visible in the output folder only when it is whole."""
 
     def __init__(self, config: EngineConfig, settled: Callable[[str], None]) -> None:
         """`settled` is called for each `finish`, with the reason if a file could not be written."""
@@ -79,7 +79,7 @@ class Saver:
     def save(self, task_id: int, clip: Clip, job: Job, started: datetime) -> Saved:
         """Make the frames of `clip` and write them meanwhile; returns when the last one is made.
 
-        Raises what the making raises, and then there is no file; or EngineError if it can't be written.
+        Raises what making them raises, and then there is no file; or EngineError if it can't be written.
         """
         kind = "audio" if clip.frames is None else "video" if job.frames > 1 else "image"
         suffix = f"_{clip.layer}{self._suffix(kind)}" if clip.layer else self._suffix(kind)
@@ -89,10 +89,10 @@ class Saver:
         written = self._background.feed(
             file.pieces(), lambda pieces: self._write(file, pieces), lambda piece: piece.nbytes
         )
-        return Saved(file.told(), written)
+        return Saved(file.described(), written)
 
     def finish(self, saved: Sequence[Saved]) -> int:
-        """Let `settled` be called once these files of a job are written; returns which of its calls that will be."""
+        """Have `settled` called once these files of a job are written; returns the number of that call, from 1."""
         self._finished += 1
         saved[-1].written.add_done_callback(lambda _: self._settled(_fault(saved)))  # the last: they are done in order
         return self._finished
@@ -102,7 +102,19 @@ class Saver:
         return suffixes.get(kind, f".{self._config.audio_format}")
 
     def _write(self, file: _File, pieces: Pieces) -> None:
-        _WRITERS[file.kind](file, pieces, self._config)
+        config, clip = self._config, file.clip
+        frames = (frame.numpy() for frame in chain.from_iterable(pieces))
+        sound = None if clip.sound is None else encode.Sound(clip.sound.numpy(), clip.sample_rate)
+        if file.kind == "video":
+            encode.write_video(
+                file.path, frames, file.job.fps, file.settings,
+                crf=config.video_crf, preset=config.video_preset, encoder=_encoder(config.video_encoder), sound=sound,
+            )  # fmt: skip
+        elif file.kind == "image":
+            (frame,) = frames
+            encode.write_image(file.path, frame, file.settings, config.image_format)
+        elif sound:
+            encode.write_sound(file.path, sound, file.settings)
         if file.first is not None and file.first.shape[-1] == RGB:
             poster = media.reduced(Image.fromarray(file.first), PREVIEW_WIDTH)
             self._posters.put_poster(file.path, poster)
@@ -114,48 +126,10 @@ def _fault(saved: Sequence[Saved]) -> str:
     return next((str(error) for error in errors if error), "")
 
 
-def _frames(pieces: Pieces) -> Iterator[encode.Pixels]:
-    return (frame.numpy() for frame in chain.from_iterable(pieces))
-
-
-def _write_video(file: _File, pieces: Pieces, config: EngineConfig) -> None:
-    encode.write_video(
-        file.path,
-        _frames(pieces),
-        file.job.fps,
-        file.settings,
-        crf=config.video_crf,
-        preset=config.video_preset,
-        encoder=_encoder(config.video_encoder),
-        sound=None if file.clip.sound is None else _sound(file.clip),
-    )
-
-
 @cache
 def _encoder(wanted: str) -> str:
-    """The configured one, or x264 where that does not work: nobody shall lose a video over it."""
+    """The configured encoder, or x264 where it does not work: that must not cost anybody a video."""
     if encode.works(wanted):
         return wanted
     log.warning("video_encoder '%s' does not work on this machine; x264 is used instead", wanted)
     return "x264"
-
-
-def _write_image(file: _File, pieces: Pieces, config: EngineConfig) -> None:
-    (frame,) = _frames(pieces)
-    encode.write_image(file.path, frame, file.settings, config.image_format)
-
-
-def _write_sound(file: _File, _pieces: Pieces, _config: EngineConfig) -> None:
-    encode.write_sound(file.path, _sound(file.clip), file.settings)
-
-
-def _sound(clip: Clip) -> encode.Sound:
-    assert clip.sound is not None
-    return encode.Sound(clip.sound.numpy(), clip.sample_rate)
-
-
-_WRITERS: Mapping[str, Callable[[_File, Pieces, EngineConfig], None]] = {
-    "video": _write_video,
-    "image": _write_image,
-    "audio": _write_sound,
-}

@@ -1,32 +1,44 @@
-"""A follower: the process of a team that holds the denoisers on its own device, and computes what the lead computes."""
+"""A follower: a process of a team that holds the denoisers on its own device and computes each call with the lead."""
 
 import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from engine.catalog.models import Model
+from engine.catalog.weights import Weights
 from engine.gpu import process
 from engine.gpu.load import compiling, kernels, offloading, quantization
 from engine.gpu.load.devices import choose_device, give_back
 from engine.gpu.process import Rank
 from engine.gpu.run import render
 from engine.gpu.run.adapters import Adapters
-from engine.gpu.team.lead import GRACE_S, ModelSource
-from engine.gpu.team.parcels import Parcel
 from engine.gpu.team.sharing import Group
 from engine.job import EngineConfig, EngineError, Job
 from engine.planning.placement import Plan
 
 log = logging.getLogger("wangpd.worker")
+GRACE_S = 5.0  # in which the lead notices by itself that a follower is gone
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What the lead has found and a follower loads too: the weights of `model`, as those of `kind`."""
+
+    model: Model
+    task: str
+    weights: Weights
+    kind: str  # of engine.gpu.load.quantization
 
 
 class Follower:
-    """Does what it is told, by the methods that are named like the orders."""
+    """Carries out the lead's orders, each by the method of that name."""
 
     def __init__(self, connection: Connection, rank: Rank, config: EngineConfig) -> None:
         self._connection, self._rank, self._config = connection, rank, config
@@ -35,29 +47,29 @@ class Follower:
         self._model: Model
         self._pipe: Any = None
         self._adapters = Adapters()
-        self._task = ExitStack()  # what holds for the task that runs
+        self._job = ExitStack()  # what is set for the job that runs
         self._set_strengths: Callable[[int], None] = lambda _: None
 
     def serve(self) -> None:
         """Answer what this device can do, then follow until the lead ends this process, or itself."""
-        self._answer(self._started)
+        self._answer(self._measured)
         with suppress(EOFError), torch.no_grad():
             while True:
-                what, arguments = self._connection.recv()
-                self._followed(what, arguments)
+                order, arguments = self._connection.recv()
+                if order == "load":
+                    self._answer(partial(self.load, *arguments))
+                else:
+                    self._carry_out(order, arguments)
 
-    def _started(self) -> Any:
+    def _measured(self) -> Any:
         self._device = choose_device(self._rank.device)
         return offloading.measure(self._device)
 
-    def _followed(self, what: str, arguments: tuple[Any, ...]) -> None:
-        if what == "load":
-            self._answer(lambda: self.load(*arguments))
-            return
+    def _carry_out(self, order: str, arguments: tuple[Any, ...]) -> None:
         try:
-            getattr(self, what)(*arguments)
+            getattr(self, order)(*arguments)
         except Exception as fault:
-            log.exception("%s: fault at '%s'", self._rank.device, what)
+            log.exception("%s: fault at '%s'", self._rank.device, order)
             self._connection.send(_plain(fault))
             time.sleep(GRACE_S)  # the lead may have met the same fault, and then ends only its followers
             process.end_all()
@@ -67,14 +79,14 @@ class Follower:
         try:
             answer = work()
         except Exception as fault:
-            log.exception("%s: fault while it got ready", self._rank.device)
+            log.exception("%s: fault before it was ready", self._rank.device)
             answer = _plain(fault)
         self._connection.send(answer)
 
     # ---- the orders
 
     def join(self) -> None:
-        """Meet the others."""
+        """Form the group; returns once all processes are there."""
         self._group = Group(self._rank, self._device)
 
     def load(self, source: ModelSource, plan: Plan, kernel: str) -> None:
@@ -93,36 +105,36 @@ class Follower:
         self._pipe, self._model = pipe, model
 
     def unload(self) -> None:
-        """Forget the model."""
+        """Drop the model."""
         self._pipe, self._adapters = None, Adapters()
         give_back(self._device)
 
     def begin(self, job: Job) -> None:
         """Prepare the denoisers for a job."""
         prepared = render.prepared(self._pipe, self._model, job, self._adapters)
-        pipe, self._set_strengths = self._task.enter_context(prepared)
-        self._task.enter_context(self._group.shared(pipe))
+        pipe, self._set_strengths = self._job.enter_context(prepared)
+        self._job.enter_context(self._group.shared(pipe))
 
     def step(self, done: int) -> None:
-        """So many denoising steps are done."""
+        """`done` denoising steps are done."""
         self._set_strengths(done)
 
-    def call(self, name: str, parcel: Parcel, context: tuple[str, dict[str, Any]] | None) -> None:
-        """Compute this device's share of a call."""
-        arguments, named = self._group.receive(parcel)
+    def call(self, name: str, blanks: Any, context: tuple[str, dict[str, Any]] | None) -> None:
+        """Compute this device's share of a call of the denoiser `name`."""
+        arguments, named = self._group.receive(blanks)
         denoiser = getattr(self._pipe, name)
         with denoiser.cache_context(context[0], **context[1]) if context else nullcontext():
             denoiser(*arguments, **named)
 
     def end(self) -> None:
         """The job is over, or has failed between two calls."""
-        self._task.close()
+        self._job.close()
         self._pipe.maybe_free_model_hooks()
         give_back(self._device)
 
 
 def _plain(fault: Exception) -> Exception:
-    """What the lead may unpickle, whatever it has imported."""
+    """An exception that the lead can unpickle, whatever it has imported."""
     if isinstance(fault, EngineError):
         return fault
     sentence = f"{type(fault).__name__}: {fault}"

@@ -1,8 +1,8 @@
 """A team: the worker and its followers, processes on other devices that compute every call of a denoiser with it.
 
-The worker leads. It alone reads prompts, draws noise, decodes and saves; a follower holds the same denoisers, gets the
-arguments of each call, and computes its share (see `sharing`). So a task can be cancelled between any two calls. What
-goes wrong within a call leaves the others waiting: the followers are ended, and started anew for the next task.
+The worker leads. It alone encodes prompts, draws noise, decodes and saves; a follower holds the same denoisers, gets
+the arguments of each call, and computes its share (see `sharing`). So a task can be cancelled between any two calls. A
+fault within a call leaves the others waiting: the followers are ended, and started again for the next task.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,29 +20,19 @@ from typing import Any
 import torch
 
 from engine.catalog.models import Model
-from engine.catalog.weights import Weights
 from engine.gpu import process
 from engine.gpu.load import offloading
 from engine.gpu.process import Rank
-from engine.gpu.team.parcels import packed
-from engine.gpu.team.sharing import Group
+from engine.gpu.team.entry import follow
+from engine.gpu.team.follower import GRACE_S, ModelSource
+from engine.gpu.team.sharing import Group, blanked
 from engine.job import EngineConfig, EngineError, Job
 from engine.planning.machine import Machine
 from engine.planning.placement import Plan
 
 log = logging.getLogger("wangpd.worker")
 SPAWN = multiprocessing.get_context("spawn")
-GRACE_S = 5.0  # in which the lead notices by itself that a follower is gone
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """What the lead has found, and a follower is to load too: the weights of `model`, as those of `kind`."""
-
-    model: Model
-    task: str
-    weights: Weights
-    kind: str  # of engine.quantization
+DEATH_S = 0.5  # the connections of a process that dies are closed a little before it is dead
 
 
 class Team:
@@ -52,33 +42,35 @@ class Team:
         """`visible` is CUDA_VISIBLE_DEVICES as it was before the worker chose its own card."""
         self._config, self._device, self._visible = config, device, visible
         self._folder = config.state_path / "team"
-        self._meetings = itertools.count()  # each has a file of its own: torch may delete the last one's late
+        self._starts = itertools.count()  # each has its own rendezvous file: torch may delete the last one's late
         self._followers: list[tuple[Any, Connection]] = []
         self._machines: list[Machine] = []
         self._group: Group | None = None
-        self._model_id = ""  # of what all of them hold
+        self._model_id = ""  # of what all followers hold
         self._in_step = True  # all wait for the lead; else some may wait for each other
-        self._context: tuple[str, dict[str, Any]] | None = None  # of the denoisers' step caches
+        self._context: tuple[str, dict[str, Any]] | None = None  # the pass of guidance, as step caches need it
         self._start()
 
-    # ---- their lives
+    # ---- their processes
 
     def _start(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        count, rendezvous = 1 + len(self._config.team), self._folder / f"rendezvous-{next(self._meetings)}"
+        count, rendezvous = 1 + len(self._config.team), self._folder / f"rendezvous-{next(self._starts)}"
         self._rank = Rank(0, count, self._config.device, rendezvous)
         for number, device in enumerate(self._config.team, 1):
             ours, theirs = SPAWN.Pipe()
             rank = replace(self._rank, number=number, device=device)
             arguments = (theirs, rank, self._config, self._visible)
-            follower = SPAWN.Process(target=process.follow, args=arguments, name=f"follower {number}", daemon=True)
+            follower = SPAWN.Process(target=follow, args=arguments, name=f"follower {number}", daemon=True)
             follower.start()
             theirs.close()  # so that its end is seen at ours
             self._followers.append((follower, ours))
         self._ended = threading.Event()
-        alive = [follower.sentinel for follower, _ in self._followers]
-        threading.Thread(target=_watch, args=(alive, self._ended), name="team", daemon=True).start()
+        threading.Thread(target=_watch, args=(self._sentinels(), self._ended), name="team", daemon=True).start()
+
+    def _sentinels(self) -> list[int]:
+        return [follower.sentinel for follower, _ in self._followers]
 
     def _joined(self) -> Group:
         if not self._followers:
@@ -86,7 +78,7 @@ class Team:
         if self._group is None:
             try:
                 self._machines = self._answers()
-                self._tell("join")
+                self._order("join")
                 self._group = Group(self._rank, self._device)
             except Exception:
                 self.close()  # the next task tries again
@@ -107,22 +99,22 @@ class Team:
     # ---- what they hold
 
     def least(self, machine: Machine) -> Machine:
-        """What each of the team can use: RAM is for all of them together. `machine` is what the lead has."""
+        """What every process of the team can use, as they share the RAM. `machine` is the lead's."""
         self._joined()
-        all_of_them = [machine, *self._machines]
+        machines = [machine, *self._machines]
         return Machine(
-            free_vram_bytes=min(each.free_vram_bytes for each in all_of_them),
-            free_ram_bytes=min(each.free_ram_bytes for each in all_of_them) // len(all_of_them),
-            link_bytes_per_s=min(each.link_bytes_per_s for each in all_of_them),
-            flops_per_s=min(each.flops_per_s for each in all_of_them),
-            cards=len(all_of_them),
+            free_vram_bytes=min(each.free_vram_bytes for each in machines),
+            free_ram_bytes=min(each.free_ram_bytes for each in machines) // len(machines),
+            link_bytes_per_s=min(each.link_bytes_per_s for each in machines),
+            flops_per_s=min(each.flops_per_s for each in machines),
+            cards=len(machines),
         )
 
     @contextmanager
     def loading(self, source: ModelSource, plan: Plan, kernel: str) -> Iterator[None]:
         """Within the block the followers load too; after it, all have. Raises EngineError or OutOfMemoryError."""
         self._joined()
-        self._tell("load", source, plan, kernel)
+        self._order("load", source, plan, kernel)
         try:
             yield
         except BaseException:
@@ -136,10 +128,10 @@ class Team:
         return self._model_id == model.id
 
     def unload(self) -> None:
-        """Let the followers forget their model."""
+        """Let the followers drop their model."""
         self._model_id = ""
         if self._group:
-            self._tell("unload")
+            self._order("unload")
 
     # ---- what they do
 
@@ -147,15 +139,15 @@ class Team:
     def together(self, pipe: Any, job: Job, set_strengths: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
         """Within the block all compute each call of the denoisers of `pipe`, which are prepared for `job`.
 
-        Yields what is to be called instead of `set_strengths` after each step with the number of steps that are done.
+        Yields what to call instead of `set_strengths` after each step, with the number of steps that are done.
         """
 
         def after_step(done: int) -> None:
             set_strengths(done)
-            self._tell("step", done)
+            self._order("step", done)
 
         try:
-            self._tell("begin", job)
+            self._order("begin", job)
             self._in_step = False
             with self._joined().shared(pipe), self._followed(pipe):
                 self._in_step = True
@@ -164,39 +156,38 @@ class Team:
             self._end()
 
     def _end(self) -> None:
-        """End the job, and where it ended within a call, the followers, who still wait in it."""
+        """End the job, and if it ended within a call also the followers, which still wait in it."""
         if self._in_step:
-            self._tell("end")
+            self._order("end")
             return
-        if not all(follower.is_alive() for follower, _ in self._followers):
-            self._ended.wait(GRACE_S)  # for the watch, which is about to end this process too
+        if wait(self._sentinels(), DEATH_S):
+            self._ended.wait(GRACE_S)  # for `_watch`, which is about to end this process too
         log.warning("a call of the denoiser has failed: the other processes of the team are ended")
         self.close()
 
     @contextmanager
     def _followed(self, pipe: Any) -> Iterator[None]:
-        """Within, each call of a denoiser is told to the followers before the lead begins it."""
+        """Within the block the followers are ordered to compute each call of a denoiser before the lead begins it."""
         with ExitStack() as hooks:
             for name, denoiser in offloading.denoisers(pipe).items():
-                before = denoiser.register_forward_pre_hook(partial(self._begin_call, name), with_kwargs=True)
-                hooks.callback(before.remove)
-                hooks.callback(denoiser.register_forward_hook(self._end_call).remove)
+                begin = partial(self._begin_call, name)
+                hooks.enter_context(denoiser.register_forward_pre_hook(begin, with_kwargs=True))
+                hooks.enter_context(denoiser.register_forward_hook(self._end_call))
                 if hasattr(denoiser, "cache_context"):
                     hooks.enter_context(self._noting_contexts(denoiser))
             yield
 
     def _begin_call(self, name: str, _: Any, arguments: Any, named: Any) -> None:
-        parcel, tensors = packed((arguments, named))
-        self._tell("call", name, parcel, self._context)
+        self._order("call", name, blanked((arguments, named)), self._context)
         self._in_step = False
-        self._joined().send(tensors)
+        self._joined().send((arguments, named))
 
     def _end_call(self, *_: Any) -> None:
         self._in_step = True
 
     @contextmanager
     def _noting_contexts(self, denoiser: Any) -> Iterator[None]:
-        """Within, the team knows in which pass of guidance (cond, uncond …) a call is, as step caches must."""
+        """Within the block the pass of guidance (cond, uncond …) of each call is noted: step caches depend on it."""
         plain = denoiser.cache_context
 
         @contextmanager
@@ -212,24 +203,24 @@ class Team:
         try:
             yield
         finally:
-            del denoiser.cache_context  # the instance's; the class's comes to light again
+            del denoiser.cache_context  # the instance's, which hides the class's
 
-    # ---- how they are told
+    # ---- orders and answers
 
-    def _tell(self, what: str, *arguments: Any) -> None:
-        """Give an order. Raises EngineError if one of them has failed at an earlier one; then all are ended."""
+    def _order(self, name: str, *arguments: Any) -> None:
+        """Give all followers an order. Raises EngineError if one has failed at an earlier one; then all are ended."""
         for follower, connection in self._followers:
             with self._reaching():
-                fault = connection.recv() if connection.poll() else None  # nothing was asked
+                fault = connection.recv() if connection.poll() else None  # else it says nothing unasked
                 if not fault:
-                    connection.send((what, arguments))
+                    connection.send((name, arguments))
             if fault:
                 self.close()
                 raise EngineError(f"{follower.name}: {fault}")
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Who can't be reached is dead, and the watch about to end this process too."""
+        """A follower that can't be reached is dead, and `_watch` about to end this process too."""
         try:
             yield
         except (EOFError, ConnectionError):
@@ -237,7 +228,7 @@ class Team:
             raise EngineError("A process of the team has died.", "worker_died") from None
 
     def _answers(self) -> list[Any]:
-        """What each follower answers to the last order that has an answer. Raises what one of them answers."""
+        """What each follower answers to the last order that has an answer. Raises the fault that one answers."""
         with self._reaching():
             answers = [connection.recv() for _, connection in self._followers]
         for answer in answers:
@@ -249,7 +240,7 @@ class Team:
 
 
 def _watch(sentinels: list[int], ended: threading.Event) -> None:
-    """End this process too when a follower dies: a card that waits for another's numbers does not notice."""
+    """End this process too when a follower dies: a card that waits for another's tensors does not notice."""
     wait(sentinels)
     if not ended.is_set():
         log.error("a process of the team has died, and with it the whole team ends")

@@ -1,11 +1,12 @@
 """Context parallelism: each call of a denoiser is computed by several processes, each on its share of the tokens.
 
-Diffusers splits the tokens and gathers them (Ulysses: for attention each process has all tokens of some heads). Which
-classes it can split stands in their `_cp_plan`; what is added here says why.
+Diffusers splits the tokens and gathers them (Ulysses: for attention each process has all tokens of some heads), in the
+classes that have a `_cp_plan`; each addition here says why it is needed.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,17 +18,17 @@ from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils import _pytree as pytree
 
 from engine.capabilities import heads_split
 from engine.gpu.load import offloading
 from engine.gpu.process import Rank
-from engine.gpu.team.parcels import Parcel, numbers
 
-# With gloo beside it, the sizes of shares, which each layer tells the others, need not wait for the card.
+# With gloo beside it, the sizes of shares, which the processes exchange in each layer, need not wait for the card.
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)
 ROTATION = ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)
-# VACE is Wan with a second row of blocks. Each of those is given all tokens of the video anew, and hands the tokens of
+# VACE is Wan with a second row of blocks. Each of those gets all tokens of the video again, and passes the tokens of
 # the control on to the next.
 PLANS: Mapping[str, Mapping[str, Any]] = {
     "WanVACETransformer3DModel": {
@@ -41,7 +42,7 @@ PLANS: Mapping[str, Mapping[str, Any]] = {
 
 
 def plan_of(denoiser: Any) -> Mapping[str, Any] | None:
-    """Where the tokens of a denoiser (or of a class of them) are split and gathered; None if nobody knows."""
+    """Where the tokens of a denoiser (or of a class of them) are split and gathered; None if it can't be shared."""
     cls: Any = denoiser if isinstance(denoiser, type) else type(denoiser)
     plan: Mapping[str, Any] | None = PLANS.get(cls.__name__) or cls._cp_plan
     return plan
@@ -53,25 +54,44 @@ def splits(pipe: Any, count: int) -> bool:
     return all(heads_split(part.config["num_attention_heads"], count) for part in parts)
 
 
+@dataclass(frozen=True)
+class Blank:
+    """The place of a tensor among the arguments of a call; the tensor itself goes from device to device."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    in_ram: bool  # where it was, and is to be again
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Blank":
+        """The blank of a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
+
+
+def blanked(arguments: Any) -> Any:
+    """`arguments` (nested lists and mappings) with a Blank for each tensor, so that they can be pickled."""
+    return pytree.tree_map_only(torch.Tensor, Blank.of, arguments)
+
+
 class Group:
     """The processes of a team, as this one of them sees it. They must all make the same calls in the same order."""
 
     def __init__(self, rank: Rank, device: torch.device) -> None:
-        """Returns once all are there."""
+        """Returns once all have joined."""
         self._rank, self._device = rank, device
         store = FileStore(str(rank.rendezvous), rank.count)
         dist.init_process_group(BACKENDS[device.type], store=store, rank=rank.number, world_size=rank.count)
         self._mesh = init_device_mesh(device.type, (1, rank.count), mesh_dim_names=("ring", "ulysses"))
 
     def leave(self) -> None:
-        """Without the others, who may be dead already. (`destroy_process_group` would wait for them.)"""
+        """Leave without the others, who may be dead already: `destroy_process_group` would wait for them."""
         dist.distributed_c10d._abort_process_group()
 
     @contextmanager
     def shared(self, pipe: Any) -> Iterator[None]:
         """Within the block this process computes its share of each call of the denoisers; all get the whole result.
 
-        To be entered after whatever else hooks the blocks: those hooks are to see the share.
+        Enter it after whatever else hooks the blocks: those hooks must see the share.
         """
         with ExitStack() as shares:
             for denoiser in offloading.denoisers(pipe).values():
@@ -90,32 +110,36 @@ class Group:
                     hook._should_compute_remaining_blocks = partial(self._any, hook._should_compute_remaining_blocks)
 
     def _any(self, decide: Any, residual: torch.Tensor) -> bool:
-        """What is decided for one of the shares holds for all, else they would wait for each other for ever."""
+        """What is decided for one of the shares holds for all, else they would wait for each other forever."""
         wanted = torch.tensor([decide(residual)], dtype=torch.uint8, device=self._device)
         dist.all_reduce(wanted, dist.ReduceOp.MAX)
         return bool(wanted.item())
 
-    def send(self, tensors: list[torch.Tensor]) -> None:
-        """Hand the tensors of a parcel to all others, who must call `receive`."""
-        for tensor in tensors:
-            if tensor.numel():
-                dist.broadcast(numbers(tensor, self._device), src=0)
+    def send(self, arguments: Any) -> None:
+        """Send the tensors among `arguments` to all others, who must call `receive` with `blanked(arguments)`."""
+        for leaf in pytree.tree_leaves(arguments):
+            if isinstance(leaf, torch.Tensor):
+                _broadcast(leaf.to(self._device).contiguous())
 
-    def receive(self, parcel: Parcel) -> Any:
-        """What the lead packed."""
-        return parcel.unpacked([blank.filled(self._received(blank.size_bytes)) for blank in parcel.blanks])
+    def receive(self, blanks: Any) -> Any:
+        """The arguments that the lead sends, with a tensor in the place of each blank."""
+        return pytree.tree_map_only(Blank, self._received, blanks)
 
-    def _received(self, size_bytes: int) -> torch.Tensor:
-        """(size_bytes,) uint8"""
-        found = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
-        if size_bytes:
-            dist.broadcast(found, src=0)
-        return found
+    def _received(self, blank: Blank) -> torch.Tensor:
+        tensor = torch.empty(blank.shape, dtype=blank.dtype, device=self._device)
+        _broadcast(tensor)
+        return tensor.cpu() if blank.in_ram else tensor
+
+
+def _broadcast(tensor: torch.Tensor) -> None:
+    """Copy the lead's tensor into those of the others; all are contiguous."""
+    if tensor.numel():
+        dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)  # as bytes: not every backend knows every dtype
 
 
 @contextmanager
 def _a_card() -> Iterator[None]:
-    """Within, this machine seems to have one: diffusers divides by their number."""
+    """Within the block this machine seems to have a card: diffusers divides by their number."""
     counted = torch.accelerator.device_count
     setattr(torch.accelerator, "device_count", lambda: 1)  # noqa: B010  # mypy lets no function be replaced
     try:
