@@ -5,12 +5,14 @@ PYTHON ?= python3# the interpreter that .venv is made with, 3.11 or later: `make
 PREFIX ?= /opt/wangpd# where `make install` puts the daemon; the unit names it
 SYSCONFDIR ?= /etc/wangpd
 UNITDIR ?= /etc/systemd/system
+PROCESSES ?= 2# in which the tests run; each takes one core and up to 4 GB of memory
 MODELS_DIR ?= /var/lib/wangpd/models
 LORAS_DIR ?= /var/lib/wangpd/loras
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 
+PYTEST := $(VENV)/bin/python -m pytest --durations=10
 PIP_INSTALL := pip install --disable-pip-version-check -c constraints.txt
 # pip's errors, and of its news the downloads above 10 MB: torch is large, and silence for minutes looks like a hang.
 PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
@@ -45,15 +47,15 @@ run: $(STAMP)
 	@exec $(VENV)/bin/wangpd $(ARGS)
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest -m 'not proof' $(ARGS)
+	@$(PYTEST) -n $(PROCESSES) -m 'not proof' $(ARGS)
 
 test-models: $(STAMP)
-	@$(VENV)/bin/python -m pytest -m proof $(ARGS)
+	@$(PYTEST) -n $(PROCESSES) -m proof $(ARGS)
 
 test-all: test test-models
 
 crash: $(STAMP)
-	@CRASH_KILLS=$${CRASH_KILLS:-120} CRASH_TASKS=$${CRASH_TASKS:-10000} $(VENV)/bin/python -m pytest tests/test_crash.py -rP $(ARGS)
+	@CRASH_KILLS=$${CRASH_KILLS:-120} CRASH_TASKS=$${CRASH_TASKS:-10000} $(PYTEST) tests/test_crash.py -rP $(ARGS)
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff format --check .
