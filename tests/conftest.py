@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.daemon import ROOT, Daemon
+
 # Before torch is imported: the models are tiny, and threads that spin for each other on a busy machine cost more than
 # they compute. Daemons, workers and commands inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Ctrl-C is ignored in what nohup or a script started in the background, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-from tests.daemon import ROOT, Daemon
 
 # The tiny checkpoints are made in this process, some of classes that import torchvision. Last: a real one wins.
 sys.path.append(str(ROOT / "tests" / "torchvision_stand_in"))
