@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.daemon import ROOT, Daemon
 
@@ -16,6 +17,10 @@ from tests.daemon import ROOT, Daemon
 os.environ["OMP_NUM_THREADS"] = "1"
 # Ctrl-C is ignored in what nohup or a script started in the background, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# By default an example that takes more than 0.2 s fails: on a busy machine any may.
+settings.register_profile("wangpd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("wangpd")
 
 # The tiny checkpoints are made in this process, some of classes that import torchvision. Last: a real one wins.
 sys.path.append(str(ROOT / "tests" / "torchvision_stand_in"))
