@@ -24,7 +24,7 @@ PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
 help:
 	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
 	@echo 'make run      run the daemon in the foreground: http://127.0.0.1:7860/api/docs (ARGS="--port 7861" …)'
-	@echo 'make test     run the tests (ARGS="-k queue" …)'
+	@echo 'make test     run the tests, two files at a time (PROCESSES=4, ARGS="-k queue" …)'
 	@echo 'make test-all run those of every model of the catalogue too'
 	@echo 'make crash    kill the daemon 120 times under load, and give it 10,000 tasks (CRASH_SEED=7 repeats a storm)'
 	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
