@@ -5,12 +5,14 @@ PYTHON ?= python3# the interpreter that .venv is made with, 3.11 or later: `make
 PREFIX ?= /opt/wangpd# where `make install` puts the daemon; the unit names it
 SYSCONFDIR ?= /etc/wangpd
 UNITDIR ?= /etc/systemd/system
+PROCESSES ?= 2# in which the tests run; each takes one core and up to 4 GB of memory
 MODELS_DIR ?= /var/lib/wangpd/models
 LORAS_DIR ?= /var/lib/wangpd/loras
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 
+PYTEST := $(VENV)/bin/python -m pytest --durations=10
 PIP_INSTALL := pip install --disable-pip-version-check -c constraints.txt
 # pip's errors, and of its news the downloads above 10 MB: torch is large, and silence for minutes looks like a hang.
 PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
@@ -22,7 +24,7 @@ PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
 help:
 	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
 	@echo 'make run      run the daemon in the foreground: http://127.0.0.1:7860/api/docs (ARGS="--port 7861" …)'
-	@echo 'make test     run the tests (ARGS="-k queue" …)'
+	@echo 'make test     run the tests, two files at a time (PROCESSES=4, ARGS="-k queue" …)'
 	@echo 'make test-all run those of every model of the catalogue too'
 	@echo 'make crash    kill the daemon 120 times under load, and give it 10,000 tasks (CRASH_SEED=7 repeats a storm)'
 	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
@@ -45,15 +47,15 @@ run: $(STAMP)
 	@exec $(VENV)/bin/wangpd $(ARGS)
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest -m 'not proof' $(ARGS)
+	@$(PYTEST) -n $(PROCESSES) -m 'not proof' $(ARGS)
 
 test-models: $(STAMP)
-	@$(VENV)/bin/python -m pytest -m proof $(ARGS)
+	@$(PYTEST) -n $(PROCESSES) -m proof $(ARGS)
 
 test-all: test test-models
 
 crash: $(STAMP)
-	@CRASH_KILLS=$${CRASH_KILLS:-120} CRASH_TASKS=$${CRASH_TASKS:-10000} $(VENV)/bin/python -m pytest tests/test_crash.py -rP $(ARGS)
+	@CRASH_KILLS=$${CRASH_KILLS:-120} CRASH_TASKS=$${CRASH_TASKS:-10000} $(PYTEST) tests/test_crash.py -rP $(ARGS)
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff format --check .

@@ -1,25 +1,23 @@
 """What is installed, what an import drags in, and what a fresh clone can do."""
 
-import ast
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tools.shape import HEAVY
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIRECT = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
 TARGETS = ("demo", "run", "test", "check", "fix", "clean", "install")
 SELF_SUFFICIENT = ("demo", "run", "test", "check", "fix")
-HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "peft", "safetensors"}
-GPU_SIDE = sorted((ROOT / "engine" / "gpu").rglob("*.py"))
-DAEMON_SIDE = [ROOT / "wangpd.py", *sorted({*(ROOT / "engine").rglob("*.py")} - {*GPU_SIDE})]
+MODULES = [ROOT / "wangpd.py", *(ROOT / "engine").rglob("*.py")]
 
 
 def name_of(requirement: str) -> str:
@@ -31,28 +29,6 @@ def pins() -> dict[str, str]:
     """Name to version, of every line of constraints.txt that is not a comment."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     return {name_of(name): version for name, _, version in (line.partition("==") for line in lines)}
-
-
-def at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those below `if TYPE_CHECKING:`, which only the type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            yield node
-            yield from at_run_time(node)
-
-
-def imported(path: Path) -> Iterator[str]:
-    """Every module that the file imports, at its top or inside a function; `from a import b` may mean `a.b`."""
-    for node in at_run_time(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def top_level(path: Path) -> set[str]:
-    return {module.partition(".")[0] for module in imported(path)}
 
 
 @pytest.mark.parametrize("requirement", DIRECT)
@@ -105,7 +81,7 @@ def test_the_wheel_carries_the_data(wheel: list[str], folder: str) -> None:
 
 
 def test_the_wheel_carries_every_module(wheel: list[str]) -> None:
-    assert {str(path.relative_to(ROOT)) for path in [*DAEMON_SIDE, *GPU_SIDE]} <= set(wheel)
+    assert {str(path.relative_to(ROOT)) for path in MODULES} <= set(wheel)
 
 
 def test_the_wheel_carries_nothing_else(wheel: list[str]) -> None:
@@ -113,22 +89,6 @@ def test_the_wheel_carries_nothing_else(wheel: list[str]) -> None:
 
 
 def test_importing_the_daemon_brings_in_neither_torch_nor_numpy() -> None:
-    code = f"import sys, wangpd; print(*sorted({HEAVY} & set(sys.modules)))"
+    code = f"import sys, wangpd; print(*sorted({set(HEAVY)} & set(sys.modules)))"
     fresh = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert fresh.stdout.split() == []
-
-
-@pytest.mark.parametrize("path", DAEMON_SIDE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_gpu_side_imports_the_heavy_libraries(path: Path) -> None:
-    assert top_level(path) & HEAVY == set()
-
-
-@pytest.mark.parametrize("path", [*DAEMON_SIDE, *GPU_SIDE], ids=lambda path: str(path.relative_to(ROOT)))
-def test_nobody_imports_the_daemon(path: Path) -> None:
-    assert "wangpd" not in top_level(path)
-
-
-@pytest.mark.parametrize("path", GPU_SIDE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_gpu_side_never_reaches_for_what_the_daemon_owns(path: Path) -> None:
-    owned = ("engine.api", "engine.queue", "engine.workers", "engine.files.outputs")
-    assert [module for module in imported(path) if module.startswith(owned)] == []

@@ -6,8 +6,10 @@ nothing of it.
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 DAEMON = "wangpd.py"
@@ -24,14 +26,17 @@ SPINE = (
     "engine/gpu/run/render.py",
 )
 HEAVY = frozenset({"torch", "numpy", "diffusers", "transformers", "accelerate", "peft", "safetensors"})
-# The rank of a package: imports point from a higher one to a lower one, or stay within it.
 GPU = "engine.gpu"
-WORKER = f"{GPU}.worker"  # what the daemon may name of the GPU's side
+WORKER = f"{GPU}.worker"  # the only module of the GPU's side that the daemon may name
+OWNED = ("engine.api", "engine.queue", "engine.workers", "engine.files.outputs")  # by the daemon
+# Imports point from a higher rank to a lower one, or stay within it. The first prefix that fits counts.
+RANKS = {"wangpd": 3, "engine.cli": 2, "engine.api": 1, "": 0}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of the product: its dotted name, its lines and its syntax tree."""
+    """One file of the product: its lines and its syntax tree."""
 
     path: Path  # relative to the root
     text: str
@@ -39,139 +44,33 @@ class Source:
 
     @property
     def module(self) -> str:
+        """The dotted name."""
         return ".".join(self.path.with_suffix("").parts).removesuffix(".__init__")
 
     @property
     def line_count(self) -> int:
         return len(self.text.splitlines())
 
-    def imported(self, known: frozenset[str]) -> Iterator[str]:
-        """The modules of `known` that it imports anywhere, `if TYPE_CHECKING` and functions included."""
+    @property
+    def on_gpu(self) -> bool:
+        """It belongs to the worker process."""
+        return f"{self.module}.".startswith(f"{GPU}.")
+
+    def imported(self) -> set[str]:
+        """What it imports anywhere, under `if TYPE_CHECKING` too; `from a import b` gives `a` and `a.b`."""
+        names: set[str] = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names if alias.name in known)
+                names.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module:
-                inner = [f"{node.module}.{alias.name}" for alias in node.names]
-                yield from ([name for name in inner if name in known] or [node.module] * (node.module in known))
+                names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+        return names
 
 
 def sources(root: Path) -> list[Source]:
     """The product's files: wangpd.py and everything in engine/."""
     paths = [root / DAEMON, *sorted((root / "engine").rglob("*.py"))]
     return [Source(path.relative_to(root), text := path.read_text("utf-8"), ast.parse(text)) for path in paths]
-
-
-def length(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines from `class` or `def` to the end."""
-    return (node.end_lineno or node.lineno) - node.lineno + 1
-
-
-def too_long(source: Source) -> Iterator[str]:
-    """What is above its limit in one file."""
-    most = MAX_DAEMON_LINES if str(source.path) == DAEMON else MAX_FILE_LINES
-    if source.line_count > most:
-        yield f"{source.path}: {source.line_count} lines, at most {most}"
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.ClassDef) and length(node) > MAX_CLASS_LINES:
-            yield f"{source.path}: class {node.name} has {length(node)} lines, at most {MAX_CLASS_LINES}"
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and length(node) > MAX_FUNCTION_LINES:
-            yield f"{source.path}: {node.name}() has {length(node)} lines, at most {MAX_FUNCTION_LINES}"
-
-
-def repeated_names(files: list[Source]) -> Iterator[str]:
-    """File names and names of classes that occur twice."""
-    stems: dict[str, Path] = {}
-    classes: dict[str, Path] = {}
-    for source in files:
-        stem = source.path.stem
-        if stem != "__init__" and (first := stems.setdefault(stem, source.path)) != source.path:
-            yield f"file name twice: {first} and {source.path}"
-        for node in source.tree.body:
-            if isinstance(node, ast.ClassDef) and (first := classes.setdefault(node.name, source.path)) != source.path:
-                yield f"class {node.name} twice: {first} and {source.path}"
-
-
-def shadows(source: Source) -> Iterator[str]:
-    """Locals and parameters that hide a function or class of their own module."""
-    own = {
-        node.name
-        for node in source.tree.body
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    }
-    for node in ast.walk(source.tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        named = {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
-        inside = [node.body] if isinstance(node, ast.Lambda) else node.body
-        for part in (each for statement in inside for each in ast.walk(statement)):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                named.add(part.id)
-        yield from (f"{source.path}:{node.lineno}: {name} hides {name}() of the module" for name in sorted(named & own))
-
-
-def circles(files: list[Source]) -> Iterator[str]:
-    """Files that import each other in a circle, a line each circle."""
-    known = frozenset(source.module for source in files)
-    graph = {source.module: sorted(set(source.imported(known)) - {source.module}) for source in files}
-    for group in _strongly_connected(graph):
-        if len(group) > 1:
-            yield "import circle: " + ", ".join(sorted(group))
-
-
-def _strongly_connected(graph: Mapping[str, list[str]]) -> list[set[str]]:
-    """Tarjan's algorithm."""
-    numbers: dict[str, int] = {}
-    lows: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[set[str]] = []
-
-    def visit(name: str) -> None:
-        numbers[name] = lows[name] = len(numbers)
-        stack.append(name)
-        for other in graph[name]:
-            if other not in numbers:
-                visit(other)
-            if other in stack:
-                lows[name] = min(lows[name], lows[other])
-        if lows[name] == numbers[name]:
-            place = stack.index(name)
-            found.append(set(stack[place:]))
-            del stack[place:]
-
-    for name in graph:
-        if name not in numbers:
-            visit(name)
-    return found
-
-
-def rank(module: str) -> int:
-    """How high a module stands: imports point down."""
-    if module == "wangpd":
-        return 3
-    if module == "engine.cli":
-        return 2
-    return 1 if module.startswith("engine.api") else 0
-
-
-def misdirected(source: Source, known: frozenset[str]) -> Iterator[str]:
-    """Imports that point up, and those that cross the border to the GPU's side by another door than the worker."""
-    on_gpu = source.module.startswith(GPU)
-    for other in sorted(set(source.imported(known))):
-        if rank(other) > rank(source.module) or (other == "wangpd" and source.module != "wangpd"):
-            yield f"{source.path}: imports {other}, which stands above it"
-        if not on_gpu and other.startswith(f"{GPU}.") and other != WORKER:
-            yield f"{source.path}: imports {other}; only engine/gpu may, others name {WORKER} alone"
-    names = {name.partition(".")[0] for name in _all_imported(source)}
-    if not on_gpu and (heavy := names & HEAVY):
-        yield f"{source.path}: imports {', '.join(sorted(heavy))}, which only engine/gpu may"
-
-
-def _all_imported(source: Source) -> Iterator[str]:
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
 
 
 def figures(files: list[Source]) -> dict[str, int]:
@@ -185,19 +84,126 @@ def figures(files: list[Source]) -> dict[str, int]:
     }
 
 
-def faults(files: list[Source]) -> list[str]:
-    """Every limit that is broken, a line each."""
-    known = frozenset(source.module for source in files)
-    sizes = figures(files)
-    found = [fault for source in files for fault in (*too_long(source), *shadows(source), *misdirected(source, known))]
-    found += [*repeated_names(files), *circles(files)]
-    missing = sorted(set(SPINE) - {str(source.path) for source in files})
-    found += [f"the spine lacks {path}" for path in missing]
-    if sizes["spine lines"] > MAX_SPINE_LINES:
-        found.append(f"the spine has {sizes['spine lines']} lines, at most {MAX_SPINE_LINES}")
-    if sizes["product lines"] > MAX_PRODUCT_LINES:
-        found.append(f"the product has {sizes['product lines']} lines, at most {MAX_PRODUCT_LINES}")
-    return found
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+
+def long_files(files: list[Source]) -> Iterator[str]:
+    for source in files:
+        most = MAX_DAEMON_LINES if str(source.path) == DAEMON else MAX_FILE_LINES
+        if source.line_count > most:
+            yield f"{source.path}: {source.line_count} lines, at most {most}"
+
+
+def long_blocks(kinds: tuple[type[ast.AST], ...], most: int, files: list[Source]) -> Iterator[str]:
+    """Classes or functions with more than `most` lines from `class` or `def` to the end."""
+    for source in files:
+        for node in ast.walk(source.tree):
+            if isinstance(node, kinds) and (lines := node.end_lineno - node.lineno + 1) > most:
+                yield f"{source.path}: {node.name} has {lines} lines, at most {most}"
+
+
+def large_sum(figure: str, most: int, files: list[Source]) -> Iterator[str]:
+    if (lines := figures(files)[figure]) > most:
+        yield f"{lines} {figure}, at most {most}"
+
+
+def missing_spine(files: list[Source]) -> Iterator[str]:
+    yield from (f"the spine lacks {path}" for path in sorted(set(SPINE) - {str(source.path) for source in files}))
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+def repeated_files(files: list[Source]) -> Iterator[str]:
+    yield from repeated("file name", [(source.path.stem, source) for source in files])
+
+
+def repeated_classes(files: list[Source]) -> Iterator[str]:
+    """Names of top-level classes."""
+    classes = [(node.name, source) for source in files for node in source.tree.body if isinstance(node, ast.ClassDef)]
+    yield from repeated("class", classes)
+
+
+def repeated(kind: str, named: list[tuple[str, Source]]) -> Iterator[str]:
+    first: dict[str, Source] = {}
+    for name, source in named:
+        if name != "__init__" and first.setdefault(name, source) is not source:
+            yield f"{kind} {name} twice: {first[name].path} and {source.path}"
+
+
+def hidden_names(files: list[Source]) -> Iterator[str]:
+    """Locals and parameters that hide a function or class of their own module."""
+    for source in files:
+        own = {node.name for node in source.tree.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
+        for node in ast.walk(source.tree):
+            if isinstance(node, (*FUNCTIONS, ast.Lambda)):
+                for name in sorted(bound_in(node) & own):
+                    yield f"{source.path}:{node.lineno}: {name} hides {name} of the module"
+
+
+def bound_in(function: ast.AST) -> set[str]:
+    """Its parameters, and the names that are assigned in it."""
+    parts = list(ast.walk(function))
+    names = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    return names | {part.arg for part in parts if isinstance(part, ast.arg)}
+
+
+# ----------------------------------------------------------------------------------------------------------- imports
+
+
+def circles(files: list[Source]) -> Iterator[str]:
+    """The first circle of files that import each other."""
+    known = {source.module for source in files}
+    try:
+        TopologicalSorter({source.module: source.imported() & known for source in files}).prepare()
+    except CycleError as error:
+        yield "import circle: " + " → ".join(reversed(error.args[1]))
+
+
+def rank(module: str) -> int:
+    return next(place for prefix, place in RANKS.items() if f"{module}.".startswith(f"{prefix}.") or not prefix)
+
+
+def upward_imports(files: list[Source]) -> Iterator[str]:
+    for source in files:
+        for other in sorted(source.imported() & {each.module for each in files}):
+            if rank(other) > rank(source.module):
+                yield f"{source.path}: imports {other}, which stands above it"
+
+
+def heavy_imports(files: list[Source]) -> Iterator[str]:
+    for source in files:
+        if not source.on_gpu and (heavy := {name.partition(".")[0] for name in source.imported()} & HEAVY):
+            yield f"{source.path}: imports {', '.join(sorted(heavy))}, which only engine/gpu may"
+
+
+def border_crossings(files: list[Source]) -> Iterator[str]:
+    """What the daemon imports of the GPU's side but the worker, and what that side imports of the daemon's own."""
+    modules = {each.module for each in files}
+    for source in files:
+        for other in sorted(source.imported() & modules):
+            if not source.on_gpu and other.startswith(f"{GPU}.") and other != WORKER:
+                yield f"{source.path}: imports {other}; outside engine/gpu only its worker is named"
+            if source.on_gpu and other.startswith(OWNED):
+                yield f"{source.path}: imports {other}, which the daemon owns"
+
+
+Rule = Callable[[list[Source]], Iterator[str]]
+RULES: Mapping[str, Rule] = {
+    "no file is too long": long_files,
+    "no class is too long": partial(long_blocks, (ast.ClassDef,), MAX_CLASS_LINES),
+    "no function is too long": partial(long_blocks, FUNCTIONS, MAX_FUNCTION_LINES),
+    "the spine is complete": missing_spine,
+    "the spine is read in an hour": partial(large_sum, "spine lines", MAX_SPINE_LINES),
+    "the product is small": partial(large_sum, "product lines", MAX_PRODUCT_LINES),
+    "no file name is used twice": repeated_files,
+    "no class name is used twice": repeated_classes,
+    "no local hides a name of its module": hidden_names,
+    "no import circle": circles,
+    "imports point down": upward_imports,
+    "only the GPU's side imports torch": heavy_imports,
+    "the worker is the only door between daemon and GPU": border_crossings,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -205,10 +211,9 @@ def main(arguments: list[str]) -> int:
     files = sources(Path(arguments[0]) if arguments else Path())
     for name, value in figures(files).items():
         print(f"{name}: {value}")
-    found = faults(files)
-    for fault in found:
-        print(fault)
-    return 1 if found else 0
+    faults = [fault for rule in RULES.values() for fault in rule(files)]
+    print("\n".join(faults))
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
