@@ -269,7 +269,7 @@ class Storm:
         queue = self.call("GET", "/queue")
         tasks = self.history()
         self.check_presence(tasks)
-        self.check_order([task["id"] for task in queue["tasks"]], tasks)
+        self.check_order([task["id"] for task in queue["tasks"]])
         self.check_states(tasks, {task["id"] for task in queue["tasks"]})
         self.check_files(tasks, visible)
         if self.known.paused not in (None, queue["paused"]):
@@ -300,12 +300,8 @@ class Storm:
             if count > 1 + self.known.copies[prompt]:
                 self.blame("no task is there twice", f"{prompt} is there {count} times")
 
-    def check_order(self, listed: list[int], tasks: list[dict[str, Any]]) -> None:
+    def check_order(self, listed: list[int]) -> None:
         moved, where = self.known.moved or (0, "any")
-        started = {task["task_id"] for task in tasks if task["attempts"]}
-        if listed and listed[0] in started - set(self.known.order):
-            # It ran to its end, so that it was not listed any more, and was killed before that was on the disk.
-            listed = listed[1:]
         old = [task_id for task_id in self.known.order if task_id in listed and task_id != moved]
         new = sorted(task_id for task_id in listed if task_id not in self.known.order)
         if [task_id for task_id in listed if task_id != moved] != old + new:
