@@ -7,10 +7,7 @@ its own (`engine/executor.py`). Nothing happens at import.
 
 import argparse
 import asyncio
-import base64
-import binascii
 import dataclasses
-import difflib
 import errno
 import fcntl
 import hashlib
@@ -24,11 +21,9 @@ import signal
 import socket
 import sys
 import time
-import tomllib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -44,24 +39,36 @@ from aiohttp_apispec import (
     response_schema,
 )
 from apispec import APISpec
-from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
+from marshmallow import EXCLUDE, Schema, ValidationError, fields
 
-from engine import capabilities
-from engine.admission import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, BadRequest, Media, Resolved, default_settings
-from engine.admission import resolve as resolved_request
-from engine.admission import settings as settings_of
+from engine.admission import UNKNOWN, Admission, BadRequest, Resolved
+from engine.api.config import KEYS, Config, ConfigError, load_config
+from engine.api.fields import File, first_fault
+from engine.api.requests import (
+    FilePath,
+    GenerateQuery,
+    GenerateRequest,
+    HistoryQuery,
+    LorasQuery,
+    ModelPath,
+    ModelsQuery,
+    MoveRequest,
+    OutputsQuery,
+    PreviewQuery,
+    Settings,
+    StatusQuery,
+    TaskPath,
+    TaskSettings,
+)
 from engine.catalog import loras, weights
 from engine.catalog.abilities import INPUTS, TASKS
+from engine.catalog.defaults import default_settings
 from engine.catalog.download import Download, Downloads, NoDownload, Stage, messages
-from engine.catalog.models import STEP_CACHES, Catalog, Model, UnknownModel
-from engine.catalog.weights import Weights
-from engine.files import footage, media
+from engine.catalog.models import Catalog, Model, UnknownModel
+from engine.files import media
 from engine.files.inputs import Inputs
-from engine.files.outputs import Entry, Outputs, Retention
-from engine.files.thumbnails import PREVIEW_WIDTH
-from engine.job import EngineConfig, EngineError, Job, Lora
+from engine.files.outputs import Entry, Outputs
 from engine.planning import windows
-from engine.planning.estimate import Estimate, estimate
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.runner import (
     Busy,
@@ -69,13 +76,13 @@ from engine.queue.runner import (
     EngineDown,
     Full,
     KeyReused,
-    Limits,
     NoSuchTask,
     Receipt,
     TaskQueue,
     WrongState,
 )
 from engine.queue.tasks import Status, Task
+from engine.settings import echo
 from engine.workers.local import Engine
 
 log = logging.getLogger("wangpd")
@@ -89,637 +96,8 @@ KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end o
 DRAIN_S = 5  # for answers under way at a shutdown
 SHOWN_PROMPT = 100  # characters of a prompt in the queue listing
 MOST_TOLD = 2000  # characters of an error
-SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
-
-# ---------------------------------------------------------------------------------------------------- configuration
-
-
-def key(default: Any, why: str, check: Callable[[Any], Any] | None = None) -> Any:
-    """A configuration key: its default, one line of why, and the rule for its value."""
-    return dataclasses.field(default=default, metadata={"why": why, "check": check})
-
-
-def one_of(*values: Any) -> validate.Validator:
-    """The rule that a value is one of these."""
-    return validate.OneOf(values, error="must be one of " + ", ".join(map(repr, values)) + ", not {input!r}")
-
-
-def between(low: float, high: float) -> validate.Validator:
-    """The rule that a number lies from `low` to `high`."""
-    return validate.Range(low, high, error="{input} must be between {min} and {max}")
-
-
-def each(check: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
-    """The rule that holds for each value of a list."""
-
-    def checked(values: Sequence[Any]) -> None:
-        for value in values:
-            check(value)
-
-    return checked
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every key of `wangpd.toml`. Relative paths are relative to that file."""
-
-    host: str = key(
-        "127.0.0.1", "Address to listen on; 0.0.0.0 opens it to the LAN, so put a proxy with a login in front."
-    )
-    port: int = key(7860, "Port to listen on; 0 takes a free one and logs it.", between(0, 65535))
-    save_path: Path = key(Path("outputs"), "Folder of the finished files; it alone decides what is listed and served.")
-    state_path: Path = key(
-        Path("state"), "Folder of the queue's journal, the input pictures, the thumbnails and the engine's caches."
-    )
-    loras_dir: Path = key(Path("loras"), "Folder of LoRA files, one folder a family of models.")
-    models_dir: Path = key(Path("models"), "Folder of the models' weights, one folder a model, named by its id.")
-    allow_download: bool = key(False, "Fetch missing weights from the Hugging Face hub when a task needs them.")
-    default_model: str = key("wan_demo", "Model of a request that names none; GET /api/v1/models lists the ids.")
-    device: str = key(
-        "auto", "Where to generate: auto, cuda, cuda:1, mps or cpu; auto takes the best that is there.",
-        validate.Regexp(r"auto$|cpu$|mps$|cuda(:\d+)?$", error="{input!r} must be auto, cuda, cuda:N, mps or cpu"),
-    )  # fmt: skip
-    devices: tuple[str, ...] = key(
-        (), "Several devices, a worker each, such as cuda:0 and cuda:1; they share the queue. None: device alone.",
-        each(validate.Regexp(r"cpu$|cuda:\d+$", error="{input!r} must be cuda:N or cpu")),
-    )  # fmt: skip
-    context_parallel: bool = key(
-        False, "All devices compute each task together, one task at a time, instead of a task each: for large tasks."
-    )
-    warm_start: bool = key(
-        False, "Start the worker with the daemon and load the model that was last in use, else default_model."
-    )
-    profile: float = key(
-        0.0,
-        "GPU memory: 0 chooses, 1 denoiser resident, 2 and 4 by block, 3 by part, 5 by layer, 4.5 unpinned.",
-        one_of(0, 1, 2, 3, 3.5, 4, 4.5, 5),
-    )
-    attention_mode: str = key(
-        "auto",
-        "Attention kernel: auto measures, sdpa and cudnn are torch's, else flash, flash3, sage, sage2 or xformers.",
-        one_of(capabilities.AUTO, *capabilities.KERNELS),
-    )
-    transformer_quantization: str = key(
-        "none",
-        "Weights of the denoisers: none as they are, int8, fp8, nf4, a user's own gguf; auto is int8 where it helps.",
-        one_of(*capabilities.KINDS),
-    )
-    vae_config: int = key(
-        0, "VAE tiles on a GPU: 1, 2, 3 for 512, 256, 128 pixels; 0 chooses by the card.", one_of(0, 1, 2, 3)
-    )
-    compile: bool = key(
-        False, "Compile the denoisers' blocks: 1.3 to 1.4 times the speed on a GPU, after a slow first task."
-    )
-    convert_float32: bool = key(
-        True, "Rewrite float32 weights once in the dtype they are computed in, into models_dir/.converted."
-    )
-    prompt_cache_mb: int = key(
-        1024, "MiB on disk of what text encoders made of prompts, to reuse; 0: every prompt is read anew.",
-        between(0, 10**9),
-    )  # fmt: skip
-    mmaudio_enabled: int = key(0, "Sound made to fit a video: 0, since diffusers has no MMAudio.", one_of(0))
-    image_format: str = key("png", "Format of pictures: png, jpeg or webp.", one_of("png", "jpeg", "webp"))
-    audio_format: str = key("wav", "Format of sound: wav, flac or mp3.", one_of("wav", "flac", "mp3"))
-    video_crf: int = key(18, "Quality of videos: x264's CRF, lower is better and larger.", between(0, 51))
-    video_preset: str = key(
-        "veryfast", "Speed of the video encoder: x264's presets; slower ones make smaller files.",
-        one_of("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"),
-    )  # fmt: skip
-    video_encoder: str = key(
-        "x264", "Encoder of videos: x264, or nvenc for a card's own; where that is missing, x264 all the same.",
-        one_of("x264", "nvenc"),
-    )  # fmt: skip
-    vae_precision: str = key(
-        "auto", "Bits in which the VAE decodes: auto (16 on CUDA where that is safe), 16 or 32.",
-        one_of("auto", "16", "32"),
-    )  # fmt: skip
-    embed_settings: bool = key(True, "Write a file's settings and seed into the file, as JSON.")
-    max_queue: int = key(1000, "Tasks that may wait; one more is answered 503.", between(1, 1_000_000))
-    max_body_mb: int = key(
-        64, "Largest request body in MiB; base64 pictures need a third more than their files.", between(1, 2048)
-    )
-    max_image_pixels: int = key(
-        50_000_000, "Largest input picture in pixels, so that a small file can't fill the memory.", between(1, 10**9)
-    )
-    max_attempts: int = key(
-        2, "How often a task may start when the daemon dies under it, before it fails.", between(1, 100)
-    )
-    on_restart: str = key(
-        "resume",
-        "What becomes of a task that ran when the daemon died: resume, pause or fail; a stop puts it back.",
-        one_of("resume", "pause", "fail"),
-    )
-    history_days: int = key(30, "Days that the record of an ended task is kept; its files stay.", between(1, 36500))
-    history_count: int = key(10_000, "Records of ended tasks that are kept at most.", between(1, 10_000_000))
-    cancel_grace_s: float = key(
-        10.0, "Seconds that a cancelled task may take to stop before its process is ended.", between(0, 3600)
-    )
-    stop_grace_s: float = key(
-        15.0, "Seconds that a shutdown waits for the running task; keep it under TimeoutStopSec.", between(0, 3600)
-    )
-    log_level: str = key(
-        "info", "How much is logged: debug, info, warning or error.", one_of("debug", "info", "warning", "error")
-    )
-    step_timeout_s: float = key(
-        600.0,
-        "Seconds without progress that end a task, six times that while it loads; twenty usual steps if that is more.",
-        between(1, 86400),
-    )
-    idle_unload_s: float = key(
-        0.0, "Seconds of idleness after which all GPU memory is given back; 0: never.", between(0, 10**7)
-    )
-    min_free_mb: int = key(
-        1024, "MiB that must be free on the disk of save_path before a task starts.", between(0, 10**9)
-    )
-    keep_outputs_days: float = key(0.0, "Days after which finished files are deleted; 0: never.", between(0, 36500))
-    keep_outputs_mb: int = key(
-        0, "MiB of finished files; the oldest beyond it are deleted; 0: no limit.", between(0, 10**9)
-    )
-    max_connections: int = key(500, "Connections at a time; one more is answered 503.", between(1, 100_000))
-    body_timeout_s: float = key(120.0, "Seconds in which a request's body must have arrived.", between(1, 86400))
-    allowed_hosts: tuple[str, ...] = key(
-        (), "Names under which the daemon may be asked for, against DNS rebinding; none: any."
-    )
-    cors_origins: tuple[str, ...] = key((), "Origins of web pages that may use the API, such as https://example.org.")
-    token_file: str = key("", "File with a token that requests must bring as Authorization: Bearer; none: no login.")
-    trusted_proxies: tuple[str, ...] = key((), "Addresses of proxies whose X-Forwarded-For and -Host are believed.")
-    base_path: str = key(
-        "",
-        "Path under which a proxy shows the daemon, such as /video; the proxy takes it off, links get it.",
-        validate.Regexp(r"(/[A-Za-z0-9_.~-]+)*$", error="{input!r} must be empty or begin with /, and not end with it"),
-    )
-    api_only: bool = key(False, "Accepted for WanGP's sake: wangpd has no other mode than its API.")
-    shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config tells
-
-    def engines(self) -> list[EngineConfig]:
-        """The part that a generation process needs, for each of them."""
-        common = EngineConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)})
-        leads = self.devices[:1] if self.context_parallel else self.devices
-        return [dataclasses.replace(common, device=device) for device in leads or (self.device,)]
-
-    @property
-    def team(self) -> tuple[str, ...]:
-        """The devices that compute each task together with the first one."""
-        return self.devices[1:] if self.context_parallel else ()
-
-    def limits(self) -> Limits:
-        """The part that the queue needs."""
-        return Limits(
-            max_queue=self.max_queue,
-            max_attempts=self.max_attempts,
-            on_restart=self.on_restart,
-            history_count=self.history_count,
-            history_s=self.history_days * 86400.0,
-            step_timeout_s=self.step_timeout_s,
-            idle_unload_s=self.idle_unload_s,
-        )
-
-    def retention(self) -> Retention:
-        """The part that the output folder needs."""
-        mib = 2**20
-        return Retention(self.keep_outputs_days * 86400, self.keep_outputs_mb * mib, self.min_free_mb * mib)
-
-
-KEYS = {field.name: field for field in dataclasses.fields(Config) if "why" in field.metadata}
-
-
-class ConfigError(Exception):
-    """The daemon can't start like this: one sentence that names the key, the value and what was wanted."""
-
-
-def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
-    """The configuration of `file`, or of the first place where there is one, with `flags` winning over it.
-
-    Raises ConfigError. Without any file the defaults hold, and paths are relative to the working directory.
-    """
-    path = file or next((place for place in (Path("wangpd.toml"), SYSTEM_CONFIG) if place.is_file()), None)
-    values = _checked(_toml(path), str(path)) if path else {}
-    base = path.parent if path else Path()
-    shown = str(flags.get("save_path") or values.get("save_path", KEYS["save_path"].default))
-    values = {**_checked(flags, "command line"), **{key: value for key, value in values.items() if key not in flags}}
-    folders = {name: (Path() if name in flags else base, values.get(name, KEYS[name].default)) for name in FOLDERS}
-    if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
-        values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
-    if fault := _missing(values):
-        raise ConfigError(fault)
-    return Config(
-        **values
-        | {name: Path(root, folder).absolute() for name, (root, folder) in folders.items()}
-        | {"shown_save_path": shown}
-    )
-
-
-def _missing(values: Mapping[str, Any]) -> str:
-    """What a key asks for and this machine can't do, with what helps; "" if there is nothing."""
-    kind = values.get(capabilities.QUANTIZATION, capabilities.NONE)
-    devices = values.get("devices") or [values.get("device", "auto")]
-    faults = [capabilities.attention_fault(values.get("attention_mode", capabilities.AUTO))]
-    if values.get("context_parallel"):
-        faults.append(
-            capabilities.team_fault(values.get("devices", ()), values.get("attention_mode", capabilities.AUTO))
-        )
-    if values.get("compile"):
-        faults += [capabilities.compile_fault(device) for device in devices]
-    return next(filter(None, faults + [capabilities.quantization_fault(kind, device) for device in devices]), "")
-
-
-FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
-NOT_EMPTY = validate.Length(1, error="must not be empty")  # as a host, nothing would mean every address
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name another file with --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-
-
-def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    try:
-        return dict(_config_schema().load(values))
-    except ValidationError as error:
-        name, sentence = first_fault(error)
-        raise ConfigError(
-            f"{where}: {name}: {sentence if name.partition('[')[0] in KEYS else _no_such_key(name)}"
-        ) from None
-
-
-def _no_such_key(name: str) -> str:
-    near = difflib.get_close_matches(name, KEYS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}"
-    return f"there is no such key; {hint}"
-
-
-def _config_schema() -> Schema:
-    def made(field: dataclasses.Field[Any]) -> fields.Field[Any]:
-        kind, check = CONFIG_FIELDS[field.type], field.metadata["check"]
-        required = kind is Text and field.default != ""
-        return kind(validate=[check] if check else [NOT_EMPTY] if required else [])
-
-    return Schema.from_dict({name: made(field) for name, field in KEYS.items()})(unknown=RAISE)
-
 
 # ---------------------------------------------------------------------------------------------------------- schemas
-
-
-class Text(fields.String):
-    """A JSON string that can be written as UTF-8, which a lone surrogate can't."""
-
-    default_error_messages = {"invalid": "{input!r} must be text in quotes", "invalid_utf8": "must be valid Unicode"}
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
-        if not isinstance(value, str):
-            raise self.make_error("invalid", input=value)
-        if any("\ud800" <= char <= "\udfff" for char in value):
-            raise self.make_error("invalid_utf8")
-        return value
-
-
-class Whole(fields.Integer):
-    """A JSON number without a fraction; `30.0` is one, `"30"` and `true` are not."""
-
-    default_error_messages = {"invalid": "{input!r} must be a whole number", "too_large": "the number is too large"}
-
-    def _validated(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
-            raise self.make_error("invalid", input=value)
-        return int(value)
-
-
-class Real(fields.Float):
-    """A JSON number; `"5"` and `true` are none."""
-
-    default_error_messages = {"invalid": "{input!r} must be a number", "too_large": "the number is too large"}
-
-    def _validated(self, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.make_error("invalid", input=value)
-        return float(super()._validated(value))
-
-
-class Flag(fields.Boolean):
-    """JSON's `true` or `false`, and nothing that looks like it."""
-
-    default_error_messages = {"invalid": "{input!r} must be true or false"}
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
-        if not isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return value
-
-
-class Digits(fields.Integer):
-    """A whole number in a path or a query, where everything is text."""
-
-    default_error_messages = {"invalid": "{input!r} must be a whole number"}
-
-    def _validated(self, value: Any) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,4000}", str(value)):
-            raise self.make_error("invalid", input=value)
-        return int(value)
-
-
-class VideoLength(fields.Field[Any]):
-    """Frames as a whole number, or a duration such as `"5s"`."""
-
-    default_error_messages = {"invalid": '{input!r} must be frames from 1 to 1000, or a duration such as "5s"'}
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int | str:
-        if isinstance(value, str) and re.fullmatch(DURATION, value):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or not 1 <= value <= 1000:
-            raise self.make_error("invalid", input=value)
-        return int(value)
-
-
-class File(fields.Field[bytes]):
-    """A file in base64, with or without a `data:` prefix, standard or URL-safe alphabet; or its bytes, from a form."""
-
-    default_error_messages = {
-        "type": "must be text: the file's bytes in base64",
-        "null": "must be text: the file's bytes in base64",
-        "invalid": "is not valid base64; send the file's bytes in base64",
-    }
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bytes:
-        if isinstance(value, bytes):
-            return value
-        if not isinstance(value, str):
-            raise self.make_error("type")
-        text = value.partition(",")[2] if value.startswith("data:") else value
-        text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
-        try:
-            return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-        except (binascii.Error, ValueError):
-            raise self.make_error("invalid") from None
-
-
-class Texts(fields.List[Any]):
-    """A list of texts, as a tuple, so that a Config stays frozen."""
-
-    default_error_messages = {"invalid": 'must be a list such as ["a", "b"]'}
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(Text(), **options)
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        return tuple(super()._deserialize(value, attr, data, **kwargs))
-
-
-CONFIG_FIELDS: Mapping[Any, type[fields.Field[Any]]] = {
-    Path: Text,
-    str: Text,
-    bool: Flag,
-    int: Whole,
-    float: Real,
-    tuple[str, ...]: Texts,
-}
-DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
-URL_SAFE = str.maketrans("-_", "+/")
-FORMATS = {"image": "PNG, JPEG or WebP", "video": "MP4, MOV, WebM or MKV", "audio": "WAV, FLAC, MP3 or OGG"}
-
-
-def optional(kind: type[fields.Field[Any]], about: str, *checks: Any, **metadata: Any) -> fields.Field[Any]:
-    """A request field that may be left out; null counts as left out."""
-    return kind(allow_none=True, validate=list(checks), metadata={"description": about, **metadata})
-
-
-DEFAULTS = CONTRACT_DEFAULTS
-IF_MODEL_HAS_NONE = "Default where neither the client nor the model says anything."
-
-
-class GenerateSettings(Schema):
-    """The words and numbers of `POST /generate`.
-
-    Nothing has a default here: what a client leaves out is the model's to say.
-    """
-
-    class Meta:
-        unknown = EXCLUDE  # ignored, and named in the answer's warnings
-
-    prompt = Text(
-        required=True,
-        validate=validate.Length(1, 10_000, error="must have {min} to {max} characters"),
-        metadata={"description": "What to show.", "examples": ["A beautiful sunset over the ocean"]},
-        error_messages={"required": "is missing; say what to show", "null": "must be text in quotes, not null"},
-    )
-    negative_prompt = optional(
-        Text, "What to avoid.", validate.Length(max=10_000, error="must have at most {max} characters"), default=""
-    )
-    model_type = optional(Text, "Id of the model; left out, the configured `default_model`.", examples=["wan_demo"])
-    resolution = optional(
-        Text,
-        f"WIDTHxHEIGHT in pixels, each a multiple of the model's size step. {IF_MODEL_HAS_NONE}",
-        validate.Regexp(r"[0-9]{1,5}x[0-9]{1,5}\Z", error="{input!r} must be WIDTHxHEIGHT in pixels, such as 832x480"),
-        pattern="^[0-9]{1,5}x[0-9]{1,5}$",
-        default=DEFAULTS["resolution"],
-    )
-    video_length = optional(
-        VideoLength,
-        f'Frames, or a duration such as "5s"; rounded to what the model can make, with a warning. {IF_MODEL_HAS_NONE}',
-        default=DEFAULTS["video_length"],
-        anyOf=[
-            {"type": "integer", "minimum": 1, "maximum": 1000},
-            {"type": "string", "pattern": f"^{DURATION}$"},
-            {"type": "null"},
-        ],
-    )
-    num_inference_steps = optional(
-        Whole, f"Denoising steps. {IF_MODEL_HAS_NONE}", between(1, 100), default=DEFAULTS["num_inference_steps"]
-    )
-    guidance_scale = optional(
-        Real, f"Classifier-free guidance. {IF_MODEL_HAS_NONE}", between(0, 20), default=DEFAULTS["guidance_scale"]
-    )
-    guidance2_scale = optional(
-        Real, "Guidance of the second, low-noise expert of a model that has one (Wan 2.2 A14B).", between(0, 20)
-    )
-    embedded_guidance_scale = optional(
-        Real, "Guidance that a distilled model takes as an input.", between(0, 20), default=0
-    )
-    flow_shift = optional(
-        Real,
-        f"Shift of the noise schedule. {IF_MODEL_HAS_NONE}",
-        validate.Range(0, 100, min_inclusive=False, error="{input} must be above 0 and at most 100"),
-        default=DEFAULTS["flow_shift"],
-        exclusiveMinimum=0,
-        maximum=100,
-    )
-    seed = optional(
-        Whole, "-1 draws one, which the answer tells. File i has seed + i.", between(-1, 2**63 - 1), default=-1
-    )
-    batch_size = optional(Whole, "Files a run.", between(1, 10), default=1)
-    repeat_generation = optional(Whole, "Runs.", between(1, 10), default=1)
-    use_model_defaults = optional(
-        Flag, "true: what is left out takes the model's default; false: the defaults named here.", default=True
-    )
-    denoising_strength = optional(
-        Real,
-        "How much a source picture or video is changed: 0 hardly, 1 wholly.",
-        between(0, 1),
-        default=FURTHER_DEFAULTS["denoising_strength"],
-    )
-    duration_seconds = optional(
-        Real, f"Length of a sound. {IF_MODEL_HAS_NONE}", between(1, 600), default=FURTHER_DEFAULTS["duration_seconds"]
-    )
-    lyrics = optional(Text, "What is sung.", validate.Length(max=10_000, error="must have at most {max} characters"))
-    activated_loras = fields.List(
-        Text(),
-        allow_none=True,
-        validate=validate.Length(max=20, error="must have at most {max} names"),
-        metadata={"description": "LoRA files, by the names that `GET /loras` tells."},
-        error_messages={"invalid": "must be a list of file names"},
-    )
-    loras_multipliers = optional(
-        Text,
-        "Strength of each LoRA, parted by spaces; 0,0.5,1 spreads values over the steps, 1;0 over two experts.",
-        validate.Length(max=2000, error="must have at most {max} characters"),
-        default="",
-    )
-    skip_steps_cache_type = optional(
-        Text,
-        "Step cache: mag, tea, fbc or taylorseer, as far as the model can; empty: every step is computed.",
-        validate.OneOf(["", *STEP_CACHES], error="{input!r} must be empty or one of {choices}"),
-        default="",
-    )
-    skip_steps_multiplier = optional(
-        Real,
-        "How many times faster the denoising shall be.",
-        between(1, 4),
-        default=FURTHER_DEFAULTS["skip_steps_multiplier"],
-    )
-    skip_steps_start_step_perc = optional(
-        Real, "Percent of the steps, from the first, that are always computed.", between(0, 100), default=0
-    )
-    sliding_window_size = optional(
-        Whole,
-        "Frames that are made at once; a longer video is made window by window, as far as the model can go on from its"
-        " own frames. 0: the whole video at once. Left out, as long as the model's usual video.",
-        between(0, 1000),
-    )
-    sliding_window_overlap = optional(
-        Whole, "Frames that a window shares with the one before. Left out, what suits the model.", between(1, 97)
-    )
-    sliding_window_color_correction_strength = optional(
-        Real,
-        "How far each window takes over the colours of the one before: 0 not, 1 wholly.",
-        between(0, 1),
-        default=FURTHER_DEFAULTS["sliding_window_color_correction_strength"],
-    )
-    task = optional(
-        Text, "What the model shall do, where the inputs leave more than one choice.", validate.OneOf(list(TASKS))
-    )
-
-
-def input_field(name: str) -> fields.Field[Any]:
-    """The request field of one input."""
-    about = INPUTS[name]
-    media_type = {"contentEncoding": "base64", "contentMediaType": f"{about.kind}/*"}
-    described = f"{about.about} {FORMATS[about.kind]} in base64."
-    if not about.several:
-        return optional(File, described, type="string", **media_type)
-    return fields.List(
-        File(metadata={"type": "string", **media_type}),
-        allow_none=True,
-        validate=validate.Length(max=10, error="must have at most {max} pictures"),
-        metadata={"description": f"{described} At most 10, and as many as the model takes."},
-        error_messages={"invalid": "must be a list of pictures in base64"},
-    )
-
-
-GenerateRequest = GenerateSettings.from_dict({name: input_field(name) for name in INPUTS}, name="GenerateRequest")
-
-
-class TaskPath(Schema):
-    task_id = Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."})
-
-
-class ModelPath(Schema):
-    model_type = fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]})
-
-
-class ModelsQuery(Schema):
-    family = fields.String(load_default=None, metadata={"description": "Only models of this family."})
-    task = fields.String(
-        load_default=None,
-        validate=one_of(*TASKS),
-        metadata={"description": "Only models that do this.", "type": "string"},
-    )
-    installed = fields.String(
-        load_default=None,
-        validate=one_of("true", "false"),
-        metadata={"description": "Only models whose weights are here, or only the others.", "type": "string"},
-    )
-
-
-class FilePath(Schema):
-    filename = fields.String(required=True, metadata={"description": "A name from `GET /outputs`."})
-
-
-class OutputsQuery(Schema):
-    limit = Digits(load_default=50, validate=between(1, 200), metadata={"description": "Most files to return."})
-    offset = Digits(
-        load_default=0,
-        validate=validate.Range(min=0, error="{input} must be 0 or more"),
-        metadata={"description": "Files to leave out first."},
-    )
-    file_type = fields.String(
-        validate=one_of("video", "image", "audio"), metadata={"description": "Only files of this type."}
-    )
-
-
-class GenerateQuery(Schema):
-    dry_run = fields.String(
-        load_default="0",
-        validate=one_of("0", "1", "true", "false"),
-        metadata={"description": "1: check and resolve everything, queue nothing, and answer with the settings."},
-    )
-
-
-class LorasQuery(Schema):
-    model = Text(load_default="", metadata={"description": "Id of the model; left out, the configured one."})
-
-
-class StatusQuery(Schema):
-    wait = Digits(
-        load_default=None,
-        validate=between(1, 60),
-        metadata={"description": "Seconds to wait for the task's end; the answer comes as soon as it has ended."},
-    )
-
-
-class HistoryQuery(Schema):
-    status = fields.String(
-        load_default=None,
-        validate=one_of(*(status.value for status in Status)),
-        metadata={"description": "Only tasks in this state.", "type": "string"},
-    )
-    limit = Digits(load_default=50, validate=between(1, 200), metadata={"description": "Most tasks to return."})
-    offset = Digits(
-        load_default=0,
-        validate=validate.Range(0, 2**31, error="{input} must be between {min} and {max}"),
-        metadata={"description": "Tasks to leave out first."},
-    )
-
-
-class MoveRequest(Schema):
-    """The body of `PATCH /queue/{task_id}`."""
-
-    position = Whole(
-        required=True,
-        validate=between(1, 10**6),
-        metadata={"description": "Where it shall wait: 1 is processed or next. Beyond the end means the end."},
-        error_messages={"required": "is missing; say at which position it shall wait", "null": "must be a number"},
-    )
-
-
-class PreviewQuery(Schema):
-    width = Digits(
-        load_default=PREVIEW_WIDTH,
-        validate=between(32, 1920),
-        metadata={"description": "Width in pixels; a smaller source is not enlarged."},
-    )
 
 
 def told(kind: type[fields.Field[Any]], about: str, **options: Any) -> fields.Field[Any]:
@@ -780,44 +158,6 @@ class ModelEntry(Schema):
 
 class ModelList(Schema):
     models = told(fields.List, "All models of the catalogue.", cls_or_instance=fields.Nested(ModelEntry))
-
-
-class Settings(Schema):
-    """What a request can decide. A setting that the model does not have is absent."""
-
-    prompt = told(fields.String, "What to show.")
-    negative_prompt = described(fields.String, "What to avoid.")
-    resolution = described(fields.String, "WIDTHxHEIGHT in pixels.")
-    video_length = described(fields.Integer, "Frames.")
-    num_inference_steps = described(fields.Integer, "Denoising steps.")
-    guidance_scale = described(fields.Float, "Classifier-free guidance.")
-    guidance2_scale = described(fields.Float, "Guidance of the second expert.")
-    embedded_guidance_scale = described(fields.Float, "Guidance that a distilled model takes as an input.")
-    flow_shift = described(fields.Float, "Shift of the noise schedule.")
-    denoising_strength = described(fields.Float, "How much a source is changed.")
-    duration_seconds = described(fields.Float, "Length of a sound.")
-    lyrics = described(fields.String, "What is sung.")
-    activated_loras = described(fields.List, "LoRA files.", cls_or_instance=fields.String())
-    loras_multipliers = described(fields.String, "Strength of each LoRA.")
-    skip_steps_cache_type = described(fields.String, "Step cache; empty: none.")
-    skip_steps_multiplier = described(fields.Float, "How many times faster the denoising shall be.")
-    skip_steps_start_step_perc = described(fields.Float, "Percent of the steps that are always computed.")
-    sliding_window_size = described(fields.Integer, "Most frames of a window.")
-    sliding_window_overlap = described(fields.Integer, "Frames that a window shares with the one before.")
-    sliding_window_color_correction_strength = described(fields.Float, "How far colours are taken over.")
-    seed = told(fields.Integer, "-1: one is drawn.")
-    batch_size = told(fields.Integer, "Files a run.")
-    repeat_generation = told(fields.Integer, "Runs.")
-
-
-class TaskSettings(
-    Settings.from_dict(  # type: ignore[misc]  # a class that is made at run time
-        {name: described(fields.List, "SHA-256 of each file.", cls_or_instance=fields.String()) for name in INPUTS}
-    )
-):
-    model_type = told(fields.String, "Id of the model.")
-    task = told(fields.String, "What the model does: t2v, i2v, flf2v, vace …")
-    fps = described(fields.Integer, "Frames a second.")
 
 
 class ModelInfo(ModelEntry):
@@ -1010,16 +350,6 @@ def envelope(data: type[Schema]) -> type[Schema]:
     return Schema.from_dict(members, name=f"{data.__name__}Answer")
 
 
-def first_fault(error: ValidationError) -> tuple[str, str]:
-    """The first complaint of a schema: the name of the field, with its place in a list, and the sentence."""
-    messages: Any = error.messages
-    name, found = next(iter(messages.items()))
-    while isinstance(found, Mapping):
-        place, found = next(iter(found.items()))
-        name = f"{name}[{place}]"
-    return str(name), found[0]
-
-
 # --------------------------------------------------------------------------------------------- the OpenAPI document
 
 ERRORS = {
@@ -1146,6 +476,7 @@ QUEUE = web.AppKey("queue", TaskQueue)
 OUTPUTS = web.AppKey("outputs", Outputs)
 DOWNLOADS = web.AppKey("downloads", Downloads)
 INPUT_FILES = web.AppKey("input_files", Inputs)
+ADMISSION = web.AppKey("admission", Admission)
 HEAVY = web.AppKey("heavy", asyncio.Semaphore)  # held while a body or a picture is decoded, which may take much memory
 DOCUMENT = web.AppKey("document", dict)  # the OpenAPI document, once someone has asked for it
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -1301,7 +632,7 @@ async def model_settings(request: web.Request) -> web.Response:
 async def load_model(request: web.Request) -> web.Response:
     app = request.app
     model = app[CATALOG].get(request[PATH]["model_type"])
-    await asyncio.to_thread(require_weights, model, app[CONFIG])
+    await asyncio.to_thread(app[ADMISSION].require_weights, model)
     loaded = app[QUEUE].load(model)
     message = f"Model '{model.id}' is loaded" if loaded else f"Model '{model.id}' is being loaded"
     return answered(message, {"model": model.id, "loaded": loaded})
@@ -1404,7 +735,7 @@ async def generate(request: web.Request) -> web.Response:
     if not dry:
         require_room(app)  # first, so that what is refused leaves no picture behind
     async with app[HEAVY]:
-        resolved = await asyncio.to_thread(resolve, app, body, not dry)
+        resolved = await asyncio.to_thread(app[ADMISSION].admit, body, store=not dry)
     if dry:
         return dry_run(app, resolved)
     return accepted(app, await app[QUEUE].submit(resolved.job, resolved.warnings, key=key, request=digest))
@@ -1435,134 +766,24 @@ def accepted(app: web.Application, receipt: Receipt) -> web.Response:
 def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
     """What a submission would have come to."""
     job, queue = resolved.job, app[QUEUE]
+    seconds = queue.estimate_s(job)
     data = {
         "task_id": None,
         "position": None,
         "estimated_wait": queue.estimated_wait_s(),
-        "estimated_seconds": queue.estimate_s(job),
-        "estimate": cost(app, job),
+        "estimated_seconds": seconds,
+        "estimate": app[ADMISSION].cost(job, seconds),
         "seed": job.seed,
         "warnings": list(resolved.warnings),
         "status_url": None,
-        "settings": settings_of(job),
+        "settings": echo(job),
     }
     return answered("Dry run: nothing was queued", data)
-
-
-def cost(app: web.Application, job: Job) -> dict[str, Any] | None:
-    """What the job will take; None if no device was measured, or if it fits on none."""
-    try:
-        found = estimated(app, job)
-    except EngineError:
-        return None
-    if found is None:
-        return None
-    known_s = app[QUEUE].estimate_s(job)
-    return {**vars(found), "seconds": round(found.seconds, 1) if known_s is None else known_s}
-
-
-def estimated(app: web.Application, job: Job) -> Estimate | None:
-    """The estimate by the memory plan. Raises EngineError if the job seems to fit nowhere."""
-    config = app[CONFIG]
-    return estimate(
-        app[CATALOG].get(job.model),
-        job,
-        app[QUEUE].machines,
-        profile=config.profile,
-        quantization=config.transformer_quantization,
-        vae_config=config.vae_config,
-    )
-
-
-def doubts(app: web.Application, job: Job) -> tuple[str, ...]:
-    """Why a job may fail for want of memory. A warning and no refusal: an estimate may be wrong."""
-    try:
-        estimated(app, job)
-    except EngineError as error:
-        return (str(error),)
-    return ()
 
 
 def link(app: web.Application, path: str) -> str:
     """A path of the API as a client sees it, behind a proxy too."""
     return f"{app[CONFIG].base_path}{API}{path}"
-
-
-def resolve(app: web.Application, body: Mapping[str, Any], store: bool) -> Resolved:
-    """Check everything, decide everything, then with `store` keep the inputs. Blocks.
-
-    Raises BadRequest or UnknownModel, and has written nothing then.
-    """
-    model = app[CATALOG].get(body.get("model_type") or app[CONFIG].default_model)
-    found = require_weights(model, app[CONFIG])
-    files = {name: several(body[name]) for name in INPUTS if body.get(name, []) != []}
-    given = {name: checked_input(app, name, datas) for name, datas in files.items()}
-    resolved = resolved_request(app[CATALOG], model, body, given)
-    if body.get("activated_loras"):
-        job = dataclasses.replace(resolved.job, loras=chosen_loras(app, model, resolved.job.task, found, body))
-        resolved = dataclasses.replace(resolved, job=job)
-    for data in (data for datas in files.values() for data in datas if store):
-        app[INPUT_FILES].store(data)
-    unknown = tuple(f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
-    return dataclasses.replace(resolved, warnings=(*unknown, *resolved.warnings, *doubts(app, resolved.job)))
-
-
-def chosen_loras(
-    app: web.Application, model: Model, task: str, found: Weights | None, body: Mapping[str, Any]
-) -> tuple[Lora, ...]:
-    """The LoRAs of a request. Raises BadRequest for one that is not there or does not fit the weights."""
-    if not model.pipelines[task].loras:
-        raise BadRequest(f"activated_loras: model '{model.id}' takes no LoRAs; leave them out")
-    if found is None:
-        remedy = weights.remedy(model, app[CONFIG].models_dir)
-        raise BadRequest(f"activated_loras: '{model.id}' is not installed, so nothing tells whether they fit; {remedy}")
-    names, multipliers = body["activated_loras"], body.get("loras_multipliers", "")
-    try:
-        return loras.chosen(names, multipliers, model, app[CONFIG].loras_dir, found.folder)
-    except loras.BadLora as error:
-        raise BadRequest(str(error)) from None
-
-
-def several(value: bytes | list[bytes]) -> tuple[bytes, ...]:
-    """The files of one field."""
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-UNKNOWN = " unknown"  # not a name that a field can have
-
-
-def require_weights(model: Model, config: Config) -> Weights | None:
-    """The model's weights, or None if they are to be fetched. Raises BadRequest with what helps if they may not be."""
-    if refusal := capabilities.quantization_refusal(config.transformer_quantization, model):
-        raise BadRequest(refusal)
-    found = weights.locate(model, config.models_dir)
-    if found is None and not config.allow_download:
-        remedy = weights.remedy(model, config.models_dir)
-        raise BadRequest(f"model_type: '{model.id}' is not installed; {remedy}")
-    return found
-
-
-def checked_input(app: web.Application, name: str, datas: tuple[bytes, ...]) -> Media:
-    """The input of one field, each file whole and of a size that fits in memory. Raises BadRequest."""
-    about, seconds = INPUTS[name], 0.0
-    for place, data in enumerate(datas):
-        where = f"{name}[{place}]" if about.several else name
-        try:
-            seconds = length_s(data, about.kind, app[CONFIG].max_image_pixels)
-        except (media.BadImage, footage.BadFootage) as error:
-            raise BadRequest(f"{where}: the {WORDS[about.kind]} {error}") from None
-    return Media(tuple(app[INPUT_FILES].path(data) for data in datas), seconds)
-
-
-WORDS = {"image": "picture", "video": "video", "audio": "sound"}
-
-
-def length_s(data: bytes, kind: str, max_pixels: int) -> float:
-    """Seconds of a video or a sound, 0 of a picture, once it is known to be whole. Raises BadImage or BadFootage."""
-    if kind != "image":
-        return footage.check(data, kind, max_pixels)
-    media.check_image(data, max_pixels)
-    return 0.0
 
 
 @routes.get(f"{API}/queue")
@@ -1684,7 +905,7 @@ def task_state(app: web.Application, task: Task) -> dict[str, Any]:
         "prompt": task.job.prompt,
         "model_type": task.job.model,
         "seed": task.job.seed,
-        "settings": settings_of(task.job),
+        "settings": echo(task.job),
         "warnings": list(task.warnings),
         "created_at": iso(task.created_at),
         "started_at": iso(task.started_at),
@@ -2254,6 +1475,7 @@ def make_app(config: Config, models: Catalog | None = None) -> web.Application:
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
     app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], config.limits())
+    app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.policy(), lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)

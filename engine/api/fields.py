@@ -1,0 +1,157 @@
+"""The marshmallow fields of requests and of the configuration, strict about JSON's types, and the rules for values."""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from marshmallow import ValidationError, fields, validate
+
+DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
+URL_SAFE = str.maketrans("-_", "+/")
+NO_FILE = "must be text: the file's bytes in base64"
+
+
+def one_of(*values: Any) -> validate.Validator:
+    """The rule that a value is one of these."""
+    return validate.OneOf(values, error="must be one of " + ", ".join(map(repr, values)) + ", not {input!r}")
+
+
+def between(low: float, high: float) -> validate.Validator:
+    """The rule that a number is from `low` to `high`, both included."""
+    return validate.Range(low, high, error="{input} must be between {min} and {max}")
+
+
+def at_least(low: float) -> validate.Validator:
+    """The rule that a number is `low` or more."""
+    return validate.Range(min=low, error="{input} must be {min} or more")
+
+
+def matches(pattern: str, rule: str) -> validate.Validator:
+    """The rule that a text matches `pattern`; `rule` says so in words."""
+    return validate.Regexp(pattern, error="{input!r} must be " + rule)
+
+
+def each(check: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
+    """The rule that `check` accepts each value of a list."""
+
+    def check_all(values: Sequence[Any]) -> None:
+        for value in values:
+            check(value)
+
+    return check_all
+
+
+class Text(fields.String):
+    """A JSON string that can be written as UTF-8, which a lone surrogate can't."""
+
+    default_error_messages = {"invalid": "{input!r} must be text in quotes", "invalid_utf8": "must be valid Unicode"}
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        if not isinstance(value, str):
+            raise self.make_error("invalid", input=value)
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise self.make_error("invalid_utf8")
+        return value
+
+
+class Whole(fields.Integer):
+    """A JSON number without a fraction: `30.0` is accepted, `"30"` and `true` are not."""
+
+    default_error_messages = {"invalid": "{input!r} must be a whole number", "too_large": "the number is too large"}
+
+    def _validated(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+class Real(fields.Float):
+    """A JSON number; `"5"` and `true` are refused."""
+
+    default_error_messages = {"invalid": "{input!r} must be a number", "too_large": "the number is too large"}
+
+    def _validated(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.make_error("invalid", input=value)
+        return float(super()._validated(value))
+
+
+class Flag(fields.Boolean):
+    """JSON's `true` or `false` and nothing else."""
+
+    default_error_messages = {"invalid": "{input!r} must be true or false"}
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class Digits(fields.Integer):
+    """A whole number in a path or a query, where everything is text."""
+
+    default_error_messages = {"invalid": "{input!r} must be a whole number"}
+
+    def _validated(self, value: Any) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,4000}", str(value)):
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+class VideoLength(fields.Field[Any]):
+    """Frames as a whole number, or a duration such as `"5s"`."""
+
+    default_error_messages = {"invalid": '{input!r} must be frames from 1 to 1000, or a duration such as "5s"'}
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int | str:
+        if isinstance(value, str) and re.fullmatch(DURATION, value):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or not 1 <= value <= 1000:
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+class File(fields.Field[bytes]):
+    """A file in base64, with or without a `data:` prefix, standard or URL-safe alphabet; or its bytes, from a form."""
+
+    default_error_messages = {
+        "type": NO_FILE,
+        "null": NO_FILE,
+        "invalid": "is not valid base64; send the file's bytes in base64",
+    }
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            raise self.make_error("type")
+        text = value.partition(",")[2] if value.startswith("data:") else value
+        text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
+        try:
+            return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except (binascii.Error, ValueError):
+            raise self.make_error("invalid") from None
+
+
+class Texts(fields.List[Any]):
+    """A list of texts, as a tuple, so that what holds it stays frozen."""
+
+    default_error_messages = {"invalid": 'must be a list such as ["a", "b"]'}
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(Text(), **options)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        return tuple(super()._deserialize(value, attr, data, **kwargs))
+
+
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """The first complaint of a schema: the name of the field, with its place in a list, and the sentence."""
+    messages: Any = error.messages
+    name, found = next(iter(messages.items()))
+    while isinstance(found, Mapping):
+        place, found = next(iter(found.items()))
+        name = f"{name}[{place}]"
+    return str(name), found[0]

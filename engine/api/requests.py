@@ -1,0 +1,204 @@
+"""What clients send, as marshmallow schemas: the body of `POST /generate` from the table of settings, paths and queries.
+
+Also the settings as answers give them back, from the same table.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from marshmallow import EXCLUDE, Schema, fields, validate
+
+from engine.api.fields import (
+    DURATION,
+    Digits,
+    File,
+    Flag,
+    Real,
+    Text,
+    Texts,
+    VideoLength,
+    Whole,
+    at_least,
+    between,
+    matches,
+    one_of,
+)
+from engine.catalog.abilities import INPUTS, TASKS
+from engine.files.thumbnails import PREVIEW_WIDTH
+from engine.queue.tasks import Status
+from engine.settings import SETTINGS, Setting
+
+Field = fields.Field[Any]
+KINDS: Mapping[str, type[Field]] = {
+    "text": Text,
+    "whole": Whole,
+    "real": Real,
+    "flag": Flag,
+    "texts": Texts,
+    "length": VideoLength,
+}
+FORMATS = {"image": "PNG, JPEG or WebP", "video": "MP4, MOV, WebM or MKV", "audio": "WAV, FLAC, MP3 or OGG"}
+# The settings that must be sent, with the sentences for a request without them.
+REQUIRED = {"prompt": {"required": "is missing; say what to show", "null": "must be text in quotes, not null"}}
+
+
+def setting_field(row: Setting) -> Field:
+    """The request field of a setting; null counts as left out."""
+    metadata: dict[str, Any] = {"description": row.help}
+    if row.default is not None:
+        metadata["default"] = row.default
+    if row.above_low:
+        metadata |= {"exclusiveMinimum": row.low, "maximum": row.high}
+    if row.pattern:
+        metadata["pattern"] = f"^{row.pattern}$"
+    if row.kind == "length":
+        frames = {"type": "integer", "minimum": row.low, "maximum": row.high}
+        metadata["anyOf"] = [frames, {"type": "string", "pattern": f"^{DURATION}$"}, {"type": "null"}]
+    messages = REQUIRED.get(row.name)
+    return KINDS[row.kind](
+        required=bool(messages),
+        allow_none=not messages,
+        validate=rules_of(row),
+        metadata=metadata,
+        error_messages=messages,
+    )
+
+
+def rules_of(row: Setting) -> list[validate.Validator]:
+    """The rules for a value of the setting, with their sentences."""
+    if row.choices:
+        return [one_of(*row.choices)]
+    if row.pattern:
+        return [matches(rf"{row.pattern}\Z", row.pattern_rule)]
+    if row.above_low:
+        error = "{input} must be above {min} and at most {max}"
+        return [validate.Range(row.low, row.high, min_inclusive=False, error=error)]
+    if row.kind in ("whole", "real"):
+        return [between(row.low, row.high)]
+    if row.kind in ("text", "texts") and row.high:
+        least = "{min} to" if row.low else "at most"
+        error = f"must have {least} {{max}} {'characters' if row.kind == 'text' else 'names'}"
+        return [validate.Length(int(row.low), int(row.high), error=error)]
+    return []
+
+
+def input_field(name: str) -> Field:
+    """The request field of one input."""
+    about = INPUTS[name]
+    file = {"type": "string", "contentEncoding": "base64", "contentMediaType": f"{about.kind}/*"}
+    description = f"{about.about} {FORMATS[about.kind]} in base64."
+    if not about.several:
+        return File(allow_none=True, metadata={"description": description, **file})
+    return fields.List(
+        File(metadata=file),
+        allow_none=True,
+        validate=validate.Length(max=10, error="must have at most {max} pictures"),
+        metadata={"description": f"{description} At most 10, and as many as the model takes."},
+        error_messages={"invalid": "must be a list of pictures in base64"},
+    )
+
+
+class _Request(Schema):
+    """Nothing has a default here: what a client leaves out, the model decides."""
+
+    class Meta:
+        unknown = EXCLUDE  # ignored, and named in the answer's warnings
+        description = "A default is the value where neither the client nor the model has one; null counts as left out."
+
+
+GenerateRequest = _Request.from_dict(
+    {row.name: setting_field(row) for row in SETTINGS.values()} | {name: input_field(name) for name in INPUTS},
+    name="GenerateRequest",
+)
+
+
+def echo_field(row: Setting) -> Field:
+    """A setting in an answer."""
+    kind = Whole if row.kind == "length" else KINDS[row.kind]
+    return kind(required=row.always, metadata={"description": row.help})
+
+
+# What a request can decide. A setting that the model does not have is absent.
+Settings = Schema.from_dict({row.name: echo_field(row) for row in SETTINGS.values() if not row.guides}, name="Settings")
+TaskSettings = Settings.from_dict(
+    {
+        "model_type": fields.String(required=True, metadata={"description": "Id of the model."}),
+        "task": fields.String(required=True, metadata={"description": "What the model does: t2v, i2v, flf2v, vace …"}),
+        "fps": fields.Integer(metadata={"description": "Frames a second."}),
+        **{name: fields.List(fields.String(), metadata={"description": "SHA-256 of each file."}) for name in INPUTS},
+    },
+    name="TaskSettings",
+)
+
+
+def parameter(kind: type[Field], about: str, *rules: validate.Validator, default: Any = None) -> Field:
+    """A query parameter that may be left out."""
+    return kind(load_default=default, allow_none=False, validate=list(rules), metadata={"description": about})
+
+
+class TaskPath(Schema):
+    task_id = Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."})
+
+
+class ModelPath(Schema):
+    model_type = fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]})
+
+
+class FilePath(Schema):
+    filename = fields.String(required=True, metadata={"description": "A name from `GET /outputs`."})
+
+
+class ModelsQuery(Schema):
+    family = parameter(fields.String, "Only models of this family.")
+    task = parameter(fields.String, "Only models that do this.", one_of(*TASKS))
+    installed = parameter(
+        fields.String, "Only models whose weights are here, or only the others.", one_of("true", "false")
+    )
+
+
+class LorasQuery(Schema):
+    model = parameter(Text, "Id of the model; left out, the configured one.", default="")
+
+
+class GenerateQuery(Schema):
+    dry_run = parameter(
+        fields.String,
+        "1: check and resolve everything, queue nothing, and answer with the settings.",
+        one_of("0", "1", "true", "false"),
+        default="0",
+    )
+
+
+class StatusQuery(Schema):
+    wait = parameter(
+        Digits, "Seconds to wait for the task's end; the answer comes as soon as it has ended.", between(1, 60)
+    )
+
+
+class HistoryQuery(Schema):
+    status = parameter(fields.String, "Only tasks in this state.", one_of(*(status.value for status in Status)))
+    limit = parameter(Digits, "Most tasks to return.", between(1, 200), default=50)
+    offset = parameter(Digits, "Tasks to leave out first.", between(0, 2**31), default=0)
+
+
+class OutputsQuery(Schema):
+    limit = parameter(Digits, "Most files to return.", between(1, 200), default=50)
+    offset = parameter(Digits, "Files to leave out first.", at_least(0), default=0)
+    file_type = parameter(fields.String, "Only files of this type.", one_of("video", "image", "audio"))
+
+
+class PreviewQuery(Schema):
+    width = parameter(
+        Digits, "Width in pixels; a smaller source is not enlarged.", between(32, 1920), default=PREVIEW_WIDTH
+    )
+
+
+class MoveRequest(Schema):
+    """The body of `PATCH /queue/{task_id}`."""
+
+    position = Whole(
+        required=True,
+        validate=between(1, 10**6),
+        metadata={"description": "Where it should wait: 1 is processed or next. Beyond the end means the end."},
+        error_messages={"required": "is missing; say at which position it shall wait", "null": "must be a number"},
+    )
