@@ -41,7 +41,7 @@ from aiohttp_apispec import (
 from apispec import APISpec
 from marshmallow import EXCLUDE, Schema, ValidationError, fields
 
-from engine.admission import UNKNOWN, Admission, BadRequest, Resolved
+from engine.admission import UNKNOWN, Admission, BadRequest, Policy, Resolved
 from engine.api.config import KEYS, Config, ConfigError, load_config
 from engine.api.fields import File, first_fault
 from engine.api.requests import (
@@ -76,6 +76,7 @@ from engine.queue.runner import (
     EngineDown,
     Full,
     KeyReused,
+    Limits,
     NoSuchTask,
     Receipt,
     TaskQueue,
@@ -765,14 +766,15 @@ def accepted(app: web.Application, receipt: Receipt) -> web.Response:
 
 def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
     """What a submission would have come to."""
-    job, queue = resolved.job, app[QUEUE]
-    seconds = queue.estimate_s(job)
+    job, queue, found_estimate = resolved.job, app[QUEUE], resolved.estimate
+    known_s = queue.estimate_s(job)
     data = {
         "task_id": None,
         "position": None,
         "estimated_wait": queue.estimated_wait_s(),
-        "estimated_seconds": seconds,
-        "estimate": app[ADMISSION].cost(job, seconds),
+        "estimated_seconds": known_s,
+        "estimate": found_estimate
+        and {**vars(found_estimate), "seconds": round(found_estimate.seconds, 1) if known_s is None else known_s},
         "seed": job.seed,
         "warnings": list(resolved.warnings),
         "status_url": None,
@@ -1474,8 +1476,8 @@ def make_app(config: Config, models: Catalog | None = None) -> web.Application:
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
-    app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], config.limits())
-    app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.policy(), lambda: app[QUEUE].machines)
+    app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], config.part(Limits))
+    app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)

@@ -44,10 +44,14 @@ class Media:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A Job, and what was changed or ignored on the way to it, a sentence each."""
+    """A Job, and what was changed or ignored on the way to it, a sentence each.
+
+    `estimate` is None if no device has been measured, or if the job seems to fit on none.
+    """
 
     job: Job
     warnings: tuple[str, ...]
+    estimate: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Admission:
         """
         model = self._catalog.get(body.get("model_type") or self._policy.default_model)
         found = self.require_weights(model)
-        files = {name: _several(body[name]) for name in INPUTS if body.get(name, []) != []}
+        sent = {name: body[name] for name in INPUTS if body.get(name, []) != []}
+        files = {name: value if isinstance(value, list) else [value] for name, value in sent.items()}
         given = {name: self._checked_input(name, datas) for name, datas in files.items()}
         resolved = resolve(self._catalog, model, body, given)
         job = resolved.job
@@ -88,7 +93,11 @@ class Admission:
         for data in (data for datas in files.values() for data in datas if store):
             self._inputs.store(data)
         unknown = (f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
-        return Resolved(job, (*unknown, *resolved.warnings, *self._doubts(job)))
+        warnings = (*unknown, *resolved.warnings)
+        try:
+            return Resolved(job, warnings, self._estimate(job))
+        except EngineError as error:  # a warning and no refusal: an estimate may be wrong
+            return Resolved(job, (*warnings, str(error)))
 
     def require_weights(self, model: Model) -> Weights | None:
         """The model's weights, or None if they are to be downloaded.
@@ -103,11 +112,8 @@ class Admission:
             raise BadRequest(f"model_type: '{model.id}' is not installed; {remedy}")
         return found
 
-    def estimate(self, job: Job) -> Estimate | None:
-        """What the job will need by the memory plan; None if no device has been measured.
-
-        Raises EngineError if the job seems to fit on no device.
-        """
+    def _estimate(self, job: Job) -> Estimate | None:
+        """What the job will need by the memory plan; None if no device has been measured. Raises EngineError."""
         return estimate(
             self._catalog.get(job.model),
             job,
@@ -117,23 +123,7 @@ class Admission:
             vae_config=self._policy.vae_config,
         )
 
-    def cost(self, job: Job, known_s: float | None) -> dict[str, Any] | None:
-        """The estimate as an answer has it, with `known_s` by history where there is one; None without an estimate."""
-        try:
-            found = self.estimate(job)
-        except EngineError:
-            return None
-        return found and {**vars(found), "seconds": round(found.seconds, 1) if known_s is None else known_s}
-
-    def _doubts(self, job: Job) -> tuple[str, ...]:
-        """Why a job may run out of memory. A warning and no refusal: an estimate may be wrong."""
-        try:
-            self.estimate(job)
-        except EngineError as error:
-            return (str(error),)
-        return ()
-
-    def _checked_input(self, name: str, datas: tuple[bytes, ...]) -> Media:
+    def _checked_input(self, name: str, datas: list[bytes]) -> Media:
         """The input of one field, each file whole and of a size that fits in memory. Raises BadRequest."""
         about, seconds = INPUTS[name], 0.0
         for place, data in enumerate(datas):
@@ -160,11 +150,6 @@ class Admission:
             return loras.chosen(names, multipliers, model, self._policy.loras_dir, found.folder)
         except loras.BadLora as error:
             raise BadRequest(str(error)) from None
-
-
-def _several(value: bytes | list[bytes]) -> tuple[bytes, ...]:
-    """The files of one field."""
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapping[str, Media]) -> Resolved:

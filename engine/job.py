@@ -134,9 +134,9 @@ class Lora:
 class Job:
     """One request with everything decided: nothing in it is left to a default or to chance.
 
-    `inputs` maps a field of engine.catalog.abilities.INPUTS (`image_start`, `video_source` …) to its stored files, at least one.
-    `frames` is 1 for a picture and 0 for sound. File i of the job has the seed `seed + i`. `settings` are the further
-    rows of engine.settings, by name, as JSON values: those that have no field here.
+    `inputs` maps an input's name (`image_start`, `video_source` …) to its stored files, at least one. `settings` holds
+    the request settings that have no field here, by name, as JSON values; see engine.settings.
+    `frames` is 1 for a picture and 0 for sound. File i of the job has the seed `seed + i`.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""The request settings, one row each: schemas, echo, defaults, the pipeline's roles and the documentation derive from it.
+"""The request settings, a row each: schemas, echo, defaults, the pipeline's roles and the documentation derive from it.
 
 A new setting that a pipeline has a parameter for is a row here with a role, and that role in the catalogue's `call`.
 One that code uses is a row here, and `value(job, name)` where it is used.
@@ -6,7 +6,7 @@ One that code uses is a row here, and `value(job, name)` where it is used.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from engine.catalog.abilities import STEP_CACHES, TASKS
 from engine.job import Job
@@ -14,6 +14,7 @@ from engine.job import Job
 VIDEO = frozenset({"video"})
 VISUAL = VIDEO | {"image"}
 EVERY = VISUAL | {"audio"}
+LENGTH = int | str  # frames, or a duration such as "5s"
 NO_VALUE = object()  # neutral, of what WanGP does not have
 
 
@@ -26,7 +27,7 @@ class Setting:
     """
 
     name: str
-    kind: Literal["text", "whole", "real", "flag", "texts", "length"]
+    type: Any
     low: float = 0
     high: float = 0
     help: str = ""
@@ -42,6 +43,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     pattern: str = ""
     pattern_rule: str = ""  # the pattern in words
+    example: str = ""
     wangp: str = ""  # WanGP's name for it, where that is another
     neutral: Any = NO_VALUE  # the value in WanGP's exports that asks for nothing
 
@@ -74,65 +76,65 @@ _JOB_FIELDS = frozenset(field.name for field in fields(Job)) - {"settings"}
 
 # fmt: off
 _ROWS = (
-    Setting("prompt", "text", 1, 10_000, role="prompt", always=True, neutral="",
-            help="What to show."),
-    Setting("negative_prompt", "text", 0, 10_000, default="", unused="", role="negative_prompt", neutral="",
+    Setting("prompt", str, 1, 10_000, role="prompt", always=True, neutral="",
+            example="A beautiful sunset over the ocean", help="What to show."),
+    Setting("negative_prompt", str, 0, 10_000, default="", unused="", role="negative_prompt", neutral="",
             help="What to avoid."),
-    Setting("model_type", "text", guides=True,
+    Setting("model_type", str, guides=True, example="wan_demo",
             help="Id of the model; left out, the configured `default_model`."),
-    Setting("resolution", "text", default="832x480", kinds=VISUAL, neutral="832x480",
+    Setting("resolution", str, default="832x480", kinds=VISUAL, neutral="832x480",
             pattern=r"[0-9]{1,5}x[0-9]{1,5}", pattern_rule="WIDTHxHEIGHT in pixels, such as 832x480",
             help="WIDTHxHEIGHT in pixels, each a multiple of the model's size step."),
-    Setting("video_length", "length", 1, 1000, default=81, kinds=VIDEO, field="frames", needs="video_length",
+    Setting("video_length", LENGTH, 1, 1000, default=81, kinds=VIDEO, field="frames", needs="video_length",
             neutral=81,
             help='Frames, or a duration such as "5s"; rounded to what the model can make, with a warning.'),
-    Setting("num_inference_steps", "whole", 1, 100, default=30, role="steps", field="steps", neutral=30,
+    Setting("num_inference_steps", int, 1, 100, default=30, role="steps", field="steps", neutral=30,
             help="Denoising steps."),
-    Setting("guidance_scale", "real", 0, 20, default=5.0, role="guidance", neutral=5,
+    Setting("guidance_scale", float, 0, 20, default=5.0, role="guidance", neutral=5,
             help="Classifier-free guidance."),
-    Setting("guidance2_scale", "real", 0, 20, role="guidance_2", neutral=5,
+    Setting("guidance2_scale", float, 0, 20, role="guidance_2", neutral=5,
             help="Guidance of the second, low-noise expert of a model that has one (Wan 2.2 A14B)."),
-    Setting("embedded_guidance_scale", "real", 0, 20, default=0.0, unused=0.0, role="embedded_guidance", neutral=6,
+    Setting("embedded_guidance_scale", float, 0, 20, default=0.0, unused=0.0, role="embedded_guidance", neutral=6,
             help="Guidance that a distilled model takes as an input."),
-    Setting("flow_shift", "real", 0, 100, above_low=True, default=5.0, role="shift", neutral=3,
+    Setting("flow_shift", float, 0, 100, above_low=True, default=5.0, role="shift", neutral=3,
             help="Shift of the noise schedule."),
-    Setting("seed", "whole", -1, 2**63 - 1, default=-1, always=True, neutral=-1,
+    Setting("seed", int, -1, 2**63 - 1, default=-1, always=True, neutral=-1,
             help="-1 draws one, which the answer reports. File i has seed + i."),
-    Setting("batch_size", "whole", 1, 10, default=1, always=True, neutral=1,
+    Setting("batch_size", int, 1, 10, default=1, always=True, neutral=1,
             help="Files a run."),
-    Setting("repeat_generation", "whole", 1, 10, default=1, always=True, neutral=1,
+    Setting("repeat_generation", int, 1, 10, default=1, always=True, neutral=1,
             help="Runs."),
-    Setting("use_model_defaults", "flag", default=True, guides=True,
+    Setting("use_model_defaults", bool, default=True, guides=True,
             help="true: what is left out takes the model's default; false: the default given here."),
-    Setting("denoising_strength", "real", 0, 1, default=0.8, role="strength", neutral=1,
+    Setting("denoising_strength", float, 0, 1, default=0.8, role="strength", neutral=1,
             help="How much a source picture or video is changed: 0 hardly, 1 wholly."),
-    Setting("duration_seconds", "real", 1, 600, default=10.0, role="duration", field="duration_s", neutral=0,
+    Setting("duration_seconds", float, 1, 600, default=10.0, role="duration", field="duration_s", neutral=0,
             help="Length of a sound."),
-    Setting("lyrics", "text", 0, 10_000, default="", unused="", role="lyrics", needs="lyrics",
+    Setting("lyrics", str, 0, 10_000, default="", unused="", role="lyrics", needs="lyrics",
             help="What is sung."),
-    Setting("activated_loras", "texts", 0, 20, neutral=(),
+    Setting("activated_loras", tuple[str, ...], 0, 20, neutral=(),
             help="LoRA files, by the names that `GET /loras` lists."),
-    Setting("loras_multipliers", "text", 0, 2000, default="", needs="activated_loras", neutral="",
+    Setting("loras_multipliers", str, 0, 2000, default="", needs="activated_loras", neutral="",
             help="Strength of each LoRA, separated by spaces; 0,0.5,1 spreads values over the steps, 1;0 over two "
                  "experts."),
-    Setting("skip_steps_cache_type", "text", default="", choices=("", *STEP_CACHES), needs="skip_steps_cache_type",
+    Setting("skip_steps_cache_type", str, default="", choices=("", *STEP_CACHES), needs="skip_steps_cache_type",
             neutral="",
             help="Step cache: mag, tea, fbc or taylorseer, as far as the model can; empty: every step is computed."),
-    Setting("skip_steps_multiplier", "real", 1, 4, default=1.75, needs="skip_steps_cache_type", neutral=1.75,
+    Setting("skip_steps_multiplier", float, 1, 4, default=1.75, needs="skip_steps_cache_type", neutral=1.75,
             help="How many times faster the denoising should be."),
-    Setting("skip_steps_start_step_perc", "real", 0, 100, default=0.0, needs="skip_steps_cache_type", neutral=0,
+    Setting("skip_steps_start_step_perc", float, 0, 100, default=0.0, needs="skip_steps_cache_type", neutral=0,
             help="Percent of the steps, from the first, that are always computed."),
-    Setting("sliding_window_size", "whole", 0, 1000, kinds=VIDEO, field="window_frames", needs="sliding_window_size",
+    Setting("sliding_window_size", int, 0, 1000, kinds=VIDEO, field="window_frames", needs="sliding_window_size",
             neutral=129,
             help="Frames that are made at once; a longer video is made window by window, as far as the model can "
                  "continue from its own frames. 0: the whole video at once. Left out, the model's usual length."),
-    Setting("sliding_window_overlap", "whole", 1, 97, kinds=VIDEO, field="window_overlap", needs="sliding_window_size",
+    Setting("sliding_window_overlap", int, 1, 97, kinds=VIDEO, field="window_overlap", needs="sliding_window_size",
             neutral=5,
             help="Frames that a window shares with the one before. Left out, what suits the model."),
-    Setting("sliding_window_color_correction_strength", "real", 0, 1, default=1.0, kinds=VIDEO,
+    Setting("sliding_window_color_correction_strength", float, 0, 1, default=1.0, kinds=VIDEO,
             field="color_correction", needs="sliding_window_size", neutral=0,
             help="How far each window takes over the colours of the one before: 0 not, 1 wholly."),
-    Setting("task", "text", choices=tuple(TASKS), guides=True,
+    Setting("task", str, choices=tuple(TASKS), guides=True,
             help="What the model should do, where the inputs leave more than one choice."),
 )
 # fmt: on

@@ -7,17 +7,16 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
 from engine import capabilities
-from engine.admission import Policy
-from engine.api.fields import Flag, Real, Text, Texts, Whole, between, each, first_fault, matches, one_of
+from engine.api.fields import FIELD_OF, Text, between, each, first_fault, matches, one_of
 from engine.files.outputs import Retention
 from engine.job import EngineConfig
-from engine.queue.runner import Limits
 
+Part = TypeVar("Part")
 SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
 FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
 # The headings of `wangpd.toml`, by the first key of each group.
@@ -32,8 +31,8 @@ HEADINGS: Mapping[str, str] = {
 }
 
 
-def key(default: Any, why: str, rule: Callable[[Any], Any] | None = None) -> Any:
-    """A configuration key: its default, one line of why, and the rule for its value."""
+def key(default: Any, rule: Callable[[Any], Any] | None = None, *, why: str) -> Any:
+    """A configuration key: its default, the rule for its value, and one line of why."""
     return dataclasses.field(default=default, metadata={"why": why, "rule": rule})
 
 
@@ -44,169 +43,125 @@ class Config:
     What the generation process needs has its default in EngineConfig.
     """
 
-    host: str = key(
-        "127.0.0.1", "Address to listen on; 0.0.0.0 opens it to the LAN, so put a proxy with a login in front."
-    )
-    port: int = key(7860, "Port to listen on; 0 takes a free one and logs it.", between(0, 65535))
-    base_path: str = key(
-        "",
-        "Path under which a proxy serves the daemon, such as /video; the proxy strips it, links include it.",
-        matches(r"(/[A-Za-z0-9_.~-]+)*$", "empty or begin with /, and not end with it"),
-    )
-    save_path: Path = key(Path("outputs"), "Folder of the finished files; it alone decides what is listed and served.")
-    state_path: Path = key(
-        EngineConfig.state_path,
-        "Folder of the queue's journal, the input pictures, the thumbnails and the engine's caches.",
-    )
-    models_dir: Path = key(Path("models"), "Folder of the models' weights, one folder a model, named by its id.")
-    loras_dir: Path = key(Path("loras"), "Folder of LoRA files, one folder a family of models.")
+    # fmt: off
+    host: str = key("127.0.0.1",
+        why="Address to listen on; 0.0.0.0 opens it to the LAN, so put a proxy with a login in front.")
+    port: int = key(7860, between(0, 65535),
+        why="Port to listen on; 0 takes a free one and logs it.")
+    base_path: str = key("", matches(r"(/[A-Za-z0-9_.~-]+)*$", "empty or begin with /, and not end with it"),
+        why="Path under which a proxy serves the daemon, such as /video; the proxy strips it, links include it.")
+    save_path: Path = key(Path("outputs"),
+        why="Folder of the finished files; it alone decides what is listed and served.")
+    state_path: Path = key(EngineConfig.state_path,
+        why="Folder of the queue's journal, the input pictures, the thumbnails and the engine's caches.")
+    models_dir: Path = key(Path("models"),
+        why="Folder of the models' weights, one folder a model, named by its id.")
+    loras_dir: Path = key(Path("loras"),
+        why="Folder of LoRA files, one folder a family of models.")
 
-    allowed_hosts: tuple[str, ...] = key(
-        (), "Host names under which the daemon answers, against DNS rebinding; none: any."
-    )
-    cors_origins: tuple[str, ...] = key((), "Origins of web pages that may use the API, such as https://example.org.")
-    token_file: str = key("", "File with a token that requests must send as Authorization: Bearer; none: no login.")
-    trusted_proxies: tuple[str, ...] = key((), "Addresses of proxies whose X-Forwarded-For and -Host are believed.")
+    allowed_hosts: tuple[str, ...] = key((),
+        why="Host names under which the daemon answers, against DNS rebinding; none: any.")
+    cors_origins: tuple[str, ...] = key((),
+        why="Origins of web pages that may use the API, such as https://example.org.")
+    token_file: str = key("",
+        why="File with a token that requests must send as Authorization: Bearer; none: no login.")
+    trusted_proxies: tuple[str, ...] = key((),
+        why="Addresses of proxies whose X-Forwarded-For and -Host are believed.")
 
-    allow_download: bool = key(
-        EngineConfig.allow_download, "Fetch missing weights from the Hugging Face hub when a task needs them."
-    )
-    default_model: str = key("wan_demo", "Model of a request that names none; GET /api/v1/models lists the ids.")
-    device: str = key(
-        EngineConfig.device,
-        "Where to generate: auto, cuda, cuda:1, mps or cpu; auto takes the best that is there.",
-        matches(r"auto$|cpu$|mps$|cuda(:\d+)?$", "auto, cuda, cuda:N, mps or cpu"),
-    )
-    devices: tuple[str, ...] = key(
-        (),
-        "Several devices, a worker each, such as cuda:0 and cuda:1; they share the queue. None: device alone.",
-        each(matches(r"cpu$|cuda:\d+$", "cuda:N or cpu")),
-    )
-    context_parallel: bool = key(
-        False, "All devices compute each task together, one task at a time, instead of a task each: for large tasks."
-    )
-    warm_start: bool = key(
-        False, "Start the worker with the daemon and load the model that was last in use, else default_model."
-    )
-    profile: float = key(
-        EngineConfig.profile,
-        "GPU memory: 0 chooses, 1 denoiser resident, 2 and 4 by block, 3 by part, 5 by layer, 4.5 unpinned.",
-        one_of(0, 1, 2, 3, 3.5, 4, 4.5, 5),
-    )
-    attention_mode: str = key(
-        EngineConfig.attention_mode,
-        "Attention kernel: auto measures, sdpa and cudnn are torch's, else flash, flash3, sage, sage2 or xformers.",
-        one_of(capabilities.AUTO, *capabilities.KERNELS),
-    )
-    transformer_quantization: str = key(
-        EngineConfig.transformer_quantization,
-        "Weights of the denoisers: none as they are, int8, fp8, nf4, a user's own gguf; auto is int8 where it helps.",
-        one_of(*capabilities.KINDS),
-    )
-    vae_config: int = key(
-        EngineConfig.vae_config,
-        "VAE tiles on a GPU: 1, 2, 3 for 512, 256, 128 pixels; 0 chooses by the card.",
-        one_of(0, 1, 2, 3),
-    )
-    vae_precision: str = key(
-        EngineConfig.vae_precision,
-        "Bits in which the VAE decodes: auto (16 on CUDA where that is safe), 16 or 32.",
-        one_of("auto", "16", "32"),
-    )
-    compile: bool = key(
-        EngineConfig.compile,
-        "Compile the denoisers' blocks: 1.3 to 1.4 times the speed on a GPU, after a slow first task.",
-    )
-    convert_float32: bool = key(
-        EngineConfig.convert_float32,
-        "Rewrite float32 weights once in the dtype they are computed in, into models_dir/.converted.",
-    )
-    prompt_cache_mb: int = key(
-        EngineConfig.prompt_cache_mb,
-        "MiB of RAM for encoded prompts, so that the same prompt is not encoded again; 0: off.",
-        between(0, 10**9),
-    )
-    mmaudio_enabled: int = key(0, "Sound made to fit a video: 0, since diffusers has no MMAudio.", one_of(0))
-    idle_unload_s: float = key(
-        0.0, "Seconds of idleness after which all GPU memory is given back; 0: never.", between(0, 10**7)
-    )
+    allow_download: bool = key(EngineConfig.allow_download,
+        why="Fetch missing weights from the Hugging Face hub when a task needs them.")
+    default_model: str = key("wan_demo",
+        why="Model of a request that names none; GET /api/v1/models lists the ids.")
+    device: str = key(EngineConfig.device, matches(r"auto$|cpu$|mps$|cuda(:\d+)?$", "auto, cuda, cuda:N, mps or cpu"),
+        why="Where to generate: auto, cuda, cuda:1, mps or cpu; auto takes the best that is there.")
+    devices: tuple[str, ...] = key((), each(matches(r"cpu$|cuda:\d+$", "cuda:N or cpu")),
+        why="Several devices, a worker each, such as cuda:0 and cuda:1; they share the queue. None: device alone.")
+    context_parallel: bool = key(False,
+        why="All devices compute each task together, one task at a time, instead of a task each: for large tasks.")
+    warm_start: bool = key(False,
+        why="Start the worker with the daemon and load the model that was last in use, else default_model.")
+    profile: float = key(EngineConfig.profile, one_of(0, 1, 2, 3, 3.5, 4, 4.5, 5),
+        why="GPU memory: 0 chooses, 1 denoiser resident, 2 and 4 by block, 3 by part, 5 by layer, 4.5 unpinned.")
+    attention_mode: str = key(EngineConfig.attention_mode, one_of(capabilities.AUTO, *capabilities.KERNELS),
+        why="Attention kernel: auto measures, sdpa and cudnn are torch's, else flash, flash3, sage, sage2 or xformers.")
+    transformer_quantization: str = key(EngineConfig.transformer_quantization, one_of(*capabilities.KINDS),
+        why="Weights of the denoisers: none as they are, int8, fp8, nf4, your own gguf; auto is int8 where it helps.")
+    vae_config: int = key(EngineConfig.vae_config, one_of(0, 1, 2, 3),
+        why="VAE tiles on a GPU: 1, 2, 3 for 512, 256, 128 pixels; 0 chooses by the card.")
+    vae_precision: str = key(EngineConfig.vae_precision, one_of("auto", "16", "32"),
+        why="Bits in which the VAE decodes: auto (16 on CUDA where that is safe), 16 or 32.")
+    compile: bool = key(EngineConfig.compile,
+        why="Compile the denoisers' blocks: 1.3 to 1.4 times the speed on a GPU, after a slow first task.")
+    convert_float32: bool = key(EngineConfig.convert_float32,
+        why="Rewrite float32 weights once in the dtype they are computed in, into models_dir/.converted.")
+    prompt_cache_mb: int = key(EngineConfig.prompt_cache_mb, between(0, 10**9),
+        why="MiB of RAM for encoded prompts, so that the same prompt is not encoded again; 0: off.")
+    mmaudio_enabled: int = key(0, one_of(0),
+        why="Sound made to fit a video: 0, since diffusers has no MMAudio.")
+    idle_unload_s: float = key(0.0, between(0, 10**7),
+        why="Seconds of idleness after which all GPU memory is given back; 0: never.")
 
-    image_format: str = key(
-        EngineConfig.image_format, "Format of pictures: png, jpeg or webp.", one_of("png", "jpeg", "webp")
-    )
-    audio_format: str = key(
-        EngineConfig.audio_format, "Format of sound: wav, flac or mp3.", one_of("wav", "flac", "mp3")
-    )
-    video_crf: int = key(
-        EngineConfig.video_crf, "Quality of videos: x264's CRF, lower is better and larger.", between(0, 51)
-    )
-    video_preset: str = key(
-        EngineConfig.video_preset,
-        "Speed of the video encoder: x264's presets; slower ones make smaller files.",
+    image_format: str = key(EngineConfig.image_format, one_of("png", "jpeg", "webp"),
+        why="Format of pictures: png, jpeg or webp.")
+    audio_format: str = key(EngineConfig.audio_format, one_of("wav", "flac", "mp3"),
+        why="Format of sound: wav, flac or mp3.")
+    video_crf: int = key(EngineConfig.video_crf, between(0, 51),
+        why="Quality of videos: x264's CRF, lower is better and larger.")
+    video_preset: str = key(EngineConfig.video_preset,
         one_of("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"),
-    )
-    video_encoder: str = key(
-        EngineConfig.video_encoder,
-        "Encoder of videos: x264, or nvenc for a card's own; where that is missing, x264 all the same.",
-        one_of("x264", "nvenc"),
-    )
-    embed_settings: bool = key(EngineConfig.embed_settings, "Write a file's settings and seed into the file, as JSON.")
-    min_free_mb: int = key(
-        1024, "MiB that must be free on the disk of save_path before a task starts.", between(0, 10**9)
-    )
-    keep_outputs_days: float = key(0.0, "Days after which finished files are deleted; 0: never.", between(0, 36500))
-    keep_outputs_mb: int = key(
-        0, "MiB of finished files; the oldest beyond it are deleted; 0: no limit.", between(0, 10**9)
-    )
+        why="Speed of the video encoder: x264's presets; slower ones make smaller files.")
+    video_encoder: str = key(EngineConfig.video_encoder, one_of("x264", "nvenc"),
+        why="Encoder of videos: x264, or nvenc for a card's own; where that is missing, x264 all the same.")
+    embed_settings: bool = key(EngineConfig.embed_settings,
+        why="Write a file's settings and seed into the file, as JSON.")
+    min_free_mb: int = key(1024, between(0, 10**9),
+        why="MiB that must be free on the disk of save_path before a task starts.")
+    keep_outputs_days: float = key(0.0, between(0, 36500),
+        why="Days after which finished files are deleted; 0: never.")
+    keep_outputs_mb: int = key(0, between(0, 10**9),
+        why="MiB of finished files; the oldest beyond it are deleted; 0: no limit.")
 
-    max_queue: int = key(1000, "Tasks that may wait; one more is answered 503.", between(1, 1_000_000))
-    max_body_mb: int = key(
-        64, "Largest request body in MiB; base64 pictures need a third more than their files.", between(1, 2048)
-    )
-    max_image_pixels: int = key(
-        50_000_000, "Largest input picture in pixels, so that a small file can't fill the memory.", between(1, 10**9)
-    )
-    max_connections: int = key(500, "Connections at a time; one more is answered 503.", between(1, 100_000))
-    body_timeout_s: float = key(120.0, "Seconds in which a request's body must have arrived.", between(1, 86400))
+    max_queue: int = key(1000, between(1, 1_000_000),
+        why="Tasks that may wait; one more is answered 503.")
+    max_body_mb: int = key(64, between(1, 2048),
+        why="Largest request body in MiB; base64 pictures need a third more than their files.")
+    max_image_pixels: int = key(50_000_000, between(1, 10**9),
+        why="Largest input picture in pixels, so that a small file can't fill the memory.")
+    max_connections: int = key(500, between(1, 100_000),
+        why="Connections at a time; one more is answered 503.")
+    body_timeout_s: float = key(120.0, between(1, 86400),
+        why="Seconds in which a request's body must have arrived.")
 
-    max_attempts: int = key(
-        2, "How often a task may start when the daemon dies under it, before it fails.", between(1, 100)
-    )
-    on_restart: str = key(
-        "resume",
-        "What becomes of a task that ran when the daemon died: resume, pause or fail; a stop puts it back.",
-        one_of("resume", "pause", "fail"),
-    )
-    history_days: int = key(30, "Days that the record of an ended task is kept; its files stay.", between(1, 36500))
-    history_count: int = key(10_000, "Records of ended tasks that are kept at most.", between(1, 10_000_000))
-    cancel_grace_s: float = key(
-        10.0, "Seconds that a cancelled task may take to stop before its process is ended.", between(0, 3600)
-    )
-    stop_grace_s: float = key(
-        15.0, "Seconds that a shutdown waits for the running task; keep it under TimeoutStopSec.", between(0, 3600)
-    )
-    step_timeout_s: float = key(
-        600.0,
-        "Seconds without progress that end a task, six times that while it loads; twenty usual steps if that is more.",
-        between(1, 86400),
-    )
+    max_attempts: int = key(2, between(1, 100),
+        why="How often a task may start when the daemon dies under it, before it fails.")
+    on_restart: str = key("resume", one_of("resume", "pause", "fail"),
+        why="What becomes of a task that ran when the daemon died: resume, pause or fail; a stop puts it back.")
+    history_days: int = key(30, between(1, 36500),
+        why="Days that the record of an ended task is kept; its files stay.")
+    history_count: int = key(10_000, between(1, 10_000_000),
+        why="Records of ended tasks that are kept at most.")
+    cancel_grace_s: float = key(10.0, between(0, 3600),
+        why="Seconds that a cancelled task may take to stop before its process is ended.")
+    stop_grace_s: float = key(15.0, between(0, 3600),
+        why="Seconds that a shutdown waits for the running task; keep it under TimeoutStopSec.")
+    step_timeout_s: float = key(600.0, between(1, 86400),
+        why="Seconds without progress that end a task, six times that while it loads; twenty usual steps if longer.")
 
-    log_level: str = key(
-        EngineConfig.log_level,
-        "How much is logged: debug, info, warning or error.",
-        one_of("debug", "info", "warning", "error"),
-    )
-    api_only: bool = key(False, "Accepted for WanGP's sake: wangpd has no other mode than its API.")
+    log_level: str = key(EngineConfig.log_level, one_of("debug", "info", "warning", "error"),
+        why="How much is logged: debug, info, warning or error.")
+    api_only: bool = key(False,
+        why="Accepted for WanGP's sake: wangpd has no other mode than its API.")
+    # fmt: on
 
     shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
 
-    def _part(self, cls: type[Any]) -> Any:
-        """A `cls` made of the keys that have the names of its fields."""
-        return cls(**{field.name: getattr(self, field.name) for field in dataclasses.fields(cls)})
+    def part(self, cls: type[Part]) -> Part:
+        """The part of the configuration that a component needs: a `cls`, whose fields are named like keys."""
+        return cls(**{field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, cls))})
 
     def engines(self) -> list[EngineConfig]:
         """The part that a generation process needs, for each of them."""
-        common = self._part(EngineConfig)
+        common = self.part(EngineConfig)
         leads = self.devices[:1] if self.context_parallel else self.devices
         return [dataclasses.replace(common, device=device) for device in leads or (self.device,)]
 
@@ -215,22 +170,10 @@ class Config:
         """The devices that compute each task together with the first one."""
         return self.devices[1:] if self.context_parallel else ()
 
-    def policy(self) -> Policy:
-        """The part that admission needs."""
-        policy: Policy = self._part(Policy)
-        return policy
-
-    def limits(self) -> Limits:
-        """The part that the queue needs."""
-        return Limits(
-            max_queue=self.max_queue,
-            max_attempts=self.max_attempts,
-            on_restart=self.on_restart,
-            history_count=self.history_count,
-            history_s=self.history_days * 86400.0,
-            step_timeout_s=self.step_timeout_s,
-            idle_unload_s=self.idle_unload_s,
-        )
+    @property
+    def history_s(self) -> float:
+        """`history_days` in seconds."""
+        return self.history_days * 86400.0
 
     def retention(self) -> Retention:
         """The part that the output folder needs."""
@@ -239,14 +182,6 @@ class Config:
 
 
 KEYS = {field.name: field for field in dataclasses.fields(Config) if "why" in field.metadata}
-FIELDS: Mapping[Any, type[fields.Field[Any]]] = {
-    Path: Text,
-    str: Text,
-    bool: Flag,
-    int: Whole,
-    float: Real,
-    tuple[str, ...]: Texts,
-}
 NOT_EMPTY = validate.Length(1, error="must not be empty")  # as a host, nothing would mean every address
 
 
@@ -309,6 +244,6 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _field(row: dataclasses.Field[Any]) -> fields.Field[Any]:
-    kind, rule = FIELDS[row.type], row.metadata["rule"]
+    kind, rule = FIELD_OF[row.type], row.metadata["rule"]
     required = kind is Text and row.default != ""
     return kind(validate=[rule] if rule else [NOT_EMPTY] if required else [])

@@ -4,6 +4,7 @@ import base64
 import binascii
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from marshmallow import ValidationError, fields, validate
@@ -145,6 +146,18 @@ class Texts(fields.List[Any]):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         return tuple(super()._deserialize(value, attr, data, **kwargs))
+
+
+# The field of a value, by the type that a table of settings or of configuration keys names.
+FIELD_OF: Mapping[Any, type[fields.Field[Any]]] = {
+    str: Text,
+    Path: Text,
+    bool: Flag,
+    int: Whole,
+    float: Real,
+    tuple[str, ...]: Texts,
+    int | str: VideoLength,
+}
 
 
 def first_fault(error: ValidationError) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What clients send, as marshmallow schemas: the body of `POST /generate` from the table of settings, paths and queries.
+"""What clients send, as marshmallow schemas: the body of `POST /generate` by the table of settings, paths and queries.
 
 Also the settings as answers give them back, from the same table.
 """
@@ -8,38 +8,18 @@ from typing import Any
 
 from marshmallow import EXCLUDE, Schema, fields, validate
 
-from engine.api.fields import (
-    DURATION,
-    Digits,
-    File,
-    Flag,
-    Real,
-    Text,
-    Texts,
-    VideoLength,
-    Whole,
-    at_least,
-    between,
-    matches,
-    one_of,
-)
+from engine.api.fields import DURATION, FIELD_OF, Digits, File, Text, Whole, at_least, between, matches, one_of
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.files.thumbnails import PREVIEW_WIDTH
 from engine.queue.tasks import Status
-from engine.settings import SETTINGS, Setting
+from engine.settings import LENGTH, SETTINGS, Setting
 
 Field = fields.Field[Any]
-KINDS: Mapping[str, type[Field]] = {
-    "text": Text,
-    "whole": Whole,
-    "real": Real,
-    "flag": Flag,
-    "texts": Texts,
-    "length": VideoLength,
-}
 FORMATS = {"image": "PNG, JPEG or WebP", "video": "MP4, MOV, WebM or MKV", "audio": "WAV, FLAC, MP3 or OGG"}
 # The settings that must be sent, with the sentences for a request without them.
-REQUIRED = {"prompt": {"required": "is missing; say what to show", "null": "must be text in quotes, not null"}}
+REQUIRED: Mapping[str, dict[str, Any]] = {
+    "prompt": {"required": "is missing; say what to show", "null": "must be text in quotes, not null"}
+}
 
 
 def setting_field(row: Setting) -> Field:
@@ -47,15 +27,17 @@ def setting_field(row: Setting) -> Field:
     metadata: dict[str, Any] = {"description": row.help}
     if row.default is not None:
         metadata["default"] = row.default
+    if row.example:
+        metadata["examples"] = [row.example]
     if row.above_low:
         metadata |= {"exclusiveMinimum": row.low, "maximum": row.high}
     if row.pattern:
         metadata["pattern"] = f"^{row.pattern}$"
-    if row.kind == "length":
+    if row.type == LENGTH:
         frames = {"type": "integer", "minimum": row.low, "maximum": row.high}
         metadata["anyOf"] = [frames, {"type": "string", "pattern": f"^{DURATION}$"}, {"type": "null"}]
     messages = REQUIRED.get(row.name)
-    return KINDS[row.kind](
+    return FIELD_OF[row.type](
         required=bool(messages),
         allow_none=not messages,
         validate=rules_of(row),
@@ -73,13 +55,12 @@ def rules_of(row: Setting) -> list[validate.Validator]:
     if row.above_low:
         error = "{input} must be above {min} and at most {max}"
         return [validate.Range(row.low, row.high, min_inclusive=False, error=error)]
-    if row.kind in ("whole", "real"):
+    if row.type in (int, float):
         return [between(row.low, row.high)]
-    if row.kind in ("text", "texts") and row.high:
-        least = "{min} to" if row.low else "at most"
-        error = f"must have {least} {{max}} {'characters' if row.kind == 'text' else 'names'}"
-        return [validate.Length(int(row.low), int(row.high), error=error)]
-    return []
+    if not row.high or row.type == LENGTH:  # which says its limits itself
+        return []
+    least, unit = "{min} to" if row.low else "at most", "characters" if row.type is str else "names"
+    return [validate.Length(int(row.low), int(row.high), error=f"must have {least} {{max}} {unit}")]
 
 
 def input_field(name: str) -> Field:
@@ -114,7 +95,7 @@ GenerateRequest = _Request.from_dict(
 
 def echo_field(row: Setting) -> Field:
     """A setting in an answer."""
-    kind = Whole if row.kind == "length" else KINDS[row.kind]
+    kind = Whole if row.type == LENGTH else FIELD_OF[row.type]
     return kind(required=row.always, metadata={"description": row.help})
 
 
@@ -133,7 +114,8 @@ TaskSettings = Settings.from_dict(
 
 def parameter(kind: type[Field], about: str, *rules: validate.Validator, default: Any = None) -> Field:
     """A query parameter that may be left out."""
-    return kind(load_default=default, allow_none=False, validate=list(rules), metadata={"description": about})
+    load_default = (lambda: None) if default is None else default  # a plain None would allow null in the document
+    return kind(load_default=load_default, validate=list(rules), metadata={"description": about})
 
 
 class TaskPath(Schema):

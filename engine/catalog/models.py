@@ -272,7 +272,7 @@ class Model:
         return any(name in self.inputs_of(task) for task in self.pipelines)
 
     def has_setting(self, name: str, task: str) -> bool:
-        """True if the setting `name` means something to this model, and reaches the pipeline of `task` if it has a role."""
+        """True if the setting `name` means something to this model, and what it sets reaches the pipeline of `task`."""
         pipeline, setting = self.pipelines[task], SETTINGS[name]
         if self.kind not in setting.kinds or pipeline.call.get(setting.role) in pipeline.by_task.get(task, {}):
             return False
