@@ -263,16 +263,18 @@ def _size(model: Model, task: str, resolution: str) -> tuple[int, int]:
         return 0, 0
     matched = re.fullmatch(r"(\d{1,5})x(\d{1,5})", resolution)
     if not matched:
-        raise BadRequest(f"resolution: '{resolution}' must be WIDTHxHEIGHT in pixels, such as 832x480")
+        raise BadRequest(f"resolution: '{resolution}' must be {SETTINGS['resolution'].pattern_rule}")
     width, height = int(matched[1]), int(matched[2])
-    step = model.spatial_multiple
+    step, made = model.spatial_multiple, model.pipelines[task].resolutions
     best = "x".join(str(_nearest_side(side, step, model.max_side)) for side in (width, height))
-    if best == f"{width}x{height}":
-        _require_size(model, task, best)
-        return width, height
     if max(width, height) > model.max_side:
         raise BadRequest(f"resolution: '{resolution}' is over the limit of {model.max_side} pixels a side")
-    raise BadRequest(f"resolution: '{resolution}' must be a multiple of {step}; nearest is {best}")
+    if best != f"{width}x{height}":
+        raise BadRequest(f"resolution: '{resolution}' must be a multiple of {step}; nearest is {best}")
+    if made and best not in made:
+        rule = f"is no size that model '{model.id}' makes for {task}; it makes {', '.join(made)}"
+        raise BadRequest(f"resolution: '{resolution}' {rule}")
+    return width, height
 
 
 def _check_duration(model: Model, duration_s: float | None) -> None:
@@ -283,13 +285,6 @@ def _check_duration(model: Model, duration_s: float | None) -> None:
 
 def _nearest_side(side: int, step: int, most: int) -> int:
     return min(max(round(side / step), 1) * step, most // step * step)
-
-
-def _require_size(model: Model, task: str, resolution: str) -> None:
-    made = model.pipelines[task].resolutions
-    if made and resolution not in made:
-        rule = f"is no size that model '{model.id}' makes for {task}; it makes {', '.join(made)}"
-        raise BadRequest(f"resolution: '{resolution}' {rule}")
 
 
 def _source_frames(model: Model, task: str, given: Mapping[str, Media]) -> int | None:

@@ -53,17 +53,13 @@ class Setting:
         field = self.field or self.name
         return field if field in _JOB_FIELDS else ""
 
-    def of(self, job: Job) -> Any:
-        """Its value in `job`, None or `unused` where the model does not have it."""
-        if self.name in _SPELLED:
-            return _SPELLED[self.name](job)
-        return getattr(job, self.job_field) if self.job_field else job.settings.get(self.name, self.unused)
-
 
 def _strengths(job: Job) -> str | None:
     if not job.loras:
         return None
-    return " ".join(";".join(",".join(f"{value:g}" for value in phase) for phase in lora.phases) for lora in job.loras)
+    return " ".join(
+        ";".join(",".join(f"{strength:g}" for strength in phase) for phase in lora.phases) for lora in job.loras
+    )
 
 
 # What a Job has in another form than a request.
@@ -90,8 +86,7 @@ _ROWS = (
             help='Frames, or a duration such as "5s"; rounded to what the model can make, with a warning.'),
     Setting("num_inference_steps", int, 1, 100, default=30, role="steps", field="steps", neutral=30,
             help="Denoising steps."),
-    Setting("guidance_scale", float, 0, 20, default=5.0, role="guidance", neutral=5,
-            help="Classifier-free guidance."),
+    Setting("guidance_scale", float, 0, 20, default=5.0, role="guidance", neutral=5, help="Classifier-free guidance."),
     Setting("guidance2_scale", float, 0, 20, role="guidance_2", neutral=5,
             help="Guidance of the second, low-noise expert of a model that has one (Wan 2.2 A14B)."),
     Setting("embedded_guidance_scale", float, 0, 20, default=0.0, unused=0.0, role="embedded_guidance", neutral=6,
@@ -100,18 +95,15 @@ _ROWS = (
             help="Shift of the noise schedule."),
     Setting("seed", int, -1, 2**63 - 1, default=-1, always=True, neutral=-1,
             help="-1 draws one, which the answer reports. File i has seed + i."),
-    Setting("batch_size", int, 1, 10, default=1, always=True, neutral=1,
-            help="Files a run."),
-    Setting("repeat_generation", int, 1, 10, default=1, always=True, neutral=1,
-            help="Runs."),
+    Setting("batch_size", int, 1, 10, default=1, always=True, neutral=1, help="Files a run."),
+    Setting("repeat_generation", int, 1, 10, default=1, always=True, neutral=1, help="Runs."),
     Setting("use_model_defaults", bool, default=True, guides=True,
             help="true: what is left out takes the model's default; false: the default given here."),
     Setting("denoising_strength", float, 0, 1, default=0.8, role="strength", neutral=1,
             help="How much a source picture or video is changed: 0 hardly, 1 wholly."),
     Setting("duration_seconds", float, 1, 600, default=10.0, role="duration", field="duration_s", neutral=0,
             help="Length of a sound."),
-    Setting("lyrics", str, 0, 10_000, default="", unused="", role="lyrics", needs="lyrics",
-            help="What is sung."),
+    Setting("lyrics", str, 0, 10_000, default="", unused="", role="lyrics", needs="lyrics", help="What is sung."),
     Setting("activated_loras", tuple[str, ...], 0, 20, neutral=(),
             help="LoRA files, by the names that `GET /loras` lists."),
     Setting("loras_multipliers", str, 0, 2000, default="", needs="activated_loras", neutral="",
@@ -143,7 +135,10 @@ SETTINGS: Mapping[str, Setting] = {row.name: row for row in _ROWS}
 
 def value(job: Job, name: str) -> Any:
     """The value of a setting in `job`; its `unused` where the model does not have it, or the job is older than it."""
-    return SETTINGS[name].of(job)
+    if name in _SPELLED:
+        return _SPELLED[name](job)
+    row = SETTINGS[name]
+    return getattr(job, row.job_field) if row.job_field else job.settings.get(name, row.unused)
 
 
 def defaults(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +163,7 @@ def echo(job: Job, seed: int | None = None) -> dict[str, Any]:
         "model_type": job.model,
         "task": job.task,
         "fps": job.fps or None,
-        **{row.name: row.of(job) for row in rows},
+        **{row.name: value(job, row.name) for row in rows},
         **({} if seed is None else {"seed": seed}),
         **{name: [path.name for path in paths] for name, paths in job.inputs.items()},
     }
@@ -177,4 +172,4 @@ def echo(job: Job, seed: int | None = None) -> dict[str, Any]:
 
 def roles(job: Job) -> dict[str, Any]:
     """The pipeline's roles that carry a setting as it is."""
-    return {row.role: row.of(job) for row in SETTINGS.values() if row.role}
+    return {row.role: value(job, row.name) for row in SETTINGS.values() if row.role}

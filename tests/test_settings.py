@@ -68,7 +68,8 @@ def test_a_further_setting_of_a_model_is_its_default(model: Model) -> None:
     assert value(resolved(with_own).job, "grain") == 7.0
 
 
-def test_a_model_without_the_role_ignores_the_setting_with_a_warning(model: Model) -> None:
+@pytest.mark.usefixtures("model")
+def test_a_model_without_the_role_ignores_the_setting_with_a_warning() -> None:
     result = resolved(CATALOG.get("wan_demo"), grain=3.0)
     assert result.warnings == ("grain: model 'wan_demo' has no such setting, the value was ignored",)
     assert (value(result.job, "grain"), "grain" in echo(result.job)) == (None, False)
