@@ -19,7 +19,7 @@ PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
 	awk '/ Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|^Installing/ {print "  " substr($$0, 1, 110); fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-models test-all crash check fix clean install
+.PHONY: help demo run test test-models test-all crash check fix docs clean install
 
 help:
 	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
@@ -29,6 +29,7 @@ help:
 	@echo 'make crash    kill the daemon 120 times under load, and give it 10,000 tasks (CRASH_SEED=7 repeats a storm)'
 	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
 	@echo 'make fix      format, and repair what the linter can'
+	@echo 'make docs     write wangpd.toml and the tables of the documentation from the code'
 	@echo 'make install  as root: $(PREFIX), $(SYSCONFDIR)/wangpd.toml and the systemd unit'
 	@echo 'make clean    remove the environment and every cache; outputs/ and state/ stay'
 
@@ -65,6 +66,9 @@ check: $(STAMP)
 fix: $(STAMP)
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+docs: $(STAMP)
+	@$(VENV)/bin/python -m tools.make_docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

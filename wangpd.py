@@ -21,8 +21,7 @@ from typing import Any, cast
 
 from aiohttp import hdrs, web
 
-from engine.admission import Admission, BadRequest, Resolved, default_settings
-from engine.admission import settings as settings_of
+from engine.admission import Admission, BadRequest, Policy, Resolved
 from engine.api import requests, schemas
 from engine.api.answers import answered, iso, link, shortened
 from engine.api.body import validation_middleware
@@ -64,6 +63,7 @@ from engine.api.views import (
     task_state,
 )
 from engine.catalog import loras, weights
+from engine.catalog.defaults import default_settings
 from engine.catalog.download import Downloads
 from engine.catalog.models import Catalog, Model
 from engine.cli import parse_arguments, run_command
@@ -71,8 +71,9 @@ from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
 from engine.queue.journal import Journal, JournalFault
-from engine.queue.runner import Receipt, TaskQueue
+from engine.queue.runner import Limits, Receipt, TaskQueue
 from engine.queue.tasks import Status, Task
+from engine.settings import echo
 from engine.workers.local import Engine
 
 log = logging.getLogger("wangpd")
@@ -302,18 +303,18 @@ def accepted(app: web.Application, receipt: Receipt) -> web.Response:
 
 def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
     """Return what a submission would have resulted in."""
-    job, queue = resolved.job, app[QUEUE]
+    job, queue, needs = resolved.job, app[QUEUE], resolved.estimate
     known_s = queue.estimate_s(job)
     data = {
         "task_id": None,
         "position": None,
         "estimated_wait": queue.estimated_wait_s(),
         "estimated_seconds": known_s,
-        "estimate": app[ADMISSION].cost(job, known_s),
+        "estimate": needs and {**vars(needs), "seconds": round(needs.seconds, 1) if known_s is None else known_s},
         "seed": job.seed,
         "warnings": list(resolved.warnings),
         "status_url": None,
-        "settings": settings_of(job),
+        "settings": echo(job),
     }
     return answered("Dry run: nothing was queued", data)
 
@@ -524,8 +525,8 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
-    app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], config.limits())
-    app[ADMISSION] = Admission(config, app[CATALOG], app[INPUT_FILES], lambda: app[QUEUE].machines)
+    app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], config.part(Limits))
+    app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 SEED_RANGE = 2**63  # torch takes more, JSON clients do not
 NO_TASK = -1  # on the board while a model is loaded for no task; 0 would look cancelled
@@ -19,7 +19,7 @@ FAULT_BYTES = 512
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the generation process needs to know, the same for every job."""
+    """What the generation process needs to know, the same for every job. The configuration takes its defaults here."""
 
     save_path: Path
     models_dir: Path
@@ -34,13 +34,13 @@ class EngineConfig:
     video_preset: str = "veryfast"
     video_encoder: str = "x264"
     vae_precision: str = "auto"
-    profile: float = 0
+    profile: float = 0.0
     attention_mode: str = "auto"
     transformer_quantization: str = "none"
     vae_config: int = 0
     compile: bool = False
     convert_float32: bool = True
-    prompt_cache_mb: int = 0
+    prompt_cache_mb: int = 256  # of RAM; 0: off
     log_level: str = "info"
 
 
@@ -134,7 +134,8 @@ class Lora:
 class Job:
     """One request with everything decided: nothing in it is left to a default or to chance.
 
-    `inputs` maps a field of engine.tasks.INPUTS (`image_start`, `video_source` …) to its stored files, at least one.
+    `inputs` maps an input's name (`image_start`, `video_source` …) to its stored files, at least one. `settings` holds
+    the request settings that have no field here, by name, as JSON values; see engine.settings.
     `frames` is 1 for a picture and 0 for sound. File i of the job has the seed `seed + i`.
     """
 
@@ -157,7 +158,7 @@ class Job:
     denoising_strength: float | None = None
     duration_s: float | None = None
     lyrics: str = ""
-    skip_steps_cache_type: str = ""  # one of engine.catalog.CACHES, or none
+    skip_steps_cache_type: str = ""  # one of engine.catalog.abilities.STEP_CACHES, or none
     skip_steps_multiplier: float = 1.75
     skip_steps_start_step_perc: float = 0.0
     window_frames: int = 0  # the most of a sliding window; 0: the whole video at once
@@ -165,6 +166,7 @@ class Job:
     color_correction: float = 0.0  # 0 to 1, of each window after the one before
     loras: tuple[Lora, ...] = ()
     inputs: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from engine.admission import BadRequest, resolve
-from engine.catalog.models import PACKAGE, STEP_CACHES, Catalog, Model
+from engine.catalog.abilities import STEP_CACHES
+from engine.catalog.models import PACKAGE, Catalog, Model
 from engine.catalog.weights import Weights
 from engine.gpu.load import pipelines
 from engine.gpu.run import render

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from engine.admission import CONTRACT_DEFAULTS, FURTHER_DEFAULTS, default_settings
 from engine.catalog import entries, models
 from engine.catalog.abilities import INPUTS, TASKS
+from engine.catalog.defaults import default_settings
 from engine.catalog.models import FORMS, PACKAGE, Catalog, FrameRule, Model, Pipeline, UnknownModel
+from engine.settings import SETTINGS
 
 FILES = sorted((PACKAGE / "catalog" / "models").glob("*.toml"))
 CATALOG = Catalog.load()
@@ -120,7 +121,7 @@ def scheduler_faults(model: Mapping[str, Any], _: Any) -> Iterator[str]:
 
 
 def setting_faults(model: Mapping[str, Any], tables: Mapping[str, Any]) -> Iterator[str]:
-    known = {*CONTRACT_DEFAULTS, *FURTHER_DEFAULTS} - {"seed", "batch_size", "repeat_generation"}
+    known = {row.name for row in SETTINGS.values() if not row.guides and not row.always}
     yield from (f"defaults.{name}: no setting with a default" for name in model["defaults"] if name not in known)
     roles = {
         role for name in model["pipelines"].values() for role in tables["pipelines"].get(name, {"call": {}})["call"]

@@ -14,9 +14,9 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-import wangpd
 from engine import capabilities
 from engine.admission import resolve
+from engine.api.config import ConfigError, load_config
 from engine.catalog.models import PACKAGE, Catalog
 from engine.catalog.weights import Weights
 from engine.gpu import process
@@ -222,8 +222,8 @@ def test_a_damaged_list_is_begun_anew(tmp_path: Path, damage: str) -> None:
 def test_without_a_compiler_the_daemon_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     (tmp_path / "wangpd.toml").write_text("compile = true\n")
-    with pytest.raises(wangpd.ConfigError, match=r"^compile: true needs a C\+\+ compiler, and 'no-such-compiler'"):
-        wangpd.load_config(tmp_path / "wangpd.toml", {})
+    with pytest.raises(ConfigError, match=r"^compile: true needs a C\+\+ compiler, and 'no-such-compiler'"):
+        load_config(tmp_path / "wangpd.toml", {})
 
 
 def test_on_a_card_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_on_a_card_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_key_nothing_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     (tmp_path / "wangpd.toml").write_text("")
-    assert not wangpd.load_config(tmp_path / "wangpd.toml", {}).compile
+    assert not load_config(tmp_path / "wangpd.toml", {}).compile
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import wangpd
-from engine.api import config
+from engine.api import config as configuration
+from engine.api.config import KEYS, ConfigError, load_config
 from tests.daemon import ROOT, Daemon
 
 SHIPPED = ROOT / "wangpd.toml"
@@ -41,14 +41,14 @@ def plain(value: Any) -> Any:
 
 def test_the_shipped_file_holds_every_key_with_its_default() -> None:
     shipped = tomllib.loads(SHIPPED.read_text())
-    assert shipped == {name: plain(field.default) for name, field in wangpd.KEYS.items()}
+    assert shipped == {name: plain(field.default) for name, field in KEYS.items()}
 
 
-@pytest.mark.parametrize("name", wangpd.KEYS)
+@pytest.mark.parametrize("name", KEYS)
 def test_the_shipped_file_explains_the_key_in_configs_own_words(name: str) -> None:
     lines = SHIPPED.read_text().splitlines()
     (place,) = [number for number, line in enumerate(lines) if line.startswith(f"{name} =")]
-    assert lines[place - 1] == f"# {wangpd.KEYS[name].metadata['why']}"
+    assert lines[place - 1] == f"# {KEYS[name].metadata['why']}"
 
 
 def test_the_shipped_file_can_be_rewritten_by_make_install() -> None:
@@ -57,25 +57,25 @@ def test_the_shipped_file_can_be_rewritten_by_make_install() -> None:
 
 def test_the_shipped_file_means_the_same_as_no_file(tmp_path: Path) -> None:
     path = written(tmp_path, SHIPPED.read_text())
-    assert wangpd.load_config(path, {}) == wangpd.load_config(written(tmp_path, ""), {})
+    assert load_config(path, {}) == load_config(written(tmp_path, ""), {})
 
 
 # ---- what wins
 
 
-@pytest.mark.parametrize("name", [name for name in wangpd.KEYS if name not in FOLDERS])
+@pytest.mark.parametrize("name", [name for name in KEYS if name not in FOLDERS])
 def test_a_key_that_nobody_sets_has_its_default(name: str, tmp_path: Path) -> None:
-    assert getattr(wangpd.load_config(written(tmp_path, ""), {}), name) == wangpd.KEYS[name].default
+    assert getattr(load_config(written(tmp_path, ""), {}), name) == KEYS[name].default
 
 
 def test_the_file_wins_over_the_defaults(tmp_path: Path) -> None:
-    config = wangpd.load_config(written(tmp_path, 'port = 7861\nimage_format = "webp"\n'), {})
+    config = load_config(written(tmp_path, 'port = 7861\nimage_format = "webp"\n'), {})
     assert (config.port, config.image_format) == (7861, "webp")
 
 
 def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, 'port = 7861\nhost = "0.0.0.0"\n')
-    config = wangpd.load_config(path, {"port": 7862})
+    config = load_config(path, {"port": 7862})
     assert (config.port, config.host) == (7862, "0.0.0.0")
 
 
@@ -83,13 +83,13 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
 def test_a_relative_path_is_relative_to_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    config = wangpd.load_config(written(tmp_path, f'{name} = "here"\n'), {})
+    config = load_config(written(tmp_path, f'{name} = "here"\n'), {})
     assert getattr(config, name) == tmp_path / "here"
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_an_absolute_path_stays_as_it_is(name: str, tmp_path: Path) -> None:
-    assert getattr(wangpd.load_config(written(tmp_path, f'{name} = "/srv/x"\n'), {}), name) == Path("/srv/x")
+    assert getattr(load_config(written(tmp_path, f'{name} = "/srv/x"\n'), {}), name) == Path("/srv/x")
 
 
 def test_a_relative_path_in_a_flag_is_relative_to_the_working_directory(
@@ -98,7 +98,7 @@ def test_a_relative_path_in_a_flag_is_relative_to_the_working_directory(
     (tmp_path / "elsewhere").mkdir()
     path = written(tmp_path, 'save_path = "here"\n')
     monkeypatch.chdir(tmp_path / "elsewhere")
-    config = wangpd.load_config(path, {"save_path": "there"})
+    config = load_config(path, {"save_path": "there"})
     assert config.save_path == tmp_path / "elsewhere" / "there"
 
 
@@ -110,13 +110,13 @@ def test_the_token_file_is_found_likewise(
     written_path: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/cred")  # what LoadCredential= gives to a unit
-    config = wangpd.load_config(written(tmp_path, f'token_file = "{written_path}"\n'), {})
+    config = load_config(written(tmp_path, f'token_file = "{written_path}"\n'), {})
     assert config.token_file == meant.format(folder=tmp_path)
 
 
 @pytest.mark.parametrize(("flags", "shown"), [({}, "clips"), ({"save_path": "out/there"}, "out/there")])
 def test_config_shows_save_path_as_it_was_written(flags: dict[str, str], shown: str, tmp_path: Path) -> None:
-    assert wangpd.load_config(written(tmp_path, 'save_path = "clips"\n'), flags).shown_save_path == shown
+    assert load_config(written(tmp_path, 'save_path = "clips"\n'), flags).shown_save_path == shown
 
 
 # ---- where the file is looked for
@@ -129,32 +129,32 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     here.mkdir()
     system.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(config, "SYSTEM_CONFIG", system / "wangpd.toml")
+    monkeypatch.setattr(configuration, "SYSTEM_CONFIG", system / "wangpd.toml")
     return here, system
 
 
 def test_the_working_directory_comes_before_etc(places: tuple[Path, Path]) -> None:
     for folder, port in zip(places, (1, 2), strict=True):
         written(folder, f"port = {port}\n")
-    assert wangpd.load_config(None, {}).port == 1
+    assert load_config(None, {}).port == 1
 
 
 def test_etc_is_read_where_the_working_directory_has_no_file(places: tuple[Path, Path]) -> None:
     _, system = places
     written(system, "port = 2\n")
-    config = wangpd.load_config(None, {})
+    config = load_config(None, {})
     assert (config.port, config.save_path) == (2, system / "outputs")
 
 
 def test_a_file_that_is_named_is_the_only_one_read(places: tuple[Path, Path], tmp_path: Path) -> None:
     for folder in places:
         written(folder, "port = 1\n")
-    assert wangpd.load_config(written(tmp_path, "port = 3\n"), {}).port == 3
+    assert load_config(written(tmp_path, "port = 3\n"), {}).port == 3
 
 
 def test_without_any_file_the_folders_lie_in_the_working_directory(places: tuple[Path, Path]) -> None:
     here, _ = places
-    config = wangpd.load_config(None, {})
+    config = load_config(None, {})
     assert [getattr(config, name) for name in FOLDERS] == [
         here / "outputs",
         here / "state",
@@ -193,15 +193,15 @@ def test_without_any_file_the_folders_lie_in_the_working_directory(places: tuple
 )  # fmt: skip
 def test_a_wrong_value_is_told_with_file_key_value_and_rule(line: str, sentence: str, tmp_path: Path) -> None:
     path = written(tmp_path, line)
-    with pytest.raises(wangpd.ConfigError) as caught:
-        wangpd.load_config(path, {})
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {})
     assert str(caught.value).startswith(f"{path}: {sentence}")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_number_that_is_none_is_refused(value: str, tmp_path: Path) -> None:
-    with pytest.raises(wangpd.ConfigError, match="cancel_grace_s"):
-        wangpd.load_config(written(tmp_path, f"cancel_grace_s = {value}"), {})
+    with pytest.raises(ConfigError, match="cancel_grace_s"):
+        load_config(written(tmp_path, f"cancel_grace_s = {value}"), {})
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_a_wrong_command_line_ends_the_start_likewise(
 
 def test_a_file_that_is_not_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "wangpd.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(wangpd.ConfigError, match="not valid TOML"):
-        wangpd.load_config(tmp_path / "wangpd.toml", {})
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(tmp_path / "wangpd.toml", {})
 
 
 # ---- the command line

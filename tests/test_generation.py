@@ -17,7 +17,7 @@ from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipel
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from engine import admission
+from engine.catalog.defaults import default_settings
 from engine.catalog.models import PACKAGE, Catalog
 from engine.catalog.weights import Weights
 from engine.files import media
@@ -458,7 +458,7 @@ def test_any_prompt_makes_a_file_with_a_plain_name_that_tells_it_word_for_word(d
 
 def test_the_status_says_what_a_request_was_resolved_to(daemon: Daemon) -> None:
     state = daemon.run(prompt="a cat", num_inference_steps=1, video_length=7)
-    plain = admission.default_settings(DEMO)
+    plain = default_settings(DEMO)
     expected = {**plain, "prompt": "a cat", "num_inference_steps": 1, "video_length": 9, "seed": state["seed"]}
     assert state["settings"].items() >= expected.items()
     assert state["warnings"] == [

@@ -1,4 +1,4 @@
-"""engine/request.py: what a request becomes by the catalogue, and what is refused."""
+"""engine/admission.py: what a request becomes by the catalogue, and what is refused."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.admission import CONTRACT_DEFAULTS, BadRequest, Media, Resolved, resolve
-from engine.catalog import models
+from engine.admission import BadRequest, Media, Resolved, resolve
 from engine.catalog.abilities import TASKS
 from engine.catalog.models import Catalog, FrameRule, Model
 from engine.planning import windows
+from engine.settings import SETTINGS
+from tests import contract
 
 CATALOG = Catalog.load()
 MODELS = list(CATALOG)
@@ -127,15 +128,15 @@ def test_what_was_sent_wins(name: str, use_model_defaults: bool) -> None:
 def test_what_was_not_sent_takes_the_models_default(model: Model) -> None:
     task = model.tasks[0]
     result = resolve(CATALOG, model, {"prompt": "a cat", "task": task}, given_inputs(*possible(model, task)[0]))
-    there = {name for name in model.defaults if name not in models.OPTIONAL_SETTINGS or model.has_setting(name, task)}
+    there = {name for name in model.defaults if model.has_setting(name, task)}
     there -= {*windows.SETTINGS}  # they only show in a long video (test_sliding.py)
     assert {name: value(result, name) for name in there} == {name: model.defaults[name] for name in there}
 
 
 def test_without_the_models_defaults_the_contracts_hold() -> None:
     result = resolved("wan22_ti2v_5B", use_model_defaults=False)
-    names = CONTRACT_DEFAULTS.keys() - {"seed"}
-    assert {name: value(result, name) for name in names} == {name: CONTRACT_DEFAULTS[name] for name in names}
+    names = contract.DEFAULTS.keys() - {"seed", "use_model_defaults"}
+    assert {name: value(result, name) for name in names} == {name: contract.DEFAULTS[name] for name in names}
 
 
 @pytest.mark.parametrize("model", RUNNABLE, ids=lambda model: model.id)
@@ -211,7 +212,7 @@ def test_the_second_expert_keeps_its_own_default() -> None:
 def test_a_setting_that_the_model_does_not_have_is_told_and_left_out(model_id: str, name: str, sent: Any) -> None:
     result = resolved(model_id, **{name: sent})
     assert result.warnings == (no_setting(name, model_id),)
-    assert getattr(result.job, name) == models.OPTIONAL_SETTINGS[name][1]
+    assert getattr(result.job, name) == SETTINGS[name].unused
 
 
 def takes_none(name: str, model_id: str) -> str:

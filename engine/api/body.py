@@ -11,7 +11,7 @@ from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 from marshmallow import EXCLUDE, Schema, ValidationError, fields
 
-from engine.admission import BadRequest
+from engine.admission import UNKNOWN, BadRequest
 from engine.api.answers import shortened
 from engine.api.fields import File, first_fault
 from engine.api.keys import BODY, CONFIG, DIGEST, HEAVY, PATH, QUERY, Handler
@@ -19,7 +19,6 @@ from engine.api.openapi import JSON_TYPE
 
 FORM_TYPE = "multipart/form-data"
 FORM_CHUNK_BYTES = 2**18
-UNKNOWN = " unknown"  # where `validated` keeps unknown names: not a name that a field can have
 Body = tuple[dict[str, Any], "hashlib._Hash"]  # the values as they were sent, and a digest of them
 
 

@@ -1,4 +1,4 @@
-"""Interim: configuration."""
+"""The configuration: one row for each key of `wangpd.toml`, and how the file and the flags become a `Config`."""
 
 import dataclasses
 import difflib
@@ -7,159 +7,161 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
 from engine import capabilities
-from engine.api.fields import CONFIG_FIELDS, Text, between, each, first_fault, one_of
+from engine.api.fields import FIELD_OF, Text, between, each, first_fault, matches, one_of
 from engine.files.outputs import Retention
 from engine.job import EngineConfig
-from engine.queue.runner import Limits
 
+Part = TypeVar("Part")
 SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
+FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
+# The headings of `wangpd.toml`, by the first key of each group.
+HEADINGS: Mapping[str, str] = {
+    "host": "where it listens, and its folders",
+    "allowed_hosts": "who may ask",
+    "allow_download": "the models and the GPU",
+    "image_format": "the files it makes",
+    "max_queue": "limits",
+    "max_attempts": "the queue, in time and over restarts",
+    "log_level": "the rest",
+}
 
 
-def key(default: Any, why: str, check: Callable[[Any], Any] | None = None) -> Any:
-    """A configuration key: its default, one line of why, and the rule for its value."""
-    return dataclasses.field(default=default, metadata={"why": why, "check": check})
+def key(default: Any, rule: Callable[[Any], Any] | None = None, *, why: str) -> Any:
+    """A configuration key: its default, the rule for its value, and one line of why."""
+    return dataclasses.field(default=default, metadata={"why": why, "rule": rule})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every key of `wangpd.toml`. Relative paths are relative to that file."""
+    """Every key of `wangpd.toml`, in its order. Relative paths are relative to that file.
 
-    host: str = key(
-        "127.0.0.1", "Address to listen on; 0.0.0.0 opens it to the LAN, so put a proxy with a login in front."
-    )
-    port: int = key(7860, "Port to listen on; 0 takes a free one and logs it.", between(0, 65535))
-    save_path: Path = key(Path("outputs"), "Folder of the finished files; it alone decides what is listed and served.")
-    state_path: Path = key(
-        Path("state"), "Folder of the queue's journal, the input pictures, the thumbnails and the engine's caches."
-    )
-    loras_dir: Path = key(Path("loras"), "Folder of LoRA files, one folder a family of models.")
-    models_dir: Path = key(Path("models"), "Folder of the models' weights, one folder a model, named by its id.")
-    allow_download: bool = key(False, "Fetch missing weights from the Hugging Face hub when a task needs them.")
-    default_model: str = key("wan_demo", "Model of a request that names none; GET /api/v1/models lists the ids.")
-    device: str = key(
-        "auto", "Where to generate: auto, cuda, cuda:1, mps or cpu; auto takes the best that is there.",
-        validate.Regexp(r"auto$|cpu$|mps$|cuda(:\d+)?$", error="{input!r} must be auto, cuda, cuda:N, mps or cpu"),
-    )  # fmt: skip
-    devices: tuple[str, ...] = key(
-        (), "Several devices, a worker each, such as cuda:0 and cuda:1; they share the queue. None: device alone.",
-        each(validate.Regexp(r"cpu$|cuda:\d+$", error="{input!r} must be cuda:N or cpu")),
-    )  # fmt: skip
-    context_parallel: bool = key(
-        False, "All devices compute each task together, one task at a time, instead of a task each: for large tasks."
-    )
-    warm_start: bool = key(
-        False, "Start the worker with the daemon and load the model that was last in use, else default_model."
-    )
-    profile: float = key(
-        0.0,
-        "GPU memory: 0 chooses, 1 denoiser resident, 2 and 4 by block, 3 by part, 5 by layer, 4.5 unpinned.",
-        one_of(0, 1, 2, 3, 3.5, 4, 4.5, 5),
-    )
-    attention_mode: str = key(
-        "auto",
-        "Attention kernel: auto measures, sdpa and cudnn are torch's, else flash, flash3, sage, sage2 or xformers.",
-        one_of(capabilities.AUTO, *capabilities.KERNELS),
-    )
-    transformer_quantization: str = key(
-        "none",
-        "Weights of the denoisers: none as they are, int8, fp8, nf4, a user's own gguf; auto is int8 where it helps.",
-        one_of(*capabilities.KINDS),
-    )
-    vae_config: int = key(
-        0, "VAE tiles on a GPU: 1, 2, 3 for 512, 256, 128 pixels; 0 chooses by the card.", one_of(0, 1, 2, 3)
-    )
-    compile: bool = key(
-        False, "Compile the denoisers' blocks: 1.3 to 1.4 times the speed on a GPU, after a slow first task."
-    )
-    convert_float32: bool = key(
-        True, "Rewrite float32 weights once in the dtype they are computed in, into models_dir/.converted."
-    )
-    prompt_cache_mb: int = key(
-        1024, "MiB on disk of what text encoders made of prompts, to reuse; 0: every prompt is read anew.",
-        between(0, 10**9),
-    )  # fmt: skip
-    mmaudio_enabled: int = key(0, "Sound made to fit a video: 0, since diffusers has no MMAudio.", one_of(0))
-    image_format: str = key("png", "Format of pictures: png, jpeg or webp.", one_of("png", "jpeg", "webp"))
-    audio_format: str = key("wav", "Format of sound: wav, flac or mp3.", one_of("wav", "flac", "mp3"))
-    video_crf: int = key(18, "Quality of videos: x264's CRF, lower is better and larger.", between(0, 51))
-    video_preset: str = key(
-        "veryfast", "Speed of the video encoder: x264's presets; slower ones make smaller files.",
+    What the generation process needs has its default in EngineConfig.
+    """
+
+    # fmt: off
+    host: str = key("127.0.0.1",
+        why="Address to listen on; 0.0.0.0 opens it to the LAN, so put a proxy with a login in front.")
+    port: int = key(7860, between(0, 65535),
+        why="Port to listen on; 0 takes a free one and logs it.")
+    base_path: str = key("", matches(r"(/[A-Za-z0-9_.~-]+)*$", "empty or begin with /, and not end with it"),
+        why="Path under which a proxy serves the daemon, such as /video; the proxy strips it, links include it.")
+    save_path: Path = key(Path("outputs"),
+        why="Folder of the finished files; it alone decides what is listed and served.")
+    state_path: Path = key(EngineConfig.state_path,
+        why="Folder of the queue's journal, the input pictures, the thumbnails and the engine's caches.")
+    models_dir: Path = key(Path("models"),
+        why="Folder of the models' weights, one folder a model, named by its id.")
+    loras_dir: Path = key(Path("loras"),
+        why="Folder of LoRA files, one folder a family of models.")
+
+    allowed_hosts: tuple[str, ...] = key((),
+        why="Host names under which the daemon answers, against DNS rebinding; none: any.")
+    cors_origins: tuple[str, ...] = key((),
+        why="Origins of web pages that may use the API, such as https://example.org.")
+    token_file: str = key("",
+        why="File with a token that requests must send as Authorization: Bearer; none: no login.")
+    trusted_proxies: tuple[str, ...] = key((),
+        why="Addresses of proxies whose X-Forwarded-For and -Host are believed.")
+
+    allow_download: bool = key(EngineConfig.allow_download,
+        why="Fetch missing weights from the Hugging Face hub when a task needs them.")
+    default_model: str = key("wan_demo",
+        why="Model of a request that names none; GET /api/v1/models lists the ids.")
+    device: str = key(EngineConfig.device, matches(r"auto$|cpu$|mps$|cuda(:\d+)?$", "auto, cuda, cuda:N, mps or cpu"),
+        why="Where to generate: auto, cuda, cuda:1, mps or cpu; auto takes the best that is there.")
+    devices: tuple[str, ...] = key((), each(matches(r"cpu$|cuda:\d+$", "cuda:N or cpu")),
+        why="Several devices, a worker each, such as cuda:0 and cuda:1; they share the queue. None: device alone.")
+    context_parallel: bool = key(False,
+        why="All devices compute each task together, one task at a time, instead of a task each: for large tasks.")
+    warm_start: bool = key(False,
+        why="Start the worker with the daemon and load the model that was last in use, else default_model.")
+    profile: float = key(EngineConfig.profile, one_of(0, 1, 2, 3, 3.5, 4, 4.5, 5),
+        why="GPU memory: 0 chooses, 1 denoiser resident, 2 and 4 by block, 3 by part, 5 by layer, 4.5 unpinned.")
+    attention_mode: str = key(EngineConfig.attention_mode, one_of(capabilities.AUTO, *capabilities.KERNELS),
+        why="Attention kernel: auto measures, sdpa and cudnn are torch's, else flash, flash3, sage, sage2 or xformers.")
+    transformer_quantization: str = key(EngineConfig.transformer_quantization, one_of(*capabilities.KINDS),
+        why="Weights of the denoisers: none as they are, int8, fp8, nf4, your own gguf; auto is int8 where it helps.")
+    vae_config: int = key(EngineConfig.vae_config, one_of(0, 1, 2, 3),
+        why="VAE tiles on a GPU: 1, 2, 3 for 512, 256, 128 pixels; 0 chooses by the card.")
+    vae_precision: str = key(EngineConfig.vae_precision, one_of("auto", "16", "32"),
+        why="Bits in which the VAE decodes: auto (16 on CUDA where that is safe), 16 or 32.")
+    compile: bool = key(EngineConfig.compile,
+        why="Compile the denoisers' blocks: 1.3 to 1.4 times the speed on a GPU, after a slow first task.")
+    convert_float32: bool = key(EngineConfig.convert_float32,
+        why="Rewrite float32 weights once in the dtype they are computed in, into models_dir/.converted.")
+    prompt_cache_mb: int = key(EngineConfig.prompt_cache_mb, between(0, 10**9),
+        why="MiB of RAM for encoded prompts, so that the same prompt is not encoded again; 0: off.")
+    mmaudio_enabled: int = key(0, one_of(0),
+        why="Sound made to fit a video: 0, since diffusers has no MMAudio.")
+    idle_unload_s: float = key(0.0, between(0, 10**7),
+        why="Seconds of idleness after which all GPU memory is given back; 0: never.")
+
+    image_format: str = key(EngineConfig.image_format, one_of("png", "jpeg", "webp"),
+        why="Format of pictures: png, jpeg or webp.")
+    audio_format: str = key(EngineConfig.audio_format, one_of("wav", "flac", "mp3"),
+        why="Format of sound: wav, flac or mp3.")
+    video_crf: int = key(EngineConfig.video_crf, between(0, 51),
+        why="Quality of videos: x264's CRF, lower is better and larger.")
+    video_preset: str = key(EngineConfig.video_preset,
         one_of("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"),
-    )  # fmt: skip
-    video_encoder: str = key(
-        "x264", "Encoder of videos: x264, or nvenc for a card's own; where that is missing, x264 all the same.",
-        one_of("x264", "nvenc"),
-    )  # fmt: skip
-    vae_precision: str = key(
-        "auto", "Bits in which the VAE decodes: auto (16 on CUDA where that is safe), 16 or 32.",
-        one_of("auto", "16", "32"),
-    )  # fmt: skip
-    embed_settings: bool = key(True, "Write a file's settings and seed into the file, as JSON.")
-    max_queue: int = key(1000, "Tasks that may wait; one more is answered 503.", between(1, 1_000_000))
-    max_body_mb: int = key(
-        64, "Largest request body in MiB; base64 pictures need a third more than their files.", between(1, 2048)
-    )
-    max_image_pixels: int = key(
-        50_000_000, "Largest input picture in pixels, so that a small file can't fill the memory.", between(1, 10**9)
-    )
-    max_attempts: int = key(
-        2, "How often a task may start when the daemon dies under it, before it fails.", between(1, 100)
-    )
-    on_restart: str = key(
-        "resume",
-        "What becomes of a task that ran when the daemon died: resume, pause or fail; a stop puts it back.",
-        one_of("resume", "pause", "fail"),
-    )
-    history_days: int = key(30, "Days that the record of an ended task is kept; its files stay.", between(1, 36500))
-    history_count: int = key(10_000, "Records of ended tasks that are kept at most.", between(1, 10_000_000))
-    cancel_grace_s: float = key(
-        10.0, "Seconds that a cancelled task may take to stop before its process is ended.", between(0, 3600)
-    )
-    stop_grace_s: float = key(
-        15.0, "Seconds that a shutdown waits for the running task; keep it under TimeoutStopSec.", between(0, 3600)
-    )
-    log_level: str = key(
-        "info", "How much is logged: debug, info, warning or error.", one_of("debug", "info", "warning", "error")
-    )
-    step_timeout_s: float = key(
-        600.0,
-        "Seconds without progress that end a task, six times that while it loads; twenty usual steps if that is more.",
-        between(1, 86400),
-    )
-    idle_unload_s: float = key(
-        0.0, "Seconds of idleness after which all GPU memory is given back; 0: never.", between(0, 10**7)
-    )
-    min_free_mb: int = key(
-        1024, "MiB that must be free on the disk of save_path before a task starts.", between(0, 10**9)
-    )
-    keep_outputs_days: float = key(0.0, "Days after which finished files are deleted; 0: never.", between(0, 36500))
-    keep_outputs_mb: int = key(
-        0, "MiB of finished files; the oldest beyond it are deleted; 0: no limit.", between(0, 10**9)
-    )
-    max_connections: int = key(500, "Connections at a time; one more is answered 503.", between(1, 100_000))
-    body_timeout_s: float = key(120.0, "Seconds in which a request's body must have arrived.", between(1, 86400))
-    allowed_hosts: tuple[str, ...] = key(
-        (), "Names under which the daemon may be asked for, against DNS rebinding; none: any."
-    )
-    cors_origins: tuple[str, ...] = key((), "Origins of web pages that may use the API, such as https://example.org.")
-    token_file: str = key("", "File with a token that requests must bring as Authorization: Bearer; none: no login.")
-    trusted_proxies: tuple[str, ...] = key((), "Addresses of proxies whose X-Forwarded-For and -Host are believed.")
-    base_path: str = key(
-        "",
-        "Path under which a proxy shows the daemon, such as /video; the proxy takes it off, links get it.",
-        validate.Regexp(r"(/[A-Za-z0-9_.~-]+)*$", error="{input!r} must be empty or begin with /, and not end with it"),
-    )
-    api_only: bool = key(False, "Accepted for WanGP's sake: wangpd has no other mode than its API.")
-    shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config tells
+        why="Speed of the video encoder: x264's presets; slower ones make smaller files.")
+    video_encoder: str = key(EngineConfig.video_encoder, one_of("x264", "nvenc"),
+        why="Encoder of videos: x264, or nvenc for a card's own; where that is missing, x264 all the same.")
+    embed_settings: bool = key(EngineConfig.embed_settings,
+        why="Write a file's settings and seed into the file, as JSON.")
+    min_free_mb: int = key(1024, between(0, 10**9),
+        why="MiB that must be free on the disk of save_path before a task starts.")
+    keep_outputs_days: float = key(0.0, between(0, 36500),
+        why="Days after which finished files are deleted; 0: never.")
+    keep_outputs_mb: int = key(0, between(0, 10**9),
+        why="MiB of finished files; the oldest beyond it are deleted; 0: no limit.")
+
+    max_queue: int = key(1000, between(1, 1_000_000),
+        why="Tasks that may wait; one more is answered 503.")
+    max_body_mb: int = key(64, between(1, 2048),
+        why="Largest request body in MiB; base64 pictures need a third more than their files.")
+    max_image_pixels: int = key(50_000_000, between(1, 10**9),
+        why="Largest input picture in pixels, so that a small file can't fill the memory.")
+    max_connections: int = key(500, between(1, 100_000),
+        why="Connections at a time; one more is answered 503.")
+    body_timeout_s: float = key(120.0, between(1, 86400),
+        why="Seconds in which a request's body must have arrived.")
+
+    max_attempts: int = key(2, between(1, 100),
+        why="How often a task may start when the daemon dies under it, before it fails.")
+    on_restart: str = key("resume", one_of("resume", "pause", "fail"),
+        why="What becomes of a task that ran when the daemon died: resume, pause or fail; a stop puts it back.")
+    history_days: int = key(30, between(1, 36500),
+        why="Days that the record of an ended task is kept; its files stay.")
+    history_count: int = key(10_000, between(1, 10_000_000),
+        why="Records of ended tasks that are kept at most.")
+    cancel_grace_s: float = key(10.0, between(0, 3600),
+        why="Seconds that a cancelled task may take to stop before its process is ended.")
+    stop_grace_s: float = key(15.0, between(0, 3600),
+        why="Seconds that a shutdown waits for the running task; keep it under TimeoutStopSec.")
+    step_timeout_s: float = key(600.0, between(1, 86400),
+        why="Seconds without progress that end a task, six times that while it loads; twenty usual steps if longer.")
+
+    log_level: str = key(EngineConfig.log_level, one_of("debug", "info", "warning", "error"),
+        why="How much is logged: debug, info, warning or error.")
+    api_only: bool = key(False,
+        why="Accepted for WanGP's sake: wangpd has no other mode than its API.")
+    # fmt: on
+
+    shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
+
+    def part(self, cls: type[Part]) -> Part:
+        """The part of the configuration that a component needs: a `cls`, whose fields are named like keys."""
+        return cls(**{field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, cls))})
 
     def engines(self) -> list[EngineConfig]:
         """The part that a generation process needs, for each of them."""
-        common = EngineConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)})
+        common = self.part(EngineConfig)
         leads = self.devices[:1] if self.context_parallel else self.devices
         return [dataclasses.replace(common, device=device) for device in leads or (self.device,)]
 
@@ -168,17 +170,10 @@ class Config:
         """The devices that compute each task together with the first one."""
         return self.devices[1:] if self.context_parallel else ()
 
-    def limits(self) -> Limits:
-        """The part that the queue needs."""
-        return Limits(
-            max_queue=self.max_queue,
-            max_attempts=self.max_attempts,
-            on_restart=self.on_restart,
-            history_count=self.history_count,
-            history_s=self.history_days * 86400.0,
-            step_timeout_s=self.step_timeout_s,
-            idle_unload_s=self.idle_unload_s,
-        )
+    @property
+    def history_s(self) -> float:
+        """`history_days` in seconds."""
+        return self.history_days * 86400.0
 
     def retention(self) -> Retention:
         """The part that the output folder needs."""
@@ -187,6 +182,7 @@ class Config:
 
 
 KEYS = {field.name: field for field in dataclasses.fields(Config) if "why" in field.metadata}
+NOT_EMPTY = validate.Length(1, error="must not be empty")  # as a host, nothing would mean every address
 
 
 class ConfigError(Exception):
@@ -194,43 +190,36 @@ class ConfigError(Exception):
 
 
 def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
-    """The configuration of `file`, or of the first place where there is one, with `flags` winning over it.
+    """The configuration of `file`, or of the first default place that has one; `flags` win over it.
 
     Raises ConfigError. Without any file the defaults hold, and paths are relative to the working directory.
     """
     path = file or next((place for place in (Path("wangpd.toml"), SYSTEM_CONFIG) if place.is_file()), None)
     values = _checked(_toml(path), str(path)) if path else {}
     base = path.parent if path else Path()
-    shown = str(flags.get("save_path") or values.get("save_path", KEYS["save_path"].default))
-    values = {**_checked(flags, "command line"), **{key: value for key, value in values.items() if key not in flags}}
-    folders = {name: (Path() if name in flags else base, values.get(name, KEYS[name].default)) for name in FOLDERS}
+    values |= _checked(flags, "command line")
+    values["shown_save_path"] = str(values.get("save_path", Config.save_path))
     if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
         values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
-    if fault := _missing(values):
+    for name in FOLDERS:
+        root = Path() if name in flags else base
+        values[name] = Path(root, values.get(name, KEYS[name].default)).absolute()
+    config = Config(**values)
+    if fault := _missing(config):
         raise ConfigError(fault)
-    return Config(
-        **values
-        | {name: Path(root, folder).absolute() for name, (root, folder) in folders.items()}
-        | {"shown_save_path": shown}
-    )
+    return config
 
 
-def _missing(values: Mapping[str, Any]) -> str:
+def _missing(config: Config) -> str:
     """What a key asks for and this machine can't do, with what helps; "" if there is nothing."""
-    kind = values.get(capabilities.QUANTIZATION, capabilities.NONE)
-    devices = values.get("devices") or [values.get("device", "auto")]
-    faults = [capabilities.attention_fault(values.get("attention_mode", capabilities.AUTO))]
-    if values.get("context_parallel"):
-        faults.append(
-            capabilities.team_fault(values.get("devices", ()), values.get("attention_mode", capabilities.AUTO))
-        )
-    if values.get("compile"):
+    devices = config.devices or (config.device,)
+    faults = [capabilities.attention_fault(config.attention_mode)]
+    if config.context_parallel:
+        faults.append(capabilities.team_fault(config.devices, config.attention_mode))
+    if config.compile:
         faults += [capabilities.compile_fault(device) for device in devices]
-    return next(filter(None, faults + [capabilities.quantization_fault(kind, device) for device in devices]), "")
-
-
-FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
-NOT_EMPTY = validate.Length(1, error="must not be empty")  # as a host, nothing would mean every address
+    faults += [capabilities.quantization_fault(config.transformer_quantization, device) for device in devices]
+    return next(filter(None, faults), "")
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -244,24 +233,17 @@ def _toml(path: Path) -> dict[str, Any]:
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
-        return dict(_config_schema().load(values))
+        return dict(Schema.from_dict({name: _field(row) for name, row in KEYS.items()})(unknown=RAISE).load(values))
     except ValidationError as error:
         name, sentence = first_fault(error)
-        raise ConfigError(
-            f"{where}: {name}: {sentence if name.partition('[')[0] in KEYS else _no_such_key(name)}"
-        ) from None
+        if name.partition("[")[0] not in KEYS:
+            near = difflib.get_close_matches(name, KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}"
+            sentence = f"there is no such key; {hint}"
+        raise ConfigError(f"{where}: {name}: {sentence}") from None
 
 
-def _no_such_key(name: str) -> str:
-    near = difflib.get_close_matches(name, KEYS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}"
-    return f"there is no such key; {hint}"
-
-
-def _config_schema() -> Schema:
-    def made(field: dataclasses.Field[Any]) -> fields.Field[Any]:
-        kind, check = CONFIG_FIELDS[field.type], field.metadata["check"]
-        required = kind is Text and field.default != ""
-        return kind(validate=[check] if check else [NOT_EMPTY] if required else [])
-
-    return Schema.from_dict({name: made(field) for name, field in KEYS.items()})(unknown=RAISE)
+def _field(row: dataclasses.Field[Any]) -> fields.Field[Any]:
+    kind, rule = FIELD_OF[row.type], row.metadata["rule"]
+    required = kind is Text and row.default != ""
+    return kind(validate=[rule] if rule else [NOT_EMPTY] if required else [])

@@ -1,4 +1,4 @@
-"""Interim: field types."""
+"""The marshmallow fields of requests and of the configuration, strict about JSON's types, and the rules for values."""
 
 import base64
 import binascii
@@ -9,6 +9,10 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validate
 
+DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
+URL_SAFE = str.maketrans("-_", "+/")
+NO_FILE = "must be text: the file's bytes in base64"
+
 
 def one_of(*values: Any) -> validate.Validator:
     """The rule that a value is one of these."""
@@ -16,18 +20,28 @@ def one_of(*values: Any) -> validate.Validator:
 
 
 def between(low: float, high: float) -> validate.Validator:
-    """The rule that a number lies from `low` to `high`."""
+    """The rule that a number is from `low` to `high`, both included."""
     return validate.Range(low, high, error="{input} must be between {min} and {max}")
 
 
-def each(check: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
-    """The rule that holds for each value of a list."""
+def at_least(low: float) -> validate.Validator:
+    """The rule that a number is `low` or more."""
+    return validate.Range(min=low, error="{input} must be {min} or more")
 
-    def checked(values: Sequence[Any]) -> None:
+
+def matches(pattern: str, rule: str) -> validate.Validator:
+    """The rule that a text matches `pattern`; `rule` says so in words."""
+    return validate.Regexp(pattern, error="{input!r} must be " + rule)
+
+
+def each(check: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
+    """The rule that `check` accepts each value of a list."""
+
+    def check_all(values: Sequence[Any]) -> None:
         for value in values:
             check(value)
 
-    return checked
+    return check_all
 
 
 class Text(fields.String):
@@ -44,7 +58,7 @@ class Text(fields.String):
 
 
 class Whole(fields.Integer):
-    """A JSON number without a fraction; `30.0` is one, `"30"` and `true` are not."""
+    """A JSON number without a fraction: `30.0` is accepted, `"30"` and `true` are not."""
 
     default_error_messages = {"invalid": "{input!r} must be a whole number", "too_large": "the number is too large"}
 
@@ -55,7 +69,7 @@ class Whole(fields.Integer):
 
 
 class Real(fields.Float):
-    """A JSON number; `"5"` and `true` are none."""
+    """A JSON number; `"5"` and `true` are refused."""
 
     default_error_messages = {"invalid": "{input!r} must be a number", "too_large": "the number is too large"}
 
@@ -66,7 +80,7 @@ class Real(fields.Float):
 
 
 class Flag(fields.Boolean):
-    """JSON's `true` or `false`, and nothing that looks like it."""
+    """JSON's `true` or `false` and nothing else."""
 
     default_error_messages = {"invalid": "{input!r} must be true or false"}
 
@@ -104,8 +118,8 @@ class File(fields.Field[bytes]):
     """A file in base64, with or without a `data:` prefix, standard or URL-safe alphabet; or its bytes, from a form."""
 
     default_error_messages = {
-        "type": "must be text: the file's bytes in base64",
-        "null": "must be text: the file's bytes in base64",
+        "type": NO_FILE,
+        "null": NO_FILE,
         "invalid": "is not valid base64; send the file's bytes in base64",
     }
 
@@ -123,7 +137,7 @@ class File(fields.Field[bytes]):
 
 
 class Texts(fields.List[Any]):
-    """A list of texts, as a tuple, so that a Config stays frozen."""
+    """A list of texts, as a tuple, so that what holds it stays frozen."""
 
     default_error_messages = {"invalid": 'must be a list such as ["a", "b"]'}
 
@@ -134,17 +148,16 @@ class Texts(fields.List[Any]):
         return tuple(super()._deserialize(value, attr, data, **kwargs))
 
 
-CONFIG_FIELDS: Mapping[Any, type[fields.Field[Any]]] = {
-    Path: Text,
+# The field of a value, by the type that a table of settings or of configuration keys names.
+FIELD_OF: Mapping[Any, type[fields.Field[Any]]] = {
     str: Text,
+    Path: Text,
     bool: Flag,
     int: Whole,
     float: Real,
     tuple[str, ...]: Texts,
+    int | str: VideoLength,
 }
-DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
-URL_SAFE = str.maketrans("-_", "+/")
-FORMATS = {"image": "PNG, JPEG or WebP", "video": "MP4, MOV, WebM or MKV", "audio": "WAV, FLAC, MP3 or OGG"}
 
 
 def first_fault(error: ValidationError) -> tuple[str, str]:

@@ -6,18 +6,18 @@ from typing import Any
 
 from aiohttp import web
 
-from engine.admission import default_settings
-from engine.admission import settings as settings_of
 from engine.api.answers import iso, link, shortened
 from engine.api.keys import CATALOG, CONFIG, JOURNAL, QUEUE
 from engine.api.schemas import PUBLIC_KEYS
 from engine.catalog import weights
 from engine.catalog.abilities import INPUTS
+from engine.catalog.defaults import default_settings
 from engine.catalog.download import Download
 from engine.catalog.models import Catalog, Model
 from engine.files.outputs import Entry
 from engine.planning import windows
 from engine.queue.tasks import Task
+from engine.settings import echo
 
 
 def selected(catalog: Catalog, family: str | None, task: str | None) -> list[Model]:
@@ -107,7 +107,7 @@ def task_state(app: web.Application, task: Task) -> dict[str, Any]:
         "prompt": task.job.prompt,
         "model_type": task.job.model,
         "seed": task.job.seed,
-        "settings": settings_of(task.job),
+        "settings": echo(task.job),
         "warnings": list(task.warnings),
         "created_at": iso(task.created_at),
         "started_at": iso(task.started_at),

@@ -69,3 +69,6 @@ TASKS: Mapping[str, Ability] = {
     "a2a": _task("audio_source", may="audio_reference"),
     "vace": _task("", may="image_start image_end image_refs video_guide video_mask"),
 }
+
+# Step caches under the names of a request: what the catalogue's `caches` calls them.
+STEP_CACHES: Mapping[str, str] = {"mag": "mag", "tea": "tea", "fbc": "first_block", "taylorseer": "taylorseer"}

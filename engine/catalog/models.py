@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.catalog import entries
-from engine.catalog.abilities import INPUTS, TASKS
+from engine.catalog.abilities import INPUTS, STEP_CACHES, TASKS
+from engine.settings import SETTINGS
 
 Made = TypeVar("Made", "Pipeline", "FrameRule", "Model")
 
@@ -21,23 +22,6 @@ MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
 MAX_DURATION_S = 600  # of sound; the same holds
 SINGLE_FILES = (".safetensors", ".gguf")
 SHOWN_MODELS = 10  # the most ids that an error sentence lists
-
-# Step caches under the names of a request: what the catalogue's `caches` calls them.
-STEP_CACHES: Mapping[str, str] = {"mag": "mag", "tea": "tea", "fbc": "first_block", "taylorseer": "taylorseer"}
-
-# Settings that only some models have: the pipeline role that carries each, and the value that means "not used".
-OPTIONAL_SETTINGS: Mapping[str, tuple[str, Any]] = {
-    "prompt": ("prompt", None),
-    "negative_prompt": ("negative_prompt", ""),
-    "guidance_scale": ("guidance", None),
-    "guidance2_scale": ("guidance_2", None),
-    "embedded_guidance_scale": ("embedded_guidance", 0.0),
-    "flow_shift": ("shift", None),
-    "num_inference_steps": ("steps", None),
-    "denoising_strength": ("strength", None),
-    "duration_seconds": ("duration", None),
-    "lyrics": ("lyrics", ""),
-}
 
 # How inputs reach a pipeline, and which of them need no parameter of their own (see engine/gpu/run/conditioning.py).
 FORMS: Mapping[str, frozenset[str]] = {
@@ -284,9 +268,9 @@ class Model:
         return any(name in self.inputs_of(task) for task in self.pipelines)
 
     def has_setting(self, name: str, task: str) -> bool:
-        """True if the optional setting `name` (see OPTIONAL_SETTINGS) reaches the pipeline of `task`."""
-        pipeline = self.pipelines[task]
-        if pipeline.call.get(OPTIONAL_SETTINGS[name][0]) in pipeline.by_task.get(task, {}):
+        """True if the setting `name` means something to this model, and what it sets reaches the pipeline of `task`."""
+        pipeline, setting = self.pipelines[task], SETTINGS[name]
+        if self.kind not in setting.kinds or pipeline.call.get(setting.role) in pipeline.by_task.get(task, {}):
             return False
         special = {
             "negative_prompt": "negative_prompt" in pipeline.call and self.inputs.get("negative_prompt", False),
@@ -298,7 +282,7 @@ class Model:
             "flow_shift": "shift_param" in self.scheduler or "shift" in pipeline.call,
             "num_inference_steps": "steps" in pipeline.call and not {"timesteps", "sigmas"} & self.extra_call.keys(),
         }
-        return bool(special.get(name, OPTIONAL_SETTINGS[name][0] in pipeline.call))
+        return bool(special.get(name, not setting.role or setting.role in pipeline.call))
 
     @property
     def files(self) -> Mapping[str, str]:

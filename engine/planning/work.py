@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from engine.admission import default_settings
+from engine.catalog.defaults import default_settings
 from engine.catalog.models import Model
 from engine.job import Job
 from engine.planning.windows import windows

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
+from engine import settings
 from engine.catalog.models import Model, Pipeline
 from engine.gpu.load import compiling, kernels, offloading, pipelines
 from engine.gpu.run import caching, conditioning, decoding, results, sliding
@@ -158,22 +159,16 @@ def _plain_roles(model: Model, job: Job) -> dict[str, Any]:
     pipeline = model.pipelines[job.task]
     steps = job.steps if pipeline.stages == 1 else [-(-job.steps // pipeline.stages)] * pipeline.stages
     return {
+        **settings.roles(job),
         "prompt": _marked(job.prompt, pipeline.picture_mark, len(job.inputs.get("image_refs", ()))),
         "negative_prompt": _negative_prompt(model, job),
         "frames": model.frames.told(job.frames),
         "window": min(model.window_frames, job.frames) or None,
         "fps": job.fps,
         "steps": steps if model.has_setting("num_inference_steps", job.task) else None,
-        "guidance": job.guidance_scale,
-        "guidance_2": job.guidance2_scale,
-        "embedded_guidance": job.embedded_guidance_scale,
         "width": job.width,
         "height": job.height,
         "area": job.width * job.height,
-        "shift": job.flow_shift,
-        "strength": job.denoising_strength,
-        "duration": job.duration_s,
-        "lyrics": job.lyrics,
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from engine import admission
+from engine import settings
 from engine.files import media
 from engine.files.thumbnails import PREVIEW_WIDTH, ThumbnailCache
 from engine.gpu.run.results import Clip
@@ -84,8 +84,8 @@ class Saver:
         kind = "audio" if clip.frames is None else "video" if job.frames > 1 else "image"
         suffix = f"_{clip.layer}{self._suffix(kind)}" if clip.layer else self._suffix(kind)
         path = self._config.save_path / encode.output_name(job, clip.seed, task_id, started, suffix)
-        settings = admission.settings(job, clip.seed) if self._config.embed_settings else None
-        file = _File(path, kind, clip, job, settings)
+        embedded = settings.echo(job, clip.seed) if self._config.embed_settings else None
+        file = _File(path, kind, clip, job, embedded)
         written = self._background.feed(
             file.pieces(), lambda pieces: self._write(file, pieces), lambda piece: piece.nbytes
         )
