@@ -40,7 +40,7 @@ class EngineConfig:
     vae_config: int = 0
     compile: bool = False
     convert_float32: bool = True
-    prompt_cache_mb: int = 0
+    prompt_cache_mb: int = 256
     log_level: str = "info"
 
 

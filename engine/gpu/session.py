@@ -49,8 +49,7 @@ class ModelSession:
         self._pipe: Any = None
         self._adapters = Adapters()
         self._saver = Saver(config, settled)
-        self._shapes = compiling.Shapes(config.state_path) if config.compile else None
-        self._prompts = prompts.Prompts(config.state_path / "prompts", config.prompt_cache_mb * 2**20)
+        self._prompts = prompts.PromptCache(config.prompt_cache_mb * 2**20)
         self._helping: Team | None = None  # the team, if it computes what is loaded too
         self._plan: plans.Plan | None = None
         self._parts: Parts | None = None
@@ -81,8 +80,6 @@ class ModelSession:
         self._reset_peak()
         meter.enter(Phase.LOADING)
         pipe = self.load(model, job.task, job)
-        if self._shapes:
-            self._shapes.expect(pipe, model.id, job)
         saved: list[Saved] = []
         try:
             for clip in render.render(pipe, model, job, meter, self._adapters, team=self._helping):
@@ -92,8 +89,6 @@ class ModelSession:
         except BaseException:
             wait([file.written for file in saved])  # nothing is written behind the daemon's back; what is whole stays
             raise
-        if self._shapes:
-            self._shapes.remember(pipe, model.id, job)
         pending = self._saver.finish(saved)
         return Result(tuple(file.file for file in saved), meter.done(), self._peak_bytes(), self.plan, pending)
 
@@ -107,7 +102,7 @@ class ModelSession:
             pipe, parts = quantization.load(
                 model, task, cast, self._device, kind=kind, models_dir=self._config.models_dir
             )
-            self._prompts.remember(pipe, prompts.encoder_of(pipe, found))
+            self._prompts.attach(pipe, prompts.encoder_of(pipe, found))
             self._fit(pipe, parts, ModelSource(model, task, cast, kind), work)
             self._keep(model, pipe)
             log.info("loaded model %s on %s", model.id, self._device)
