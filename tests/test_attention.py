@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 import wangpd
+from engine import capabilities
 from engine.capabilities import KERNELS, attention_fault
 from engine.catalog.models import Catalog
 from engine.gpu.load import kernels
@@ -60,7 +61,7 @@ def test_where_nothing_can_be_measured_torch_decides() -> None:
 
 
 def test_auto_never_takes_a_kernel_that_rounds_to_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find_spec", lambda _: True)
+    monkeypatch.setattr(capabilities, "find_spec", lambda _: True)
     tried: list[str] = []
     kernels.fastest(QUERY, lambda backend, _: float(not tried.append(backend)))
     assert not {KERNELS[name].backend for name in ("sage", "sage2")} & set(tried)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.catalog.models import PACKAGE, Catalog
 from engine.catalog.weights import INDEX, Weights
-from engine.gpu.load import pipelines, prepared
+from engine.gpu.load import conversion, pipelines, prepared
 from engine.gpu.load.conversion import cast
 from engine.gpu.load.prepared import STORE
 from engine.gpu.session import ModelSession
@@ -180,6 +180,18 @@ def test_a_disk_without_room_is_no_fault(source: Path, models_dir: Path, monkeyp
     weights = Weights(source)
     assert cast(weights, None, DTYPE_OF, models_dir) == weights
     assert copies(models_dir) == []
+
+
+def test_a_copy_that_can_not_be_finished_leaves_nothing(
+    source: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(conversion, "save_file", full)
+    weights = Weights(source)
+    assert cast(weights, None, DTYPE_OF, models_dir) == weights
+    assert [path.name for path in (models_dir / STORE).iterdir()] == [".lock"]
 
 
 def test_a_folder_that_can_not_be_written_is_no_fault(source: Path, models_dir: Path) -> None:

@@ -119,7 +119,8 @@ def _shards(component: Component, kept: re.Pattern[str]) -> Iterator[dict[str, t
         tensor = stored.to(component.dtype) if stored.dtype in WIDE and not kept.search(name) else stored
         if shard and size_bytes + tensor.nbytes > prepared.SHARD_BYTES:
             yield shard
-            shard, size_bytes = {}, 0
+            shard.clear()  # whoever got it still refers to it
+            size_bytes = 0
         shard[name] = tensor
         size_bytes += tensor.nbytes
     yield shard

@@ -41,17 +41,16 @@ def load(
     the components `without` which the pipeline is to be.
     Only safetensors are read: a pickled checkpoint could run code.
     """
-    index = json.loads((weights.folder / INDEX).read_text())
+    cls, index = class_of(pipeline), json.loads((weights.folder / INDEX).read_text())
     given = {**ready, **dict.fromkeys(without)}
     if weights.files:
-        cls, dtypes = class_of(pipeline), partial(dtype_of, model, device)
-        given = {**single_file.components(cls, weights, dtypes, given), **given}
+        given = {**single_file.components(cls, weights, partial(dtype_of, model, device), given), **given}
     for name, folder in weights.parts.items():
         if name not in given:
             given[name] = _part(folder, index.get(name), name, dtype_of(model, device, name))
-    pipe = class_of(pipeline).from_pretrained(
-        weights.folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True,
-        **({"variant": model.variant} if model.variant else {}), **given,
+    pipe = cls.from_pretrained(
+        weights.folder, dtype=_dtypes(model, device), variant=model.variant, use_safetensors=True,
+        local_files_only=True, **given,
     )  # fmt: skip
     _set_up(pipe, model, pipeline)
     if not ready:

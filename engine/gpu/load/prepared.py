@@ -49,10 +49,13 @@ def publish(folder: Path, size_bytes: int, write: Callable[[Path], None]) -> boo
             if free_bytes < size_bytes + ROOM_BYTES:
                 raise OSError(f"it takes {size_bytes / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB are free")
             part = folder.with_name(f"{folder.name}.part")
-            part.mkdir()
-            write(part)
-            _sync(part)
-            part.rename(folder)
+            try:
+                part.mkdir()
+                write(part)
+                _sync(part)
+                part.rename(folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)  # there only after a failure, as when the disk is full
             for other in folder.parent.iterdir():
                 if other != folder and other.name.rpartition(".")[0] == folder.name.rpartition(".")[0]:
                     shutil.rmtree(other)

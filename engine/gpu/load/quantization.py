@@ -28,7 +28,6 @@ from engine.catalog.models import Model
 from engine.catalog.weights import Weights
 from engine.gpu.load import offloading, pipelines, prepared
 from engine.job import EngineError
-from engine.planning.machine import GIB
 from engine.planning.work import Parts
 
 log = logging.getLogger("wangpd.worker")
@@ -78,11 +77,13 @@ def load(
     folder = prepared.entry(models_dir, what, _sources(weights), method)
     ready = _read(folder, kind, dtype_of)
     pipe = load_pipeline(ready)
+    denoisers = offloading.denoisers(pipe)
     if not ready:
-        _quantize(pipe, model, kind, device)
-        denoisers = offloading.denoisers(pipe)
-        prepared.publish(folder, sum(map(offloading.size_bytes, denoisers.values())), partial(_write, denoisers))
-    return pipe, replace(offloading.parts_of(pipe, model), quantization=kind, changed=not ready)
+        _quantize(model, denoisers, kind, device)
+    parts = replace(offloading.parts_of(pipe, model), quantization=kind, changed=not ready)
+    if not ready:
+        prepared.publish(folder, parts.denoisers, partial(_write, denoisers))
+    return pipe, parts
 
 
 def _sources(weights: Weights) -> list[Path]:
@@ -97,15 +98,12 @@ def _sources(weights: Weights) -> list[Path]:
 
 
 @torch.no_grad()
-def _quantize(pipe: Any, model: Model, kind: str, device: torch.device) -> None:
+def _quantize(model: Model, denoisers: Mapping[str, Any], kind: str, device: torch.device) -> None:
     """Quantise the denoisers in RAM, layer by layer on `device`, which is faster than the CPU."""
-    started, parts = time.monotonic(), offloading.denoisers(pipe).values()
-    before = sum(map(offloading.size_bytes, parts))
-    for denoiser in parts:
+    started = time.monotonic()
+    for denoiser in denoisers.values():
         quantize(denoiser, kind, device)
-    after, seconds = sum(map(offloading.size_bytes, parts)), time.monotonic() - started
-    figures = (model.id, kind, before / GIB, after / GIB, seconds)
-    log.info("model %s: denoiser quantized to %s, %.2f to %.2f GiB in %.0f s", *figures)
+    log.info("model %s: denoiser quantized to %s in %.0f s", model.id, kind, time.monotonic() - started)
 
 
 def quantize(denoiser: Any, kind: str, device: torch.device) -> None:
