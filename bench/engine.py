@@ -167,7 +167,7 @@ REQUESTS: Mapping[str, Mapping[str, Any]] = {
     "sliding windows of 9 frames": {"sliding_window_size": 9, "sliding_window_overlap": 1},
 }
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "prompt cache": {"prompt_cache_mb": 1024},
+    "prompt cache": {"prompt_cache_mb": 256},
     "attention sdpa instead of auto": {"attention_mode": "sdpa"},
     "int8 weights": {"transformer_quantization": "int8"},
     "compiled blocks": {"compile": True},

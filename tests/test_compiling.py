@@ -1,7 +1,6 @@
 """Compiled blocks: the frames stay, what was compiled is found again, and what can't be compiled runs as it is."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from engine.catalog.models import PACKAGE, Catalog
 from engine.catalog.weights import Weights
 from engine.gpu import process
 from engine.gpu.load import pipelines
-from engine.gpu.load.compiling import Block, Shapes, compile_blocks, suit
+from engine.gpu.load.compiling import Block, compile_blocks, suit
 from engine.gpu.run import render
 from engine.gpu.run.meter import Meter
 from engine.job import Board, EngineConfig, Job, Lora, Phase
@@ -184,36 +183,6 @@ def test_a_plain_block_computes_what_it_always_did() -> None:
 
 def test_a_class_that_names_no_blocks_stays_as_it_is() -> None:
     assert compile_blocks(SimpleNamespace(components={"transformer": nn.Linear(2, 2)})) == 0
-
-
-# ---- the shapes that were seen
-
-
-def test_a_shape_is_known_once_a_task_of_it_has_run_also_to_a_new_process(tmp_path: Path) -> None:
-    pipe = small()
-    shapes = Shapes(tmp_path)
-    assert not shapes.expect(pipe, "wan_demo", job())
-    shapes.remember(pipe, "wan_demo", job())
-    assert Shapes(tmp_path).expect(pipe, "wan_demo", job())
-
-
-@pytest.mark.parametrize("change", [{"width": 96}, {"frames": 9}, {"batch_size": 2}, {"skip_steps_cache_type": "mag"}])
-def test_another_shape_is_new(tmp_path: Path, change: dict[str, Any]) -> None:
-    pipe, shapes = small(), Shapes(tmp_path)
-    shapes.remember(pipe, "wan_demo", job())
-    assert not shapes.expect(pipe, "wan_demo", job(**change))
-    assert not shapes.expect(pipe, "wan_t2v_14B", job())
-
-
-@pytest.mark.parametrize("damage", ["", "[", '{"a": 1}'])
-def test_a_damaged_list_is_begun_anew(tmp_path: Path, damage: str) -> None:
-    path = capabilities.compile_cache(tmp_path) / "shapes.json"
-    path.parent.mkdir()
-    path.write_text(damage)
-    pipe, shapes = small(), Shapes(tmp_path)
-    assert not shapes.expect(pipe, "wan_demo", job())
-    shapes.remember(pipe, "wan_demo", job())
-    assert len(json.loads(path.read_text())) == 1
 
 
 # ---- the start

@@ -1,4 +1,4 @@
-"""Weights that lie in float32 are rewritten once: the same tensors are loaded, and the user's files stay."""
+"""Weights stored in float32 are rewritten once: the same tensors are loaded, and the user's files stay."""
 
 import dataclasses
 import json
@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from engine.catalog.models import PACKAGE, Catalog
 from engine.catalog.weights import INDEX, Weights
-from engine.gpu.load import conversion, pipelines
-from engine.gpu.load.conversion import STORE, Component, cast
+from engine.gpu.load import conversion, pipelines, prepared
+from engine.gpu.load.conversion import cast
+from engine.gpu.load.prepared import STORE
 from engine.gpu.session import ModelSession
 from engine.job import EngineConfig
 
@@ -42,7 +43,7 @@ def models_dir(source: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "ROOM_BYTES", 0)  # the disk of the tests may be nearly full
+    monkeypatch.setattr(prepared, "ROOM_BYTES", 0)  # the disk of the tests may be nearly full
 
 
 def dtypes(folder: Path) -> set[str]:
@@ -52,6 +53,11 @@ def dtypes(folder: Path) -> set[str]:
         with safe_open(path, framework="pt") as tensors:
             found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # no mapping
     return found
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights in the folder of a component."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def copies(models_dir: Path) -> list[str]:
@@ -87,11 +93,10 @@ def test_what_is_loaded_is_what_a_cast_would_give(source: Path, models_dir: Path
 
 
 def test_the_copies_are_in_the_dtypes_of_the_catalogue(source: Path, models_dir: Path) -> None:
-    folder = cast(Weights(source), None, DTYPE_OF, models_dir).folder
-    assert folder != source
-    assert dtypes(folder / "text_encoder") == {"BF16"}
-    assert dtypes(folder / "transformer") == {"BF16", "F32"}  # its class keeps some in float32
-    assert (folder / "vae").resolve() == source / "vae"  # computed in float32, so it needs no copy
+    parts = cast(Weights(source), None, DTYPE_OF, models_dir).parts
+    assert dtypes(parts["text_encoder"]) == {"BF16"}
+    assert dtypes(parts["transformer"]) == {"BF16", "F32"}  # its class keeps some in float32
+    assert "vae" not in parts  # computed in float32, so it needs no copy
 
 
 def test_the_users_files_are_not_touched(source: Path, models_dir: Path) -> None:
@@ -115,7 +120,8 @@ def session(models_dir: Path, **settings: Any) -> ModelSession:
 
 def test_a_worker_on_a_card_loads_the_copies(source: Path, models_dir: Path) -> None:
     found = session(models_dir)._cast(Weights(source), DEMO, "none")
-    assert found.folder.parent == models_dir / STORE
+    assert {path.parent for path in found.parts.values()} == {models_dir / STORE}
+    assert found.parts.keys() == {"text_encoder", "transformer"}
 
 
 def test_a_denoiser_that_is_quantised_needs_no_copy(source: Path, models_dir: Path) -> None:
@@ -150,29 +156,42 @@ def test_weights_that_changed_are_rewritten_and_the_old_copy_goes(source: Path, 
     file = source / "text_encoder" / "model.safetensors"
     tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    folder = cast(Weights(source), None, DTYPE_OF, models_dir).folder
-    assert same(load_file(folder / "text_encoder" / file.name), {name: t.to(BF16) for name, t in tensors.items()})
+    parts = cast(Weights(source), None, DTYPE_OF, models_dir).parts
+    assert same(weights_in(parts["text_encoder"]), {name: t.to(BF16) for name, t in tensors.items()})
     assert copies(models_dir) == ["mine.text_encoder.bfloat16", "mine.transformer.bfloat16"]
 
 
 def test_what_a_killed_process_left_is_removed_and_never_read(source: Path, models_dir: Path) -> None:
-    name = Component(source / "text_encoder", None, BF16, "UMT5EncoderModel").store_name()
-    left = models_dir / STORE / f"{name}.part"
-    left.mkdir(parents=True)
+    copy = cast(Weights(source), None, DTYPE_OF, models_dir).parts["text_encoder"]
+    shutil.rmtree(copy)
+    left = copy.with_name(f"{copy.name}.part")
+    left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    folder = cast(Weights(source), None, DTYPE_OF, models_dir).folder
+    assert cast(Weights(source), None, DTYPE_OF, models_dir).parts["text_encoder"] == copy
     assert not left.exists()
-    assert dtypes(folder / "text_encoder") == {"BF16"}
+    assert dtypes(copy) == {"BF16"}
 
 
 # ---- what is left alone
 
 
 def test_a_disk_without_room_is_no_fault(source: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "ROOM_BYTES", 1 << 60)
+    monkeypatch.setattr(prepared, "ROOM_BYTES", 1 << 60)
     weights = Weights(source)
     assert cast(weights, None, DTYPE_OF, models_dir) == weights
     assert copies(models_dir) == []
+
+
+def test_a_copy_that_can_not_be_finished_leaves_nothing(
+    source: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(conversion, "save_file", full)
+    weights = Weights(source)
+    assert cast(weights, None, DTYPE_OF, models_dir) == weights
+    assert [path.name for path in (models_dir / STORE).iterdir()] == [".lock"]
 
 
 def test_a_folder_that_can_not_be_written_is_no_fault(source: Path, models_dir: Path) -> None:
@@ -191,21 +210,23 @@ def component(folder: Path, tensors: dict[str, torch.Tensor], cls: str = "WanTra
 
 
 def rewritten(folder: Path, variant: str | None = None, dtype: torch.dtype = BF16) -> Path:
-    return cast(Weights(folder), variant, lambda _: dtype, folder.parent).folder
+    """Where the component is loaded from."""
+    parts = cast(Weights(folder), variant, lambda _: dtype, folder.parent).parts
+    return parts.get("transformer", folder / "transformer")
 
 
-def test_weights_that_lie_in_bfloat16_are_left_alone(tmp_path: Path) -> None:
+def test_weights_in_bfloat16_are_left_alone(tmp_path: Path) -> None:
     few = {"a": torch.ones(100, dtype=BF16), "norm": torch.ones(2)}  # the little that is float32 is not worth it
     folder = component(tmp_path / "model", few)
-    assert rewritten(folder) == folder
+    assert rewritten(folder) == folder / "transformer"
 
 
 def test_a_class_that_nobody_knows_is_left_alone(tmp_path: Path) -> None:
     folder = component(tmp_path / "model", {"a": torch.ones(8)}, cls="SomebodysOwnModel")
-    assert rewritten(folder) == folder
+    assert rewritten(folder) == folder / "transformer"
 
 
-def test_numbers_that_are_no_floats_stay_and_nothing_lies_askew(tmp_path: Path) -> None:
+def test_numbers_that_are_no_floats_stay_as_they_are(tmp_path: Path) -> None:
     tensors = {
         "odd": torch.arange(3, dtype=torch.uint8),
         "whole": torch.tensor([1, 2**40]),
@@ -215,28 +236,39 @@ def test_numbers_that_are_no_floats_stay_and_nothing_lies_askew(tmp_path: Path) 
         "double": torch.randn(3, dtype=torch.float64),
         "time_embedder.kept": torch.randn(3),
     }
-    folder = rewritten(component(tmp_path / "model", tensors))
-    found = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    found = weights_in(rewritten(component(tmp_path / "model", tensors)))
     shrink = {"wide", "scalar", "nothing", "double"}
     assert same(found, {name: t.to(BF16) if name in shrink else t for name, t in tensors.items()})
 
 
 def test_float16_is_written_where_it_is_computed_in(tmp_path: Path) -> None:
-    folder = rewritten(component(tmp_path / "model", {"a": torch.ones(8)}), dtype=torch.float16)
-    assert dtypes(folder / "transformer") == {"F16"}
+    assert dtypes(rewritten(component(tmp_path / "model", {"a": torch.ones(8)}), dtype=torch.float16)) == {"F16"}
 
 
-def test_shards_stay_shards_and_only_those_of_the_variant_are_copied(tmp_path: Path) -> None:
+def test_only_the_shards_of_the_variant_are_copied(tmp_path: Path) -> None:
     folder = component(tmp_path / "model", {"old": torch.ones(2)})
     names = [f"diffusion_pytorch_model.ema-0000{number}-of-00002.safetensors" for number in (1, 2)]
     for number, name in enumerate(names):
         save_file({f"t{number}": torch.ones(4)}, folder / "transformer" / name, {"format": "pt"})
     index = {"metadata": {"total_size": 32}, "weight_map": {"t0": names[0], "t1": names[1]}}
     (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.ema.json").write_text(json.dumps(index))
-    copy = rewritten(folder, "ema") / "transformer"
-    assert sorted(path.name for path in copy.glob("*.safetensors")) == names
-    assert [list(load_file(copy / name)) for name in names] == [["t0"], ["t1"]]
-    assert json.loads((copy / "diffusion_pytorch_model.safetensors.index.ema.json").read_text()) == index
+    assert weights_in(rewritten(folder, "ema")).keys() == {"t0", "t1"}
+
+
+def test_large_copies_are_shards_that_load_as_one(
+    source: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared, "SHARD_BYTES", 20_000)
+    plain = pipelines.load(DEMO, DEMO.pipelines["t2v"], Weights(source), CARD)
+    weights = cast(Weights(source), None, DTYPE_OF, models_dir)
+    assert all(len(list(part.glob("*.safetensors"))) > 1 for part in weights.parts.values())
+    pipe = pipelines.load(DEMO, DEMO.pipelines["t2v"], weights, CARD)
+    assert all(same(state(pipe.components[name]), state(plain.components[name])) for name in weights.parts)
+
+
+def test_a_component_that_a_single_file_replaces_is_not_rewritten(source: Path, models_dir: Path) -> None:
+    file = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert cast(Weights(source, files={"": file}), None, DTYPE_OF, models_dir).parts.keys() == {"text_encoder"}
 
 
 def test_a_link_of_the_hubs_cache_is_followed(tmp_path: Path) -> None:
@@ -245,4 +277,4 @@ def test_a_link_of_the_hubs_cache_is_followed(tmp_path: Path) -> None:
     blob = tmp_path / "blob"
     shutil.move(file, blob)
     file.symlink_to(blob)
-    assert dtypes(rewritten(folder) / "transformer") == {"BF16"}
+    assert dtypes(rewritten(folder)) == {"BF16"}

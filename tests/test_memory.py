@@ -13,6 +13,7 @@ from engine.catalog import weights
 from engine.catalog.models import Catalog
 from engine.gpu.load import offloading, pipelines
 from engine.job import Job
+from engine.planning import placement
 from engine.planning.machine import GIB
 from engine.planning.placement import Placement, Plan
 from engine.planning.work import Work
@@ -69,7 +70,7 @@ def test_a_plan_that_is_carried_out_changes_no_frame(placement: Placement, plain
 def test_without_a_card_a_pipeline_is_placed_in_ram() -> None:
     pipe = loaded()
     parts = offloading.parts_of(pipe, DEMO)
-    plan = offloading.planned(DEMO, offloading.measure(CPU), 0, 0, work=Work.usual(DEMO), parts=parts)
+    plan = placement.plan(DEMO, Work.usual(DEMO), offloading.measure(CPU), parts=parts)
     offloading.carry_out(pipe, plan, CPU)
     assert plan.describe().startswith("everything in RAM")
     assert {weight.device for weight in pipe.transformer.parameters()} == {CPU}

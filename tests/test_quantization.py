@@ -26,7 +26,7 @@ from engine import capabilities
 from engine.capabilities import KINDS
 from engine.catalog.models import PACKAGE, Catalog
 from engine.catalog.weights import Weights
-from engine.gpu.load import offloading, quantization
+from engine.gpu.load import offloading, prepared, quantization
 from engine.gpu.run import adapters
 from engine.gpu.session import ModelSession
 from engine.job import EngineConfig, EngineError
@@ -201,7 +201,7 @@ def frames(pipe: Any) -> torch.Tensor:
 
 def store(models_dir: Path) -> list[Path]:
     """The folders of quantised weights."""
-    return sorted(path for path in (models_dir / ".quantized").iterdir() if path.is_dir())
+    return sorted(path for path in (models_dir / prepared.STORE).iterdir() if path.is_dir())
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +334,11 @@ def test_fp8_rounds_weights_and_inputs_and_is_read_back(tmp_path: Path, monkeypa
     after = forward(denoiser)
     assert 0 < (after - before).abs().mean() < 0.1 * before.abs().mean()
     quantization._write({"transformer": denoiser}, tmp_path / "fp8")
-    assert torch.equal(forward(quantization._read(tmp_path / "fp8", "fp8")["transformer"]), after)
+    again = quantization._read(tmp_path / "fp8", "fp8", lambda _: torch.bfloat16)["transformer"]
+    assert torch.equal(forward(again), after)
+    assert {name: t.dtype for name, t in again.state_dict().items()} == {
+        name: t.dtype for name, t in denoiser.state_dict().items()
+    }
 
 
 @torch.no_grad()
@@ -381,7 +385,7 @@ def test_a_second_load_does_not_read_the_single_file_that_it_came_from(tmp_path:
     assert torch.equal(frames(load("int8", tmp_path, weights)), first)
 
 
-def test_weights_that_changed_are_quantised_anew_in_place_of_the_old(
+def test_weights_that_changed_are_quantised_again_in_place_of_the_old(
     installed: Weights, tmp_path: Path, source: dict[str, torch.Tensor]
 ) -> None:
     first, before = frames(load("int8", tmp_path, installed)), store(tmp_path)
@@ -408,8 +412,8 @@ def test_a_half_written_folder_is_not_read_and_goes(tmp_path: Path) -> None:
     assert store(tmp_path) == [whole]
 
 
-@pytest.mark.parametrize("name", ["config.json", "00000.safetensors"])
-def test_a_broken_file_is_made_anew(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_a_broken_file_is_made_again(name: str, tmp_path: Path) -> None:
     first = frames(load("int8", tmp_path))
     (whole,) = store(tmp_path)
     broken = whole / "transformer" / name
@@ -421,20 +425,21 @@ def test_a_broken_file_is_made_anew(name: str, tmp_path: Path) -> None:
 def test_without_room_on_the_disk_it_runs_and_keeps_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(quantization.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    monkeypatch.setattr(prepared.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     assert load("int8", tmp_path)
     assert store(tmp_path) == []
-    assert "quantized weights are not kept: 0.0 GiB are free" in caplog.text
+    assert "are not kept: it takes 0.0 GiB, and 0.0 GiB are free" in caplog.text
 
 
 def test_where_nothing_can_be_written_it_runs_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / ".quantized").write_text("a file where the folder should be")
+    (tmp_path / prepared.STORE).write_text("a file where the folder should be")
     assert load("int8", tmp_path)
-    assert "quantized weights are not kept: " in caplog.text
+    assert "prepared weights wan_demo.int8.float32." in caplog.text
+    assert "are not kept: " in caplog.text
 
 
 def test_large_weights_are_parted_over_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "SHARD_BYTES", 500_000)
+    monkeypatch.setattr(prepared, "SHARD_BYTES", 500_000)
     first = frames(load("int8", tmp_path))
     assert len(list(tmp_path.rglob("*.safetensors"))) > 3
     assert torch.equal(frames(load("int8", tmp_path)), first)

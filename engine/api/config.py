@@ -93,7 +93,7 @@ class Config:
     compile: bool = key(EngineConfig.compile,
         why="Compile the denoisers' blocks: 1.3 to 1.4 times the speed on a GPU, after a slow first task.")
     convert_float32: bool = key(EngineConfig.convert_float32,
-        why="Rewrite float32 weights once in the dtype they are computed in, into models_dir/.converted.")
+        why="Rewrite float32 weights once in the dtype they are computed in, into models_dir/.prepared.")
     prompt_cache_mb: int = key(EngineConfig.prompt_cache_mb, between(0, 10**9),
         why="MiB of RAM for encoded prompts, so that the same prompt is not encoded again; 0: off.")
     mmaudio_enabled: int = key(0, one_of(0),

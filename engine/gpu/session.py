@@ -1,4 +1,4 @@
-"""The session: the loaded model, kept warm from task to task, and the way of a job through it to its files."""
+"""The session: the loaded model, kept from task to task, and how a job is turned into files with it."""
 
 import gc
 import logging
@@ -50,8 +50,7 @@ class ModelSession:
         self._pipe: Any = None
         self._adapters = Adapters()
         self._saver = Saver(config, settled)
-        self._shapes = compiling.Shapes(config.state_path) if config.compile else None
-        self._prompts = prompts.Prompts(config.state_path / "prompts", config.prompt_cache_mb * 2**20)
+        self._prompts = prompts.PromptCache(config.prompt_cache_mb * 2**20)
         self._helping: Team | None = None  # the team, if it computes what is loaded too
         self._plan: plans.Plan | None = None
         self._parts: Parts | None = None
@@ -82,8 +81,6 @@ class ModelSession:
         self._reset_peak()
         meter.enter(Phase.LOADING)
         pipe = self.load(model, job.task, job)
-        if self._shapes:
-            self._shapes.expect(pipe, model.id, job)
         saved: list[Saved] = []
         try:
             together = self._helping.together if self._helping else None
@@ -94,13 +91,11 @@ class ModelSession:
         except BaseException:
             wait([file.written for file in saved])  # nothing is written behind the daemon's back; what is whole stays
             raise
-        if self._shapes:
-            self._shapes.remember(pipe, model.id, job)
         pending = self._saver.finish(saved)
         return Result(tuple(file.file for file in saved), meter.done(), self._peak_bytes(), self.plan, pending)
 
     def load(self, model: Model, task: str, job: Job | None = None) -> Any:
-        """The pipeline of `model`, ready to run `job`; nothing happens if it is loaded and lies well for it."""
+        """The pipeline of `model`, ready to run `job`; nothing happens if it is loaded and placed well for it."""
         work = Work.of(model, job) if job else Work.usual(model)
         if not self._serves(model, work):
             self._unload()  # first: two may not fit
@@ -109,14 +104,14 @@ class ModelSession:
             pipe, parts = quantization.load(
                 model, task, cast, self._device, kind=kind, models_dir=self._config.models_dir
             )
-            self._prompts.remember(pipe, prompts.encoder_of(pipe, found))
+            self._prompts.attach(pipe, prompts.encoder_of(pipe, found))
             self._fit(pipe, parts, ModelSource(model, task, cast, kind), work)
             self._keep(model, pipe)
             log.info("loaded model %s on %s", model.id, self._device)
         return self._pipe
 
     def _fit(self, pipe: Any, parts: Parts, source: ModelSource, work: Work) -> None:
-        """Make the pipeline, which lies in RAM, ready for `work` on the device, and let a team load the same."""
+        """Make the pipeline, which is in RAM, ready for `work` on the device, and let a team load the same."""
         model, machine = source.model, self.machine()
         shared = self._team is not None and model.context_parallel and sharing.splits(pipe, machine.cards)
         self._helping = self._team if shared else None
@@ -124,11 +119,13 @@ class ModelSession:
         self._parts = replace(parts, vae_width=decoding.width_of(pipe))
         if self._config.compile:  # before they are placed: what places them hooks their blocks
             log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
-        self._plan = offloading.planned(
-            model, machine if shared else replace(machine, cards=1), self._profile, self._config.vae_config,
-            work=work, parts=self._parts, quantization=source.kind,
-        )  # fmt: skip
-        kernel = self._set_kernel(pipe, model, work.tokens)
+        machine = machine if shared else replace(machine, cards=1)
+        self._plan = self._planned(model, work, machine, source.kind, self._parts)
+        log.info("model %s: %s", model.id, self.plan)
+        kernel = model.attention_backend  # which was set when the model was loaded
+        if not kernel:
+            mode = self._config.attention_mode
+            kernel = kernels.set_kernel(pipe, mode, self._device, work.tokens, together=shared)
         log.info("attention: %s", kernel)
         with self._helping.loading(source, self._plan, kernel) if self._helping else nullcontext():
             offloading.carry_out(pipe, self._plan, self._device)
@@ -136,7 +133,7 @@ class ModelSession:
             offloading.tile_vae(pipe, offloading.SMALLEST_TILE)
 
     def _serves(self, model: Model, work: Work) -> bool:
-        """True if `model` is loaded, by the whole team if it is made together, and lies well for `work`."""
+        """True if `model` is loaded, by the whole team if it is made together, and placed well for `work`."""
         if self.model_id != model.id or not self._plan:
             return False
         if self._helping and not self._helping.holds(model):
@@ -146,8 +143,8 @@ class ModelSession:
     def _keep(self, model: Model, pipe: Any) -> None:
         """Hold `pipe` from now on.
 
-        Python looks no more through it and the libraries for what can be freed: half a million objects, a third of a
-        second after each task.
+        The garbage collector no longer searches it and the libraries: half a million objects, a third of a second
+        after each task.
         """
         self.model_id, self._pipe = model.id, pipe
         gc.collect()
@@ -155,7 +152,7 @@ class ModelSession:
 
     @property
     def plan(self) -> str:
-        """Where the weights of the loaded model lie, in a line; empty without one."""
+        """Where the weights of the loaded model are, in a line; empty without one."""
         return self._plan.describe() if self._plan else ""
 
     def machine(self) -> Machine:
@@ -165,19 +162,14 @@ class ModelSession:
 
     def _kind_of_weights(self, model: Model, work: Work) -> str:
         def planned() -> str:
-            free = self.machine()
-            plan = plans.plan(
-                model, work, free, profile=self._profile, vae_config=self._config.vae_config, quantization="auto"
-            )
-            return plan.placement.quantization
+            return self._planned(model, work, self.machine(), "auto").placement.quantization
 
         return quantization.kind_for(model, self._config.transformer_quantization, planned)
 
-    def _set_kernel(self, pipe: Any, model: Model, tokens: int) -> str:
-        if model.attention_backend:  # it was set when the model was loaded
-            return model.attention_backend
-        mode, together = self._config.attention_mode, self._helping is not None
-        return kernels.set_kernel(pipe, mode, self._device, tokens, together=together)
+    def _planned(self, model: Model, work: Work, machine: Machine, kind: str, parts: Parts | None = None) -> plans.Plan:
+        """Where the model is to be for `work`, as configured. Raises EngineError if it fits nowhere."""
+        tiles = self._config.vae_config
+        return plans.plan(model, work, machine, profile=self._profile, vae_config=tiles, quantization=kind, parts=parts)
 
     def _unload(self) -> None:
         self.model_id, self._pipe, self._adapters = "", None, Adapters()
@@ -188,18 +180,21 @@ class ModelSession:
         self.give_back()
 
     def _weights(self, model: Model) -> Weights:
-        found = weights.locate(model, self._config.models_dir)
-        if found is None and self._config.allow_download:
-            return self._fetched(model)
-        if found is None:
-            remedy = weights.remedy(model, self._config.models_dir)
+        models_dir = self._config.models_dir
+        if found := weights.locate(model, models_dir):
+            return found
+        if not self._config.allow_download:
+            remedy = weights.remedy(model, models_dir)
             raise EngineError(f"Model '{model.id}' is not installed any more; {remedy}", "no_weights")
-        return found
+        try:
+            return fetch.fetch(model, models_dir, wait=True)  # a worker beside this one may be at it
+        except fetch.FetchError as error:
+            raise EngineError(f"Model '{model.id}' could not be downloaded: {error}", "no_weights") from error
 
     def _cast(self, found: Weights, model: Model, kind: str) -> Weights:
         """The same weights, without float32 where the device computes in less.
 
-        Denoisers of a quantised `kind` are left as they lie: they have copies of their own.
+        Denoisers of a quantised `kind` are left as they are: they have an entry of their own in the store.
         """
 
         def dtype_of(name: str) -> torch.dtype:
@@ -209,12 +204,6 @@ class ModelSession:
         if not self._config.convert_float32:
             return found
         return conversion.cast(found, model.variant, dtype_of, self._config.models_dir)
-
-    def _fetched(self, model: Model) -> Weights:
-        try:
-            return fetch.fetch(model, self._config.models_dir, wait=True)  # a worker beside this one may be at it
-        except fetch.FetchError as error:
-            raise EngineError(f"Model '{model.id}' could not be downloaded: {error}", "no_weights") from error
 
     def give_back(self) -> None:
         """Return what no tensor holds any more to the card; after a fault too."""

@@ -5,26 +5,20 @@ outside, and work as they do on plain ones. Where something is hooked in inside 
 uncompiled for that task.
 """
 
-import json
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property, update_wrapper
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
-from engine.capabilities import compile_cache
 from engine.gpu.load import offloading
 from engine.job import Job
 
 log = logging.getLogger("wangpd.worker")
 # Each new shape and kind of call of a block is one. Beyond torch's own 8, a block would run uncompiled from then on.
 MOST_KINDS = 64
-MOST_SHAPES = 1000  # that are remembered
 BLOCKS = "_wangpd_blocks"  # where a denoiser keeps them
 
 
@@ -77,47 +71,3 @@ def suit(pipe: Any, job: Job) -> None:
         block.plain = bool(job.loras) or inside
     if blocks and blocks[0].plain:
         log.info("compile: not for this task, with %s", "layers hooked one by one" if inside else "LoRAs")
-
-
-# ---- which shapes were compiled
-
-
-class Shapes:
-    """The sizes of jobs whose blocks were compiled on this machine, so that the log can say what waits."""
-
-    def __init__(self, state_path: Path) -> None:
-        self._path = compile_cache(state_path) / "shapes.json"
-
-    def expect(self, pipe: Any, model_id: str, job: Job) -> bool:
-        """Say in the log whether this job finds its blocks compiled; returns that."""
-        seen = _name(pipe, model_id, job) in self._read()
-        said = "was compiled before" if seen else "is new: the first step waits until its blocks are compiled"
-        log.info("compile: the shape of this task %s", said)
-        return seen
-
-    def remember(self, pipe: Any, model_id: str, job: Job) -> None:
-        """This job has run, so what it needs is compiled and kept."""
-        name, known = _name(pipe, model_id, job), self._read()
-        if name in known:
-            return
-        part = self._path.with_suffix(".part")
-        with suppress(OSError):  # it is only for the log
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps([*known, name][-MOST_SHAPES:], indent=0))
-            part.replace(self._path)
-
-    def _read(self) -> list[str]:
-        with suppress(OSError, ValueError):
-            found = json.loads(self._path.read_text())
-            return found if isinstance(found, list) else []
-        return []
-
-
-def _name(pipe: Any, model_id: str, job: Job) -> str:
-    """All that compiled code depends on: what runs, how large, in what numbers, where, and what compiled it."""
-    device = pipe._execution_device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    dtypes = "+".join(str(denoiser.dtype).removeprefix("torch.") for denoiser in offloading.denoisers(pipe).values())
-    size = f"{job.width}x{job.height}x{job.window_frames or job.frames}x{job.batch_size}"
-    cache = f" {job.skip_steps_cache_type}" if job.skip_steps_cache_type else ""
-    return f"{model_id} {size}{cache} {dtypes} {where} torch {torch.__version__} diffusers {diffusers.__version__}"

@@ -1,6 +1,8 @@
 """The device that a process works on."""
 
 import gc
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -22,8 +24,28 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(kind)
 
 
+def shortest_s(work: Callable[[], object], device: torch.device, count: int) -> float:
+    """The shortest time of `count` runs of some work on the device, after one that starts its libraries."""
+    times = []
+    for _ in range(1 + count):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def give_back(device: torch.device) -> None:
-    """Return what no tensor holds any more to the card."""
+    """Return the memory that no tensor holds any more to the card."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

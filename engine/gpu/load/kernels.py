@@ -4,7 +4,6 @@ The fastest is found by a short measurement at the size of the job, once for eac
 """
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 
 from engine.capabilities import AUTO, KERNELS, SHAREABLE_KERNELS
+from engine.gpu.load.devices import shortest_s
 from engine.job import EngineError
 
 log = logging.getLogger("wangpd.worker")
@@ -33,12 +33,12 @@ def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, toget
     `tokens` is the length of the job's sequence, which several devices share if they compute it `together`. Raises
     EngineError if the card can't run a kernel that was named.
     """
-    denoisers = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
-    sized = [part for part in denoisers if hasattr(part, "set_attention_backend") and _heads(part)]
+    parts = [getattr(pipe, name, None) for name in DENOISERS]
+    sized = {part: size for part in parts if hasattr(part, "set_attention_backend") and (size := _heads(part))}
     if not sized or device.type != "cuda":
         return "sdpa"  # diffusers' own default
     names = EXACT_SHAREABLE_KERNELS if together else EXACT
-    name = mode if mode != AUTO else _remembered(_heads(sized[0]), tokens, device, names)
+    name = mode if mode != AUTO else _measured(*next(iter(sized.values())), tokens, device, names)
     for part in sized:
         try:
             set_backend(part, KERNELS[name].backend)
@@ -60,9 +60,8 @@ def _heads(denoiser: Any) -> tuple[int, int] | None:
     return (count, width) if isinstance(count, int) and isinstance(width, int) else None
 
 
-def _remembered(heads: tuple[int, int] | None, tokens: int, device: torch.device, names: tuple[str, ...]) -> str:
-    assert heads is not None
-    count, width = heads
+def _measured(count: int, width: int, tokens: int, device: torch.device, names: tuple[str, ...]) -> str:
+    """The fastest of the kernels for so many heads of this width; it is measured once for a size."""
     length = min(MOST_TOKENS, 1 << max(8, tokens.bit_length() - 1))
     key = (count, width, length, names)
     if key not in _fastest:
@@ -87,17 +86,5 @@ def fastest(query: torch.Tensor, clock: Clock, names: tuple[str, ...] = EXACT) -
 
 @torch.no_grad()
 def seconds(backend: str, query: torch.Tensor) -> float:
-    """The shortest of some calls of a kernel, after one that does not count."""
-    times = []
-    for _ in range(RUNS + 1):
-        _settle(query)
-        since = time.perf_counter()
-        dispatch_attention_fn(query, query, query, backend=backend)
-        _settle(query)
-        times.append(time.perf_counter() - since)
-    return min(times[1:])
-
-
-def _settle(tensor: torch.Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
+    """The shortest of some calls of a kernel."""
+    return shortest_s(lambda: dispatch_attention_fn(query, query, query, backend=backend), query.device, RUNS)

@@ -1,9 +1,7 @@
-"""Carry out a memory plan: put a pipeline's parts where engine.memory decided, and measure what it decides by."""
+"""Carry out a memory plan: put a pipeline's parts where it says, and measure what plans are made from."""
 
-import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,45 +12,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.catalog.models import Model
+from engine.gpu.load.devices import shortest_s
 from engine.gpu.run import decoding
 from engine.job import Job
 from engine.planning import placement
 from engine.planning.machine import Machine, free_ram_bytes
 from engine.planning.placement import Plan
-from engine.planning.work import Parts, Work
-
-log = logging.getLogger("wangpd.worker")
+from engine.planning.work import Parts
 
 SMALLEST_TILE = min(placement.TILES.values())
 FEW_BLOCKS = 8  # with fewer (a U-Net's), each is too large a piece to have twice on the card
 LINK_PROBE_BYTES = 2**26
 PRODUCT_SIDE = {"cuda": 4096}  # device → side of the matrices whose product is timed
 SMALL_PRODUCT_SIDE = 512
-PROBES = 4
-
-
-def planned(
-    model: Model,
-    machine: Machine,
-    profile: float,
-    vae_config: int,
-    *,
-    work: Work,
-    parts: Parts,
-    quantization: str = "none",
-) -> Plan:
-    """Where the model is to lie for `work`, told in the log. Raises EngineError if it fits nowhere."""
-    plan = placement.plan(
-        model, work, machine, profile=profile, vae_config=vae_config, quantization=quantization, parts=parts
-    )
-    log.info("model %s: %s", model.id, plan.describe())
-    return plan
-
-
-def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
-    """Put the parts, which lie in RAM, where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
-    _PLACINGS[plan.placement.denoisers](pipe, plan, device)
-    tile_vae(pipe, plan.placement.tile_side)
+PROBES = 3
 
 
 # ---- what is there
@@ -76,42 +49,24 @@ def _product_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product."""
     side = PRODUCT_SIDE.get(device.type, SMALL_PRODUCT_SIDE)
     matrix = torch.ones(side, side, device=device, dtype=dtype)
-
-    def probe() -> None:
-        (matrix @ matrix)[0, 0].item()  # reading a number waits for the device
-
-    return 2 * side**3 / _seconds(probe)
+    return 2 * side**3 / shortest_s(lambda: matrix @ matrix, device, PROBES)
 
 
 def _link_bytes_per_s(device: torch.device) -> float:
     """Bytes a second from pinned RAM to the card."""
     source = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
-
-    def probe() -> None:
-        source.to(device)[0].item()
-
-    return LINK_PROBE_BYTES / _seconds(probe)
-
-
-def _seconds(probe: Callable[[], None]) -> float:
-    """How long `probe` takes at its best: the first one starts the device's libraries."""
-    times = []
-    for _ in range(PROBES):
-        started = time.perf_counter()
-        probe()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return LINK_PROBE_BYTES / shortest_s(lambda: source.to(device), device, PROBES)
 
 
 def parts_of(pipe: Any, model: Model) -> Parts:
     """The weights that the pipeline really holds, in the dtypes that they have."""
-    denoisers, encoders, others = _denoisers(pipe), _encoders(pipe), _others(pipe)
+    steps, encoders, others = _by_role(pipe)
     return Parts(
-        denoisers=sum(map(size_bytes, denoisers)),
+        denoisers=sum(map(size_bytes, steps)),
         encoders=sum(map(size_bytes, encoders)),
         vae=sum(map(size_bytes, others)),
-        denoiser_count=max(1, len(denoisers)),
-        parameters=max(map(_parameters, denoisers), default=0),
+        denoiser_count=max(1, len(steps)),
+        parameters=max(map(_parameters, steps), default=0),
         vae_width=decoding.width_of(pipe),
         changed=bool(model.recipe_loras),
     )
@@ -119,41 +74,22 @@ def parts_of(pipe: Any, model: Model) -> Parts:
 
 def size_bytes(module: nn.Module) -> int:
     """Bytes of the module's weights as they are stored."""
-    return sum(map(tensor_bytes, (*module.parameters(), *module.buffers())))
+    return sum(map(_stored_bytes, (*module.parameters(), *module.buffers())))
 
 
-def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor as it is stored: a quantised one passes itself off as what it widens to."""
-    return sum(part.numel() * part.element_size() for part in inner_tensors(tensor) or [tensor])
-
-
-def inner_tensors(tensor: Any) -> list[torch.Tensor]:
-    """What a tensor of torchao is made of; nothing for any other."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return []
-    names, _ = tensor.__tensor_flatten__()
-    return [getattr(tensor, name) for name in names]
+def _stored_bytes(tensor: Any) -> int:
+    """Bytes of a tensor as it is stored: one of torchao's reports the dtype that it widens to."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return sum(part.nbytes for part in [getattr(tensor, name) for name in names] or [tensor])
 
 
 def _parameters(module: nn.Module) -> int:
     """Numbers of the module's weights. Packed ones, several in a byte, are all of linear layers."""
     wide = sum(weight.numel() for weight in module.parameters() if weight.is_floating_point())
     linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    packed = [part for part in linear if not _is_wide(part._parameters.get("weight"))]
+    weights = ((part, part._parameters.get("weight")) for part in linear)
+    packed = [part for part, weight in weights if weight is None or not weight.is_floating_point()]
     return wide + sum(part.in_features * part.out_features for part in packed)
-
-
-def _is_wide(weight: torch.Tensor | None) -> bool:
-    return weight is not None and weight.is_floating_point()
-
-
-def _components(pipe: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-
-
-def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """Component → what runs at every step."""
-    return {name: part for name, part in _components(pipe).items() if is_denoiser(name)}
 
 
 def is_denoiser(component: str) -> bool:
@@ -161,70 +97,56 @@ def is_denoiser(component: str) -> bool:
     return "transformer" in component or "unet" in component
 
 
-def _denoisers(pipe: Any) -> list[nn.Module]:
-    return list(denoisers(pipe).values())
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """Component → what runs at every step."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and is_denoiser(name)}
 
 
-def _encoders(pipe: Any) -> list[nn.Module]:
-    """What reads prompts and pictures; transformers' models have none of the other duties."""
-    denoisers = _denoisers(pipe)
-    return [part for part in _components(pipe).values() if isinstance(part, PreTrainedModel) and part not in denoisers]
-
-
-def _others(pipe: Any) -> list[nn.Module]:
-    """The VAE, and small parts."""
-    known = [*_denoisers(pipe), *_encoders(pipe)]
-    return [part for part in _components(pipe).values() if part not in known]
+def _by_role(pipe: Any) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+    """The denoisers; what encodes prompts and pictures; and the others: the VAE, and small parts."""
+    steps = list(denoisers(pipe).values())
+    rest = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part not in steps]
+    encoders = [part for part in rest if isinstance(part, PreTrainedModel)]  # none of transformers' does anything else
+    return steps, encoders, [part for part in rest if part not in encoders]
 
 
 # ---- where it goes
 
 
-def _resident(pipe: Any, plan: Plan, device: torch.device) -> None:
-    for part in (*_denoisers(pipe), *_others(pipe)):
-        part.to(device)
-    _place_encoders(pipe, plan, device)
+def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
+    """Put the parts, which are in RAM, where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
+    if plan.placement.denoisers == "swapped":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        _place(pipe, plan, device)
+    tile_vae(pipe, plan.placement.tile_side)
 
 
-def _streamed(pipe: Any, plan: Plan, device: torch.device) -> None:
-    for part in _others(pipe):
-        part.to(device)
+def _place(pipe: Any, plan: Plan, device: torch.device) -> None:
+    where, (steps, encoders, others) = plan.placement, _by_role(pipe)
     share = plan.resident_bytes / max(1, plan.resident_bytes + plan.streamed_bytes)
-    for denoiser in _denoisers(pipe):
-        _stream_blocks(denoiser, round(share * size_bytes(denoiser)), device, plan.placement.pinned)
-    _place_encoders(pipe, plan, device)
-
-
-def _swapped(pipe: Any, _: Plan, device: torch.device) -> None:
-    pipe.enable_model_cpu_offload(device=device)
-
-
-def _sequential(pipe: Any, _: Plan, device: torch.device) -> None:
-    for part in (*_denoisers(pipe), *_encoders(pipe)):
-        _stream_layers(part, device, pinned=False)
-    for part in _others(pipe):
-        # Without a stream: a VAE in tiles takes its layers in another order than the one that was seen first.
-        apply_group_offloading(part, device, offload_type="leaf_level")
-
-
-_PLACINGS: Mapping[str, Callable[[Any, Plan, torch.device], None]] = {
-    "resident": _resident,
-    "streamed": _streamed,
-    "swapped": _swapped,
-    "sequential": _sequential,
-}
-
-
-def _place_encoders(pipe: Any, plan: Plan, device: torch.device) -> None:
-    for encoder in _encoders(pipe):
-        if plan.placement.encoders == "streamed":
-            _stream_layers(encoder, device, plan.placement.encoders_pinned)
+    for part in others:
+        if where.denoisers == "sequential":
+            # Without a stream: a VAE in tiles takes its layers in another order than the one that was seen first.
+            apply_group_offloading(part, device, offload_type="leaf_level")
+        else:
+            part.to(device)
+    for denoiser in steps:
+        if where.denoisers == "resident":
+            denoiser.to(device)
+        elif where.denoisers == "streamed":
+            _stream_blocks(denoiser, round(share * size_bytes(denoiser)), device, where.pinned)
+        else:
+            _stream_layers(denoiser, device, where.pinned)
+    for encoder in encoders:
+        if where.encoders == "streamed":
+            _stream_layers(encoder, device, where.encoders_pinned)
         else:
             encoder.to(device)
 
 
 def _stream_layers(part: nn.Module, device: torch.device, pinned: bool) -> None:
-    """Bring each layer when it is its turn. (An encoder's blocks lie too deep for diffusers to find.)"""
+    """Bring each layer when it is its turn. (An encoder's blocks are nested too deep for diffusers to find.)"""
     apply_group_offloading(part, device, offload_type="leaf_level", **_stream(device, pinned))
 
 
@@ -302,7 +224,7 @@ def more_frugal(profile: float) -> float:
 
 
 def advice(job: Job, model: Model, where: str, profile: float) -> str:
-    """What to tell a user whose job fits with no profile: the same job at half the pixels, or half the frames."""
+    """Advice for a job that fits with no profile: the same at half the pixels, or half the frames."""
     step = model.spatial_multiple
     width, height = (max(step, round(side * 0.7 / step) * step) for side in (job.width, job.height))
     frames = model.frames.nearest(job.frames // 2)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from engine.catalog.models import Model, Pipeline
-from engine.catalog.weights import Weights
+from engine.catalog.weights import INDEX, Weights, named_parts
 from engine.gpu.load import kernels, offloading, single_file
 from engine.gpu.run import prompts
 from engine.gpu.run.adapters import load_file
@@ -35,21 +35,23 @@ def load(
     *,
     without: Collection[str] = (),
 ) -> Any:
-    """The model's pipeline, in the catalogue's dtypes on a GPU and in float32 on a CPU. It lies in RAM.
+    """The model's pipeline in RAM, in the catalogue's dtypes for a GPU and in float32 for a CPU.
 
-    `ready` are denoisers that are there already, with the recipe in them; their weights are not read. Nor are the
-    components `without` which the pipeline is to be.
+    `ready` are denoisers that are there already, with the recipe in them; their weights are not read. Nor are those of
+    the components `without` which the pipeline is to be.
     Only safetensors are read: a pickled checkpoint could run code.
     """
-    options: dict[str, Any] = {"variant": model.variant} if model.variant else {}
-    parts = {name: folder for name, folder in weights.parts.items() if name not in without}
-    options |= {name: _part(folder, model, name, device) for name, folder in parts.items()}
+    cls, index = class_of(pipeline), json.loads((weights.folder / INDEX).read_text())
+    given = {**ready, **dict.fromkeys(without)}
     if weights.files:
-        options |= single_file.components(class_of(pipeline), weights, partial(dtype_of, model, device))
-    options |= {**ready, **dict.fromkeys(without)}
-    pipe = class_of(pipeline).from_pretrained(
-        weights.folder, dtype=_dtypes(model, device), use_safetensors=True, local_files_only=True, **options
-    )
+        given = {**single_file.components(cls, weights, partial(dtype_of, model, device), given), **given}
+    for name, folder in weights.parts.items():
+        if name not in given:
+            given[name] = _part(folder, index.get(name), name, dtype_of(model, device, name))
+    pipe = cls.from_pretrained(
+        weights.folder, dtype=_dtypes(model, device), variant=model.variant, use_safetensors=True,
+        local_files_only=True, **given,
+    )  # fmt: skip
     _set_up(pipe, model, pipeline)
     if not ready:
         _fuse_recipe(pipe, model, weights)
@@ -69,8 +71,7 @@ def _set_up(pipe: Any, model: Model, pipeline: Pipeline) -> None:
 
 def others(weights: Weights) -> list[str]:
     """The components that are neither denoisers nor the scheduler."""
-    index = json.loads((weights.folder / "model_index.json").read_text())
-    named = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+    named = named_parts(json.loads((weights.folder / INDEX).read_text()))
     return [name for name in named if name != "scheduler" and not offloading.is_denoiser(name)]
 
 
@@ -86,17 +87,22 @@ def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:
     pipe.unload_lora_weights()
 
 
-def _part(folder: Path, model: Model, name: str, device: torch.device) -> Any:
-    """A component from a repository of its own, in the class that its files name."""
-    if name.startswith("tokenizer"):  # it may lie beside its model, whose configuration says nothing of it
+def _part(folder: Path, indexed: Any, name: str, dtype: torch.dtype) -> Any:
+    """The component in a folder outside the pipeline's; `indexed` is its entry in the pipeline's index."""
+    if name.startswith("tokenizer"):  # it may be beside its model, whose configuration says nothing of it
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not (folder / "config.json").is_file():
         return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    config = json.loads((folder / "config.json").read_text())
-    own = config.get("_class_name")
-    cls = getattr(diffusers, own) if own else getattr(transformers, config["architectures"][0])
-    dtype = dtype_of(model, device, name)
+    cls = component_class(folder, indexed)
     return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+def component_class(folder: Path, indexed: Any = None) -> Any:
+    """The class that the component's configuration names, or its pipeline's index; None if neither library has it."""
+    config = json.loads((folder / "config.json").read_text())
+    named = (config.get("_class_name"), *(indexed or ())[1:], *(config.get("architectures") or ()))
+    name = next(filter(None, named), "")
+    return getattr(diffusers, name, None) or getattr(transformers, name, None)
 
 
 def dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Checkpoints in a single file, as people share them: a denoiser (safetensors or GGUF), or a whole pipeline."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,24 @@ from engine.job import EngineError
 NOT_OF_A_DENOISER = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
 
 
-def components(cls: Any, weights: Weights, dtype_of: Callable[[str], torch.dtype]) -> dict[str, Any]:
+def components(
+    cls: Any, weights: Weights, dtype_of: Callable[[str], torch.dtype], besides: Collection[str] = ()
+) -> dict[str, Any]:
     """The components whose weights come from single files, each in its dtype; `cls` is the pipeline's class.
 
-    Their configurations come from the folder of the weights. GGUF weights stay quantised. Raises EngineError.
+    Their configurations come from the folder of the weights. GGUF weights stay quantised. Files of the components
+    `besides` these are not read, but that of a whole checkpoint is. Raises EngineError.
     """
     if is_whole(weights.files.get("")):
         return _of_pipeline(cls, weights, dtype_of)
     index = json.loads((weights.folder / INDEX).read_text())
     denoiser = next(iter(sorted(DENOISER & index.keys())), "transformer")
     files = {name or denoiser: path for name, path in weights.files.items()}
-    return {name: _component(name, path, weights.folder, index, dtype_of(name)) for name, path in files.items()}
+    return {
+        name: _component(name, path, weights.folder, index, dtype_of(name))
+        for name, path in files.items()
+        if name not in besides
+    }
 
 
 def is_whole(file: Path | None) -> bool:
