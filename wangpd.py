@@ -63,18 +63,18 @@ from engine.job import EngineConfig, EngineError, Job, Lora
 from engine.planning import windows
 from engine.planning.estimate import Estimate, estimate
 from engine.queue.journal import Journal, JournalFault
-from engine.queue.runner import (
+from engine.queue.queue import (
     Busy,
     Closed,
     EngineDown,
     Full,
     KeyReused,
-    Limits,
     NoSuchTask,
     Receipt,
     TaskQueue,
     WrongState,
 )
+from engine.queue.runner import Limits
 from engine.queue.tasks import Status, Task
 from engine.workers.local import Engine
 

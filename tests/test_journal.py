@@ -11,6 +11,7 @@ import pytest
 
 from engine.job import OutputFile
 from engine.queue.journal import KEY_LIFETIME_S, MIGRATIONS, Journal, JournalFault
+from engine.queue.order import ranks_of
 from engine.queue.tasks import Status, Task
 from tests.stand_ins import job
 
@@ -152,7 +153,7 @@ async def test_tasks_wait_in_the_order_of_their_submission(journal: Journal) -> 
 async def test_a_new_order_is_remembered_and_what_comes_later_comes_behind(path: Path) -> None:
     journal = await reopened(path)
     first, second, third = [(await added(journal)).id for _ in range(3)]
-    await journal.reorder([third, first, second])
+    await journal.save(ranks=ranks_of([third, first, second]))
     fourth = (await added(journal)).id
     await journal.close()
     journal = await reopened(path)

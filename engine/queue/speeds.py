@@ -54,7 +54,7 @@ class Speeds:
             return None
         files = job.batch_size * job.repeat_generation
         work = extent(job) * files * (pace.step_s * job.steps + pace.rest_s)
-        return work + (0.0 if warm else pace.load_s)
+        return round(work + (0.0 if warm else pace.load_s), 1)
 
 
 def extent(job: Job) -> float:
