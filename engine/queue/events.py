@@ -24,7 +24,7 @@ from engine.queue.tasks import Task
 KEPT = 1000
 
 
-class Kind(StrEnum):
+class EventKind(StrEnum):
     """What has happened; the last three are about the whole queue."""
 
     QUEUED = "queued"
@@ -46,7 +46,7 @@ class Event:
     """One change. `task` is the task as it was right after it, or None if the change is about the whole queue."""
 
     id: int
-    kind: Kind
+    kind: EventKind
     task: Task | None
     at: float  # seconds since the epoch
 
@@ -67,7 +67,7 @@ class Events:
         self._news = asyncio.Event()
         self.last_id = time.time_ns() // 1000
 
-    def publish(self, kind: Kind, task: Task | None = None) -> None:
+    def publish(self, kind: EventKind, task: Task | None = None) -> None:
         """Append an event and wake the subscribers."""
         self.last_id += 1
         self._ring.append(Event(self.last_id, kind, task, time.time()))

@@ -37,15 +37,18 @@ def percent(progress: Progress) -> float:
 
 
 def advanced(task: Task, progress: Progress | None) -> Task:
-    """The version of a running task that is as far as its engine shows; percent and steps only grow."""
+    """The version of a running task that is as far as its engine shows, `task` itself if that is nothing new.
+
+    Percent and steps only grow, though a second attempt begins at 0 again.
+    """
     if progress is None:
         return task
-    return replace(
-        task,
-        progress=max(task.progress, percent(progress)),  # a second attempt begins at 0 again
-        steps_done=max(task.steps_done, progress.run * progress.steps + progress.step),
-        phase=progress.phase.name.lower() if progress.phase else "",
-    )
+    reached = max(task.progress, percent(progress))
+    steps = max(task.steps_done, progress.run * progress.steps + progress.step)
+    phase = progress.phase.name.lower() if progress.phase else task.phase
+    if (reached, steps, phase) == (task.progress, task.steps_done, task.phase):
+        return task
+    return replace(task, progress=reached, steps_done=steps, phase=phase)
 
 
 class QueueView:

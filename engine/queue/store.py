@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import count, takewhile
 from typing import Any, TypeVar
 
-from engine.queue.events import Events, Kind
+from engine.queue.events import EventKind, Events
 from engine.queue.journal import NO_RANKS, Journal, JournalFault
 from engine.queue.order import Order, ranks_of
 from engine.queue.tasks import Status, Task, ended
@@ -16,13 +16,13 @@ from engine.queue.tasks import Status, Task, ended
 log = logging.getLogger("wangpd.queue")
 T = TypeVar("T")
 SAVE_AGAIN_S = 5.0
-KINDS: Mapping[Status, Kind] = {
-    Status.QUEUED: Kind.REQUEUED,
-    Status.PROCESSING: Kind.STARTED,
-    Status.CANCELLING: Kind.CANCELLING,
-    Status.COMPLETED: Kind.COMPLETED,
-    Status.FAILED: Kind.FAILED,
-    Status.CANCELLED: Kind.CANCELLED,
+KINDS: Mapping[Status, EventKind] = {
+    Status.QUEUED: EventKind.REQUEUED,
+    Status.PROCESSING: EventKind.STARTED,
+    Status.CANCELLING: EventKind.CANCELLING,
+    Status.COMPLETED: EventKind.COMPLETED,
+    Status.FAILED: EventKind.FAILED,
+    Status.CANCELLED: EventKind.CANCELLED,
 }
 
 
@@ -58,7 +58,7 @@ class TaskStore:
     def add(self, task: Task) -> None:
         """Let a new task wait, whose row is in the journal."""
         self.waiting.add(task, task.id)
-        self.events.publish(Kind.QUEUED, task)
+        self.events.publish(EventKind.QUEUED, task)
 
     async def start(self, task: Task) -> bool:
         """Let the first waiting task run; False if it is not the first any more, or the queue is paused by now."""
@@ -100,7 +100,7 @@ class TaskStore:
         async with self._changing:
             cleared = [ended(task, Status.CANCELLED) for task in self.waiting]
             await self._commit(cleared)
-            self.events.publish(Kind.CLEARED)
+            self.events.publish(EventKind.CLEARED)
             return len(cleared)
 
     async def move(self, task_id: int, position: int) -> int | None:
@@ -114,7 +114,7 @@ class TaskStore:
             await self.journal.save(ranks=ranks)
             self.waiting.rerank(ranks)
             self._starts.pop(task_id, None)
-            self.events.publish(Kind.MOVED, task)
+            self.events.publish(EventKind.MOVED, task)
             return place + ahead
 
     async def pause(self, paused: bool) -> None:
@@ -123,15 +123,15 @@ class TaskStore:
             await self.journal.set_fact("paused", paused)
             if paused is not self.paused:
                 self.paused = paused
-                self.events.publish(Kind.PAUSED if paused else Kind.RESUMED)
+                self.events.publish(EventKind.PAUSED if paused else EventKind.RESUMED)
 
     async def advance(self, newer: Callable[[Task], Task]) -> None:
         """Let running tasks be further on, as `newer` makes of each. The journal learns of it with their end."""
         async with self._changing:
             for task in list(self.running.values()):
-                if (further := newer(task)) != task:
+                if (further := newer(task)) is not task:
                     self.running[task.id] = further
-                    self.events.publish(Kind.PROGRESS, further)
+                    self.events.publish(EventKind.PROGRESS, further)
 
     def forget(self, task_id: int) -> None:
         """Let go of a task that could not be brought to its end; the next start of the daemon takes it up."""
