@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.job import Cancelled, EngineError, Phase
-from engine.queue import store
+from engine.queue import progress, store
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.progress import advanced
 from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
@@ -580,6 +580,21 @@ async def test_the_estimated_wait_is_the_work_ahead(house: House) -> None:
         await queue.pause(True)
         receipts = [await queue.submit(job()) for _ in range(3)]
         assert [receipt.answer["estimated_wait"] for receipt in receipts] == pytest.approx([0.0, 24.0, 48.0])
+
+
+async def test_a_submission_costs_the_same_however_many_tasks_wait(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[str] = []
+    estimate_s = Speeds.estimate_s
+    monkeypatch.setattr(progress, "ADDED_UP_S", 60.0)
+    async with house.open(paused=True) as queue:
+        await house.submit(50)
+        monkeypatch.setattr(Speeds, "estimate_s", lambda *given: counted.append("a look") or estimate_s(*given))
+        await house.submit(50)
+        assert len(counted) == 50
+        await queue.clear()
+        assert queue.estimated_wait_s() == 0.0
 
 
 async def test_the_eta_of_a_waiting_task_counts_no_time_in_the_queue(house: House) -> None:

@@ -68,14 +68,6 @@ class Reply:
     answer: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What `add` found or did: the new row's id, or the reply that this key already had."""
-
-    task_id: int
-    reply: Reply | None = None
-
-
 class JournalFault(Exception):
     """The journal can't be written or read now, most often because its disk is full: one sentence."""
 
@@ -124,23 +116,20 @@ class Journal:
 
     async def close(self) -> None:
         """Close the file. Nothing is lost without it."""
-        await self._call(self._close)
+        await self._call(self._db.close)
         self._thread.shutdown()
 
-    def _close(self) -> None:
-        self._db.close()
-
-    async def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Stored:
+    async def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Reply | None:
         """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
 
-        If `key` was used in the last 24 hours, nothing is stored and that answer comes back.
+        If `key` was used in the last 24 hours, nothing is stored and the reply of that time comes back.
         """
         return await self._call(lambda: self._add(task, key, request, answer))
 
-    def _add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Stored:
+    def _add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Reply | None:
         with self._db:
             if key is not None and (reply := self._reply(key)):
-                return Stored(reply.answer["task_id"], reply)
+                return reply
             row = self._db.execute("INSERT INTO tasks (status, rank, record) VALUES (?, 0, '')", (task.status.value,))
             assert row.lastrowid is not None
             task.id = row.lastrowid
@@ -151,7 +140,7 @@ class Journal:
                 self._db.execute(
                     "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, request, stored, time.time())
                 )
-        return Stored(task.id)
+        return None
 
     def _reply(self, key: str) -> Reply | None:
         row = self._db.execute(

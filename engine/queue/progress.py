@@ -4,17 +4,20 @@ import heapq
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from engine.catalog.models import Catalog
 from engine.job import Job, Phase
 from engine.planning.machine import Machine
 from engine.planning.work import Work
+from engine.queue.events import EventKind, EventsLost
 from engine.queue.facts import Facts
 from engine.queue.store import TaskStore
 from engine.queue.tasks import Status, Task
 from engine.workers.lanes import Lanes, Progress
 
+ADDED_UP_S = 1.0  # how old the sum of all that waits may be
 KNOWN_PERCENT = 5  # from here on, a task's own pace says more than those of earlier ones
 # How far a pass through the pipeline is when a phase begins, and how much of it that phase is.
 SHARES: Mapping[Phase, tuple[float, float]] = {
@@ -57,6 +60,8 @@ class QueueView:
     def __init__(self, store: TaskStore, lanes: Lanes, catalog: Catalog, facts: Facts) -> None:
         self._store, self._lanes, self._catalog, self._facts = store, lanes, catalog, facts
         self.events = store.events
+        self._free_at: list[float] = []  # seconds until each lane is free, a heap
+        self._added_up_at, self._seen_id = -math.inf, 0
 
     # -- tasks
 
@@ -127,11 +132,23 @@ class QueueView:
 
     def estimated_wait_s(self) -> float | None:
         """Seconds until a task that is submitted now would start; None if a task without history decides it."""
-        free_at = [0.0] * (len(self._lanes.up()) or len(self._lanes))
-        for task in self.listing():
+        for task in self._not_added_up():
             eta_s = self.eta_s(task)
-            heapq.heapreplace(free_at, free_at[0] + (math.inf if eta_s is None else eta_s))
-        return None if math.isinf(free_at[0]) else round(free_at[0], 1)
+            heapq.heapreplace(self._free_at, self._free_at[0] + (math.inf if eta_s is None else eta_s))
+        return None if math.isinf(self._free_at[0]) else round(self._free_at[0], 1)
+
+    def _not_added_up(self) -> list[Task]:
+        """The tasks that `_free_at` lacks: new ones, so that a submission costs the same however many wait.
+
+        It is all of them if anything else has happened, or a second has passed.
+        """
+        now, seen_id, self._seen_id = time.monotonic(), self._seen_id, self.events.last_id
+        with suppress(EventsLost):
+            new = self.events.since(seen_id)
+            if now - self._added_up_at < ADDED_UP_S and all(event.kind is EventKind.QUEUED for event in new):
+                return [event.task for event in new if event.task]
+        self._free_at, self._added_up_at = [0.0] * (len(self._lanes.up()) or len(self._lanes)), now
+        return self.listing()
 
     # -- the engines
 

@@ -130,11 +130,11 @@ class TaskQueue(QueueView):
         task = Task(0, job, warnings=tuple(warnings))
         self._submitting += 1
         try:
-            stored = await self._journal.add(task, key, request, answer)
+            reply = await self._journal.add(task, key, request, answer)
         finally:
             self._submitting -= 1
-        if stored.reply:
-            return self._replayed(stored.reply, request)
+        if reply:
+            return self._replayed(reply, request)
         self._store.add(task)
         self._runner.wake.set()
         return Receipt({**answer, "task_id": task.id})
