@@ -74,7 +74,7 @@ def only_card(number: int, visible: str | None) -> str:
     """The value of CUDA_VISIBLE_DEVICES that leaves card `number` of `visible` (None: all), or none if it has none.
 
     A worker that saw the others too would take some hundred MB of the first one for a CUDA context: not every thread
-    and library looks at the device that torch was told to use.
+    and library uses the device that torch is set to.
     """
     cards = visible.split(",") if visible is not None else None
     if cards is None:

@@ -114,7 +114,7 @@ def _give_back() -> None:
 
 
 def _translated(error: BaseException, where: str) -> EngineError:
-    """The sentence for a fault that nothing foresaw; the traceback is in the log."""
+    """The sentence for an unexpected fault; the traceback is in the log."""
     for matches, make in _SENTENCES:
         if matches(error):
             return make(error, where)

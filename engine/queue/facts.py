@@ -39,7 +39,7 @@ class Facts:
         return changed
 
     def finished(self, job: Job, result: Result, loaded: bool) -> dict[str, Any]:
-        """`job` has ended well; `loaded` says that its model had to be loaded first."""
+        """`job` has ended well; `loaded`: its model had to be loaded first."""
         try:
             self.speeds.learn(job, result, loaded=loaded)
             return {"speeds": self.speeds.facts()}

@@ -49,7 +49,7 @@ class Task:
     files: tuple[OutputFile, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
-    plan: str = ""  # where the weights lay
+    plan: str = ""  # where the weights were
     progress: float = 0.0  # percent, the most that was ever reached; only a completed task is at 100
     steps_done: int = 0  # denoising steps, over all runs
     phase: str = ""  # loading, encoding … while it runs
@@ -84,7 +84,7 @@ def ended(task: Task, status: Status, code: str = "", sentence: str = "", **chan
 
 
 def put_back(task: Task, attempts: int | None = None) -> Task:
-    """The version of `task` that waits again: as if it had never started, unless `attempts` says otherwise."""
+    """The version of `task` that waits again, as if it had never started; with `attempts`, after so many starts."""
     return replace(
         task,
         status=Status.QUEUED,
