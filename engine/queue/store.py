@@ -30,8 +30,8 @@ class TaskStore:
     """Owns the current version of each task that has not ended.
 
     A Task that was handed out is never changed: a change makes another version of it, whose row is committed before
-    any client can see it. Changes are made one at a time; reading waits for none of them. Ended tasks are in the journal
-    alone, so memory does not grow with history. Used on the event loop only.
+    any client can see it. Changes are made one at a time; reading waits for none of them. Ended tasks are only in the
+    journal, so memory does not grow with history. Used on the event loop only.
     """
 
     def __init__(self, journal: Journal) -> None:
