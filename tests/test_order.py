@@ -14,7 +14,7 @@ JOB = job()
 def waiting(count: int) -> Order:
     order = Order()
     for task_id in range(1, count + 1):
-        order.add(Task(task_id, JOB), task_id)
+        order.add(Task(task_id, JOB))
     return order
 
 
@@ -40,7 +40,7 @@ def test_any_moves_and_removals_give_the_order_of_a_plain_list(seed: int) -> Non
         else:
             plain.insert(place, task_id)
             moved(order, task_id, place)
-        order.add(Task(new_id, JOB), new_id)  # what is submitted comes last, whatever was moved to the end before
+        order.add(Task(new_id, JOB))  # what is submitted comes last, whatever was moved to the end before
         plain.append(new_id)
         assert ids(order) == plain
         assert [order.place(task_id) for task_id in plain] == list(range(len(plain)))
@@ -52,17 +52,28 @@ def test_a_move_changes_one_rank_until_no_number_is_left_between_two() -> None:
         changed.append(moved(order, ids(order)[2], 1))
     assert set(changed) == {1, 4}
     assert changed.count(4) < 10
-    order.add(Task(5, JOB), 5)
+    order.add(Task(5, JOB))
     assert ids(order)[-1] == 5
 
 
-def test_a_task_that_does_not_wait_has_no_place_and_may_come_to_one() -> None:
+def test_a_removed_task_has_no_place() -> None:
     order = waiting(3)
     order.remove(2)
     order.remove(2)
-    assert (order.place(2), order.get(2), len(order)) == (None, None, 2)
-    order.add(Task(2, JOB), order.ranks_for(2, 0)[2])
-    assert ids(order) == [2, 1, 3]
+    assert (order.place(2), order.get(2), ids(order)) == (None, None, [1, 3])
+
+
+@pytest.mark.parametrize("back", [(1, 2), (2, 1)])
+def test_what_ran_comes_back_in_its_order_before_all_that_wait_moved_or_not(back: tuple[int, int]) -> None:
+    order, running = waiting(5), [Task(1, JOB), Task(2, JOB)]
+    for task in running:
+        order.take(task.id)
+    for _ in range(100):  # each pair of moves halves the distance to what runs
+        assert moved(order, ids(order)[2], 0) in {1, 5}
+    front = ids(order)
+    for task_id in back:
+        order.add(running[task_id - 1])
+    assert ids(order) == [1, 2, *front]
 
 
 def test_ranks_of_an_order_stay_below_every_id() -> None:

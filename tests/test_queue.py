@@ -80,7 +80,7 @@ async def test_what_a_task_taught_is_on_the_disk_together_with_its_end(
     monkeypatch.setattr(Journal, "save", noted)
     async with house.open():
         await house.learn()
-    assert commits[-1] == ([Status.COMPLETED], ["ranks", "model", "speeds"])
+    assert commits[-1] == ([Status.COMPLETED], ["model", "speeds"])
 
 
 async def test_who_waits_while_a_task_runs_is_told_of_its_end_without_a_look_at_the_disk(

@@ -5,11 +5,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count, takewhile
 from typing import Any, TypeVar
 
 from engine.queue.events import EventKind, Events
-from engine.queue.journal import NO_RANKS, Journal, JournalFault
+from engine.queue.journal import Journal, JournalFault
 from engine.queue.order import Order, ranks_of
 from engine.queue.tasks import Status, Task, ended
 
@@ -41,8 +40,6 @@ class TaskStore:
         self.paused = False
         self.fault = ""  # of the journal, while the end or the start of a task can't be written
         self._changing = asyncio.Lock()
-        self._starts: dict[int, int] = {}  # number of the start of each that runs, or was put back and not moved since
-        self._start_numbers = count()
 
     def active(self, task_id: int) -> Task | None:
         """The current version of a task that has not ended."""
@@ -52,12 +49,13 @@ class TaskStore:
         """Let the tasks of a former life wait in this order."""
         ranks = ranks_of([task.id for task in order])
         await self.journal.save(ranks=ranks)
+        self.waiting.rerank(ranks)
         for task in order:
-            self.waiting.add(task, ranks[task.id])
+            self.waiting.add(task)
 
     def add(self, task: Task) -> None:
         """Let a new task wait, whose row is in the journal."""
-        self.waiting.add(task, task.id)
+        self.waiting.add(task)
         self.events.publish(EventKind.QUEUED, task)
 
     async def start(self, task: Task) -> bool:
@@ -68,22 +66,14 @@ class TaskStore:
             await self._commit(
                 [replace(task, status=Status.PROCESSING, started_at=time.time(), attempts=task.attempts + 1)]
             )
-            self._starts[task.id] = next(self._start_numbers)
             return True
 
     async def settle(self, task_id: int, outcome: Callable[[Task], Task], **facts: Any) -> Task:
         """End a running task, or put it back, as `outcome` makes of its current version; stores `facts` with that."""
         async with self._changing:
             task = outcome(self.running[task_id])
-            place = self._place_back(task_id) if task.status is Status.QUEUED else 0
-            ranks = self.waiting.ranks_for(task_id, place) if task.status is Status.QUEUED else {}
-            await self._commit([task], ranks, **facts)
+            await self._commit([task], **facts)
             return task
-
-    def _place_back(self, task_id: int) -> int:
-        """A task that is put back comes before all others, but for those put back that had started before it."""
-        own = self._starts[task_id]
-        return sum(1 for _ in takewhile(lambda task: self._starts.get(task.id, own) < own, self.waiting))
 
     async def cancel(self, task_id: int) -> Task | None:
         """Cancel a waiting task, or let a running one be `cancelling`; its new version, or None if it has ended."""
@@ -113,7 +103,6 @@ class TaskStore:
             ranks = self.waiting.ranks_for(task_id, place)
             await self.journal.save(ranks=ranks)
             self.waiting.rerank(ranks)
-            self._starts.pop(task_id, None)
             self.events.publish(EventKind.MOVED, task)
             return place + ahead
 
@@ -136,21 +125,21 @@ class TaskStore:
     def forget(self, task_id: int) -> None:
         """Let go of a task that could not be brought to its end; the next start of the daemon takes it up."""
         self.running.pop(task_id, None)
+        self.waiting.remove(task_id)
 
-    async def _commit(self, tasks: Sequence[Task], ranks: Mapping[int, float] = NO_RANKS, **facts: Any) -> None:
+    async def _commit(self, tasks: Sequence[Task], **facts: Any) -> None:
         """Make these versions the current ones. Raises JournalFault, and then nothing has changed."""
-        await self.journal.save(*tasks, ranks=ranks, **facts)
+        await self.journal.save(*tasks, **facts)
         for task in tasks:
-            self.waiting.remove(task.id)
             if task.status in (Status.PROCESSING, Status.CANCELLING):
+                self.waiting.take(task.id)
                 self.running[task.id] = task
                 continue
             self.running.pop(task.id, None)
             if task.status is Status.QUEUED:
-                self.waiting.add(task, ranks[task.id])
+                self.waiting.add(task)
             else:
-                self._starts.pop(task.id, None)
-        self.waiting.rerank(ranks)
+                self.waiting.remove(task.id)
         for task in tasks:
             self.events.publish(KINDS[task.status], task)
 
