@@ -71,7 +71,8 @@ from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
 from engine.queue.journal import Journal, JournalFault
-from engine.queue.runner import Limits, Receipt, TaskQueue
+from engine.queue.queue import Receipt, TaskQueue
+from engine.queue.runner import Limits
 from engine.queue.tasks import Status, Task
 from engine.settings import echo
 from engine.workers.local import Engine

@@ -1,4 +1,4 @@
-"""The vocabulary of the process border: what the daemon and the generation process say to each other.
+"""The vocabulary of the process border: what the daemon and the generation process exchange.
 
 Standard library only: both sides import this module, and the daemon's side must stay small.
 """
@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 SEED_RANGE = 2**63  # torch takes more, JSON clients do not
 NO_TASK = -1  # on the board while a model is loaded for no task; 0 would look cancelled
-PLAN_BYTES = 512
-FAULT_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,12 @@ class Phase(IntEnum):
 class Board(ctypes.Structure):
     """Progress and cancel, in memory shared by the daemon and one generation process.
 
-    One writer a field, so no lock: the worker writes everything but `cancel`, the daemon writes `cancel` alone. A
-    cancel names its task, so a late one can't hit the next. A lock held by a killed worker would hang the daemon.
+    Integers only, and one writer a field, so no lock: the worker writes everything but `cancel`, the daemon writes
+    `cancel` alone. A cancel names its task, so a late one can't hit the next. A lock held by a killed worker would hang
+    the daemon.
     """
 
     _fields_ = (
-        ("pid", ctypes.c_int64),
         ("task", ctypes.c_int64),
         ("phase", ctypes.c_int64),
         ("run", ctypes.c_int64),  # pass through the pipeline that is under way, from 0
@@ -71,18 +69,9 @@ class Board(ctypes.Structure):
         ("step", ctypes.c_int64),  # denoising steps done in this run
         ("total", ctypes.c_int64),  # denoising steps of this run
         ("loaded", ctypes.c_int64),  # `fingerprint` of the model that the worker holds, or 0
-        ("plan", ctypes.c_char * PLAN_BYTES),  # where its weights lie, UTF-8; to be read only while `loaded` is not 0
-        ("free_vram_bytes", ctypes.c_double),  # these four are an engine.machine.Machine, from before the first model
-        ("free_ram_bytes", ctypes.c_double),
-        ("link_bytes_per_s", ctypes.c_double),
-        ("flops_per_s", ctypes.c_double),  # written last of them: 0 until all are there
-        ("saved", ctypes.c_int64),  # tasks whose files have all been written, or given up; see Result.pending
-        ("unsaved", ctypes.c_int64),  # the number of the last of them whose files could not be written
-        ("fault", ctypes.c_char * FAULT_BYTES),  # and why, UTF-8
         ("cancel", ctypes.c_int64),
     )
 
-    pid: int
     task: int
     phase: int
     run: int
@@ -90,14 +79,6 @@ class Board(ctypes.Structure):
     step: int
     total: int
     loaded: int
-    plan: bytes
-    free_vram_bytes: float
-    free_ram_bytes: float
-    link_bytes_per_s: float
-    flops_per_s: float
-    saved: int
-    unsaved: int
-    fault: bytes
     cancel: int
 
 
@@ -185,11 +166,11 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished job hands back. `timings` are seconds by phase name (`loading`, `encoding` …), `plan` says in a
-    line where the weights lay.
+    """What a finished job returns. `timings` are seconds by phase name (`loading`, `encoding` …), `plan` says in a line
+    where the weights were.
 
-    From the worker it comes as soon as the next job can be made: its files are still being written, without their
-    sizes, and are whole once `Board.saved` has reached `pending`.
+    The worker returns it as soon as the next job can be made: its files are still being written, without their sizes,
+    and are whole once the worker has reported job number `pending` as settled.
     """
 
     files: tuple[OutputFile, ...]

@@ -79,6 +79,7 @@ class Storm:
         self._number = 0
         self._whole: set[str] = set()
         self._parts: set[tuple[str, int]] = set()
+        self._started_ns = 0  # when the daemon was last started, or left alone
         self._session = requests.Session()
         self._dead = threading.Event()
 
@@ -91,6 +92,7 @@ class Storm:
                 self.bury()
                 if self.random.random() < 0.2:
                     self.kill_while_starting()
+                self._started_ns = time.time_ns()
                 self.daemon.start()
                 self.check()
             self.drain()
@@ -342,7 +344,9 @@ class Storm:
             self.check_whole(self.daemon.outputs / name)
         for path in self.parts():
             with contextlib.suppress(FileNotFoundError):
-                if (path.name, path.stat().st_ino) in self._parts:
+                # The next attempt may have the same name, within a second, and be given the same inode.
+                found = path.stat()
+                if (path.name, found.st_ino) in self._parts and found.st_mtime_ns < self._started_ns:
                     self.blame("a broken attempt leaves no file", path.name)
 
     def check_whole(self, path: Path) -> None:
@@ -389,7 +393,7 @@ class Storm:
             assert time.monotonic() < deadline, "the queue does not come to its end"
             time.sleep(0.1)
         self.known.order = []
-        self._parts = {(path.name, path.stat().st_ino) for path in self.parts()}
+        self._parts, self._started_ns = {(path.name, path.stat().st_ino) for path in self.parts()}, time.time_ns()
         self.check()
 
     def story(self) -> str:

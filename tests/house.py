@@ -11,9 +11,10 @@ from engine.catalog.models import Catalog, Model
 from engine.job import Cancelled, EngineError, Job, OutputFile, Result
 from engine.planning.machine import Machine
 from engine.queue.journal import Journal
-from engine.queue.runner import Limits, TaskQueue
+from engine.queue.queue import TaskQueue
+from engine.queue.runner import Limits
 from engine.queue.tasks import Status
-from engine.workers.local import Progress
+from engine.workers.lanes import Progress
 from tests.stand_ins import job
 
 CATALOG = Catalog.load()
@@ -132,7 +133,7 @@ class House:
             yield self.queue
         finally:
             if die:
-                await give_up(self.queue._runner)
+                await give_up(self.queue._work)
             await running.__aexit__(None, None, None)
             await self.journal.close()
 

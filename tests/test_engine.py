@@ -21,7 +21,7 @@ import pytest
 
 from engine.gpu import worker
 from engine.job import Cancelled, EngineError, Phase
-from engine.workers.local import SAVED_S, Engine, saved_pause_s
+from engine.workers.local import Engine
 from tests import proof, stand_ins, tiny
 from tests.daemon import ENDED, ROOT, Daemon
 from tests.processes import alive, children, command, eventually, maps, workers
@@ -59,6 +59,15 @@ def begun(engine: Engine, task_id: int, phase: str) -> "asyncio.Task[Any]":
     return asyncio.create_task(engine.run(task_id, job(phase), DEMO, math.inf))
 
 
+def pid_of(engine: Engine) -> int:
+    """Of the generation process that the engine has now."""
+    assert engine._worker
+    child = engine._worker._context.child
+    assert child
+    assert child.pid
+    return child.pid
+
+
 async def until(engine: Engine, task_id: int, phase: str) -> None:
     """Wait until the worker says that the task is in `phase`."""
 
@@ -80,13 +89,13 @@ async def test_a_cancel_ends_the_task_in_any_phase_and_the_process_stays(
     becomes(stand_ins.obey)
     task = begun(engine, 1, phase)
     await until(engine, 1, phase)
-    pid = engine._board.pid
+    pid = pid_of(engine)
     engine.cancel(1)
     with pytest.raises(Cancelled):
         await task
     becomes(stand_ins.be_quick)
     assert await run(engine, 2) == DONE
-    assert engine._board.pid == pid
+    assert pid_of(engine) == pid
 
 
 @every_phase
@@ -96,14 +105,14 @@ async def test_a_worker_that_ignores_a_cancel_is_killed_and_the_next_task_runs(
     becomes(stand_ins.ignore)
     task = begun(impatient, 1, phase)
     await until(impatient, 1, phase)
-    pid = impatient._board.pid
+    pid = pid_of(impatient)
     impatient.cancel(1)
     with pytest.raises(Cancelled):
         await task
     assert await asyncio.to_thread(eventually, lambda: not alive(pid))
     becomes(stand_ins.be_quick)
     assert await run(impatient, 2) == DONE
-    assert impatient._board.pid != pid
+    assert pid_of(impatient) != pid
 
 
 async def test_a_cancel_before_the_process_has_started_ends_the_task(
@@ -163,7 +172,7 @@ async def test_a_death_fails_its_task_naming_phase_and_step_and_the_next_runs_in
     task = begun(engine, 1, phase)
     if death == "SIGKILL":
         await until(engine, 1, phase)
-        os.kill(engine._board.pid, signal.SIGKILL)
+        os.kill(pid_of(engine), signal.SIGKILL)
     with pytest.raises(EngineError) as failed:
         await task
     where = "while denoising, at step 7 of 20." if phase == "denoising" else f"while {phase}."
@@ -178,7 +187,7 @@ async def test_a_worker_that_died_while_it_was_idle_costs_no_task(
 ) -> None:
     becomes(stand_ins.be_quick)
     assert await run(engine, 1) == DONE
-    pid = engine._board.pid
+    pid = pid_of(engine)
     os.kill(pid, signal.SIGKILL)
     assert await asyncio.to_thread(eventually, lambda: not alive(pid))
     assert await run(engine, 2) == DONE
@@ -209,22 +218,40 @@ async def test_files_that_are_never_written_end_the_process_too(engine: Engine, 
     assert await run(engine, 2) == DONE
 
 
-@pytest.mark.parametrize("waited_s", [0.0, 0.004, 0.05, 0.5, 60.0])
-def test_no_more_than_a_tenth_of_a_wait_for_files_is_lost_by_not_looking(waited_s: float) -> None:
-    pause_s = saved_pause_s(waited_s)
-    assert 0 < pause_s <= max(0.001, 0.1 * waited_s)
-    assert pause_s <= SAVED_S
-
-
 async def test_closing_the_engine_ends_the_process(engine: Engine, becomes: Callable[[Any], None]) -> None:
     becomes(stand_ins.ignore)
     task = begun(engine, 1, "denoising")
     await until(engine, 1, "denoising")
-    pid = engine._board.pid
+    pid = pid_of(engine)
     engine.close()
     with pytest.raises((EngineError, Cancelled, asyncio.CancelledError)):
         await task
     assert await asyncio.to_thread(eventually, lambda: not alive(pid))
+
+
+async def test_closing_an_engine_leaves_the_processes_of_the_others_alone(
+    engine: Engine, impatient: Engine, becomes: Callable[[Any], None]
+) -> None:
+    becomes(stand_ins.be_quick)
+    assert [await run(one, 1) for one in (engine, impatient)] == [DONE, DONE]
+    pid = pid_of(engine)
+    engine.close()
+    assert not alive(pid)
+    assert alive(pid_of(impatient))
+    assert await run(impatient, 2) == DONE
+
+
+async def test_an_engine_that_is_closed_while_its_process_is_spawned_leaves_none(
+    engine: Engine, becomes: Callable[[Any], None]
+) -> None:
+    becomes(stand_ins.ignore)
+    task = begun(engine, 1, "denoising")
+    await asyncio.sleep(0)
+    pid = pid_of(engine)
+    engine.close()
+    assert not alive(pid)
+    with pytest.raises((EngineError, Cancelled)):
+        await task
 
 
 FAULTS = {  # what is raised in the worker → what the task's error says

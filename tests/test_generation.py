@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +26,8 @@ from engine.gpu.run import render
 from engine.gpu.run.meter import Meter
 from engine.gpu.session import ModelSession
 from engine.job import Board, Cancelled, Job, Phase
-from engine.queue.runner import TaskQueue
-from engine.queue.tasks import Status, Task
-from engine.workers.local import Progress
+from engine.queue.progress import percent
+from engine.workers.lanes import Progress
 from tests import stand_ins
 from tests.daemon import Daemon
 from tests.frames import read_video
@@ -344,26 +343,14 @@ def test_the_board_names_its_task_only_once_its_numbers_are_fresh(witnessed: lis
     assert (first["phase"], first["run"], first["step"], first["total"]) == (Phase.IDLE, 0, 0, 0)
 
 
-class Looked:
-    """An engine whose task is where one look of the board says."""
-
-    def __init__(self, look: dict[str, int]) -> None:
-        self._look = look
-
-    def progress(self, _task_id: int) -> Progress:
-        look = self._look
-        return Progress(Phase(look["phase"]), look["run"], look["runs"], look["step"], look["total"])
-
-
 def test_progress_never_tells_of_a_run_that_has_not_begun(witnessed: list[dict[str, int]]) -> None:
     """The fields of the board change one by one, and the daemon may look at any moment."""
     saved, before = 0, Phase.IDLE
     for look in witnessed:
         saved += before == Phase.DECODING != look["phase"]
         before = Phase(look["phase"])
-        task = Task(5, job(repeat_generation=2, steps=2), Status.PROCESSING)
-        queue = TaskQueue(cast(Any, None), [cast(Any, Looked(look))], cast(Any, None), cast(Any, None))
-        assert queue.progress_percent(task) <= 100 * (saved + 1) / 2
+        progress = Progress(before, look["run"], look["runs"], look["step"], look["total"])
+        assert percent(progress) <= 100 * (saved + 1) / 2
 
 
 # ------------------------------------------------------------------------------------------------------------- warm

@@ -11,6 +11,7 @@ import pytest
 
 from engine.job import OutputFile
 from engine.queue.journal import KEY_LIFETIME_S, MIGRATIONS, Journal, JournalFault
+from engine.queue.order import ranks_of
 from engine.queue.tasks import Status, Task
 from tests.stand_ins import job
 
@@ -152,7 +153,7 @@ async def test_tasks_wait_in_the_order_of_their_submission(journal: Journal) -> 
 async def test_a_new_order_is_remembered_and_what_comes_later_comes_behind(path: Path) -> None:
     journal = await reopened(path)
     first, second, third = [(await added(journal)).id for _ in range(3)]
-    await journal.reorder([third, first, second])
+    await journal.save(ranks=ranks_of([third, first, second]))
     fourth = (await added(journal)).id
     await journal.close()
     journal = await reopened(path)
@@ -171,29 +172,32 @@ async def test_what_has_ended_does_not_wait(journal: Journal) -> None:
 
 async def test_a_key_that_was_used_brings_its_first_answer_and_no_row(journal: Journal) -> None:
     first, second = Task(0, job()), Task(0, job())
-    stored = await journal.add(first, "key", "digest", {"position": 1})
+    assert await journal.add(first, "key", "digest", {"position": 1}) is None
     again = await journal.add(second, "key", "other digest", {"position": 9})
-    assert stored.reply is None
-    assert again.reply is not None
-    assert (again.reply.request, again.reply.answer) == ("digest", {"position": 1, "task_id": first.id})
+    assert again is not None
+    assert (again.request, again.answer) == ("digest", {"position": 1, "task_id": first.id})
     assert (await journal.history(None, 10, 0))[1] == 1
 
 
 async def test_a_key_outlives_the_process(path: Path) -> None:
     journal = await reopened(path)
-    stored = await journal.add(Task(0, job()), "key", "digest", {})
+    task = Task(0, job())
+    await journal.add(task, "key", "digest", {})
     await journal.close()
     journal = await reopened(path)
-    assert (await journal.add(Task(0, job()), "key", "digest", {})).task_id == stored.task_id
+    again = await journal.add(Task(0, job()), "key", "digest", {})
+    assert again is not None
+    assert again.answer["task_id"] == task.id
     await journal.close()
 
 
 async def test_a_key_is_free_again_after_its_life(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = await journal.add(Task(0, job()), "key", "digest", {})
+    task, another = Task(0, job()), Task(0, job())
+    await journal.add(task, "key", "digest", {})
     later = time.time() + KEY_LIFETIME_S + 1
     monkeypatch.setattr(time, "time", lambda: later)
-    again = await journal.add(Task(0, job()), "key", "digest", {})
-    assert (again.reply, again.task_id) == (None, stored.task_id + 1)
+    assert await journal.add(another, "key", "digest", {}) is None
+    assert another.id == task.id + 1
 
 
 # ---- what is forgotten

@@ -19,7 +19,7 @@ from engine.catalog.fetch import FetchError, fetch
 from engine.gpu import process, worker
 from engine.job import Cancelled, EngineError
 from engine.planning.machine import Machine
-from engine.queue.runner import Busy, EngineDown
+from engine.queue.queue import Busy, EngineDown
 from engine.queue.tasks import Status
 from engine.workers import lanes
 from engine.workers.local import Engine

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from engine.job import Cancelled, EngineError, Phase
-from engine.queue import runner as queue_module
+from engine.queue import progress, store
 from engine.queue.journal import Journal, JournalFault
-from engine.queue.runner import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
+from engine.queue.progress import advanced
+from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
 from engine.queue.speeds import Speeds
 from engine.queue.tasks import Status
 from engine.workers import lanes
-from engine.workers.local import Progress
+from engine.workers.lanes import Progress
 from tests.house import CATALOG, FILE, PATIENCE_S, TIMINGS, House, until
 from tests.stand_ins import job
 
@@ -29,7 +30,7 @@ class BrokenDisk:
 
     def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
         self.broken, self._house = False, house
-        for name in ("save", "reorder", "set_fact", "add"):
+        for name in ("save", "set_fact", "add"):
             monkeypatch.setattr(Journal, name, self._failing(getattr(Journal, name)))
 
     def _failing(self, method: Any) -> Any:
@@ -44,7 +45,7 @@ class BrokenDisk:
 
 @pytest.fixture
 def disk(house: House, monkeypatch: pytest.MonkeyPatch) -> BrokenDisk:
-    monkeypatch.setattr(queue_module, "SAVE_AGAIN_S", 0.01)
+    monkeypatch.setattr(store, "SAVE_AGAIN_S", 0.01)
     return BrokenDisk(house, monkeypatch)
 
 
@@ -79,7 +80,7 @@ async def test_what_a_task_taught_is_on_the_disk_together_with_its_end(
     monkeypatch.setattr(Journal, "save", noted)
     async with house.open():
         await house.learn()
-    assert commits[-1] == ([Status.COMPLETED], ["speeds"])
+    assert commits[-1] == ([Status.COMPLETED], ["model", "speeds"])
 
 
 async def test_who_waits_while_a_task_runs_is_told_of_its_end_without_a_look_at_the_disk(
@@ -581,6 +582,21 @@ async def test_the_estimated_wait_is_the_work_ahead(house: House) -> None:
         assert [receipt.answer["estimated_wait"] for receipt in receipts] == pytest.approx([0.0, 24.0, 48.0])
 
 
+async def test_a_submission_costs_the_same_however_many_tasks_wait(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[str] = []
+    estimate_s = Speeds.estimate_s
+    monkeypatch.setattr(progress, "ADDED_UP_S", 60.0)
+    async with house.open(paused=True) as queue:
+        await house.submit(50)
+        monkeypatch.setattr(Speeds, "estimate_s", lambda *given: counted.append("a look") or estimate_s(*given))
+        await house.submit(50)
+        assert len(counted) == 50
+        await queue.clear()
+        assert queue.estimated_wait_s() == 0.0
+
+
 async def test_the_eta_of_a_waiting_task_counts_no_time_in_the_queue(house: House) -> None:
     async with house.open() as queue:
         await house.learn()
@@ -601,12 +617,13 @@ async def test_progress_only_grows_and_is_100_with_the_end(house: House) -> None
     async with house.open() as queue:
         (task_id,) = await house.submit(repeat_generation=2)
         await house.started(task_id)
-        task, seen = await queue.get(task_id), []
+        seen = []
         way = [(Phase.LOADING, 0, 0), (Phase.ENCODING, 0, 0), (Phase.DENOISING, 0, 10), (Phase.DECODING, 0, 20)]
         way += [(Phase.ENCODING, 1, 0), (Phase.DENOISING, 1, 20), (Phase.SAVING, 1, 20), (Phase.DENOISING, 0, 3)]
         for phase, run, step in way:
             house.desk.shown = Progress(phase, run, 2, step, 20)
-            seen.append(queue.progress_percent(task))
+            await queue._store.advance(lambda task: advanced(task, house.desk.shown))
+            seen.append(queue.progress_percent(await queue.get(task_id)))
         assert seen == sorted(seen)
         assert seen[-1] < 100
         house.desk.finish()
@@ -689,9 +706,9 @@ async def test_a_task_that_is_put_back_is_listed_once(house: House, monkeypatch:
         listed = []
         save = house.journal.save
 
-        async def look(*tasks: Any) -> None:
+        async def look(*tasks: Any, **more: Any) -> None:
             listed.append(house.waiting())
-            await save(*tasks)
+            await save(*tasks, **more)
 
         monkeypatch.setattr(house.journal, "save", look)
         queue.interrupt()
@@ -798,9 +815,9 @@ async def test_a_task_that_starts_during_a_failing_removal_is_not_queued_again(
         begun = asyncio.Event()
         save = house.journal.save
 
-        async def slow_fault(*tasks: Any) -> None:
-            if tasks[0].id == first:
-                await save(*tasks)
+        async def slow_fault(*tasks: Any, **more: Any) -> None:
+            if [task.id for task in tasks] != [second]:
+                await save(*tasks, **more)
                 return
             await begun.wait()
             raise JournalFault("the disk is gone")
@@ -808,11 +825,12 @@ async def test_a_task_that_starts_during_a_failing_removal_is_not_queued_again(
         monkeypatch.setattr(house.journal, "save", slow_fault)
         removing = asyncio.create_task(queue.remove(second))
         await asyncio.sleep(0)
-        await queue.pause(False)
-        await house.started(first)
+        resuming = asyncio.create_task(queue.pause(False))
         begun.set()
         with pytest.raises(JournalFault):
             await removing
+        await resuming
+        await house.started(first)
         assert house.waiting() == [first, second, third]
         monkeypatch.undo()
 

@@ -12,7 +12,7 @@ from engine.api.keys import API, CONFIG, REQUEST_ID, Handler
 from engine.catalog.download import NoDownload
 from engine.catalog.models import UnknownModel
 from engine.queue.journal import JournalFault
-from engine.queue.runner import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
+from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
 
 log = logging.getLogger("wangpd")
 RETRY_AFTER_S = 10

@@ -12,7 +12,7 @@ from engine.catalog.models import Catalog
 from engine.files.inputs import Inputs
 from engine.files.outputs import Outputs
 from engine.queue.journal import Journal
-from engine.queue.runner import TaskQueue
+from engine.queue.queue import TaskQueue
 from engine.workers.local import Engine
 
 API = "/api/v1"

@@ -1,50 +1,42 @@
-"""The generation process: what starts in it, the one function it runs, and the translation of every fault.
+"""The generation process: its start, the two functions that it runs, and the translation of every fault.
 
 Importing this module brings in neither torch nor diffusers, so that the daemon can name its functions; they are
 imported inside `generate`, in phase `loading`.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.catalog.models import Model
 from engine.gpu import process
 from engine.gpu.run.meter import Meter
-from engine.job import (
-    FAULT_BYTES,
-    NO_TASK,
-    PLAN_BYTES,
-    Board,
-    Cancelled,
-    EngineConfig,
-    EngineError,
-    Job,
-    Phase,
-    Result,
-    fingerprint,
-)
-from engine.planning.machine import Machine
+from engine.job import NO_TASK, Board, Cancelled, EngineConfig, EngineError, Job, Phase, Result, fingerprint
 
 if TYPE_CHECKING:
     from engine.gpu.session import ModelSession
 
 log = logging.getLogger("wangpd.worker")
 T = TypeVar("T")
+MOST_REPORTED = 300  # characters of a sentence: as JSON, up to twelve bytes each
 
 _board: Board
 _config: EngineConfig
 _visible: str | None  # CUDA_VISIBLE_DEVICES as the daemon has it
 _session: "ModelSession | None" = None
+_reports: Connection
+_plan = ""  # as it was last reported
+_settled_count = 0
 
 
-def start(board: Board, config: EngineConfig) -> None:
+def start(board: Board, reports: Connection, config: EngineConfig) -> None:
     """Make this process the worker of `board`. Trivial on purpose: an error in an initializer loses its message."""
-    global _board, _config, _visible
-    _board, _config, _visible = board, config, os.environ.get(process.VISIBLE)
+    global _board, _reports, _config, _visible
+    _board, _reports, _config, _visible = board, reports, config, os.environ.get(process.VISIBLE)
     os.setsid()  # a group of its own: Ctrl-C is the daemon's to handle, and what it starts ends with it
-    board.pid = os.getpid()
     process.prepare(config, config.device)
 
 
@@ -90,42 +82,39 @@ def _opened() -> "ModelSession":
         from engine.gpu.session import ModelSession
 
         _session = ModelSession(_config, _settled, _visible)
-        _tell(_session.machine())  # now, while no model takes anything of it
+        _report(machine=vars(_session.machine()))  # now, while no model takes anything of it
     return _session
 
 
-def _tell(machine: Machine) -> None:
-    _board.free_vram_bytes, _board.free_ram_bytes = machine.free_vram_bytes, machine.free_ram_bytes
-    _board.link_bytes_per_s = machine.link_bytes_per_s
-    _board.flops_per_s = machine.flops_per_s  # last: it says that the others are there
-
-
 def _settled(fault: str) -> None:
-    """The files of one more task are written, or not. In the background, where alone these fields are changed."""
-    if fault:
-        _board.fault, _board.unsaved = fault.encode()[:FAULT_BYTES], _board.saved + 1
-    _board.saved += 1
+    """The files of one more job are written, or given up for this reason. Called in the background, there alone."""
+    global _settled_count
+    _settled_count += 1
+    _report(settled=_settled_count, fault=fault[:MOST_REPORTED])
+
+
+def _report(**values: Any) -> None:
+    """Send values to the daemon, which can't be read from the board; see engine.workers.reports.
+
+    One write of less than PIPE_BUF (4,096 bytes) is whole, whatever another thread writes, and needs no lock.
+    """
+    os.write(_reports.fileno(), json.dumps(values).encode() + b"\n")
 
 
 def _give_back() -> None:
+    global _plan
     if _session is None:
         return
-    _show(_session)
+    _board.loaded = fingerprint(_session.model_id) if _session.model_id else 0
+    plan = f"{_session.model_id}: {_session.plan}"[:MOST_REPORTED] if _session.model_id else ""
+    if plan != _plan:
+        _plan = plan
+        _report(plan=plan)
     _session.give_back()
 
 
-def _show(session: "ModelSession") -> None:
-    """Say on the board which model is loaded, and where it lies."""
-    loaded = fingerprint(session.model_id) if session.model_id else 0
-    plan = f"{session.model_id}: {session.plan}".encode()[:PLAN_BYTES] if loaded else b""
-    if (_board.loaded, _board.plan) != (loaded, plan):
-        _board.loaded = 0  # meanwhile: the plan is read only beside a model
-        _board.plan = plan
-        _board.loaded = loaded
-
-
 def _translated(error: BaseException, where: str) -> EngineError:
-    """The sentence for a fault that nothing foresaw; the traceback is in the log."""
+    """The sentence for an unexpected fault; the traceback is in the log."""
     for matches, make in _SENTENCES:
         if matches(error):
             return make(error, where)

@@ -39,7 +39,7 @@ MIGRATIONS = (
     """,
 )
 KEY_LIFETIME_S = 24 * 3600
-DISK_FAULTS = frozenset(  # faults of the place where the journal lies, not of what is in it
+DISK_FAULTS = frozenset(  # faults of the disk or folder, not of what is in the file
     {
         sqlite3.SQLITE_PERM,
         sqlite3.SQLITE_BUSY,
@@ -51,7 +51,10 @@ DISK_FAULTS = frozenset(  # faults of the place where the journal lies, not of w
         sqlite3.SQLITE_CANTOPEN,
     }
 )
+UPDATE = "UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?"
+NO_RANKS: Mapping[int, float] = {}
 T = TypeVar("T")
+Row = Sequence[Any]
 
 _ENDED = tuple(sorted(status.value for status in ENDED))
 _MARKS = ", ".join("?" * len(_ENDED))
@@ -63,14 +66,6 @@ class Reply:
 
     request: str
     answer: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What `add` found or did: the new row's id, or the reply that this key already had."""
-
-    task_id: int
-    reply: Reply | None = None
 
 
 class JournalFault(Exception):
@@ -121,34 +116,31 @@ class Journal:
 
     async def close(self) -> None:
         """Close the file. Nothing is lost without it."""
-        await self._call(self._close)
+        await self._call(self._db.close)
         self._thread.shutdown()
 
-    def _close(self) -> None:
-        self._db.close()
-
-    async def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Stored:
+    async def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Reply | None:
         """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
 
-        If `key` was used in the last 24 hours, nothing is stored and that answer comes back.
+        If `key` was used in the last 24 hours, nothing is stored and the reply of that time comes back.
         """
         return await self._call(lambda: self._add(task, key, request, answer))
 
-    def _add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Stored:
+    def _add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Reply | None:
         with self._db:
             if key is not None and (reply := self._reply(key)):
-                return Stored(reply.answer["task_id"], reply)
+                return reply
             row = self._db.execute("INSERT INTO tasks (status, rank, record) VALUES (?, 0, '')", (task.status.value,))
             assert row.lastrowid is not None
             task.id = row.lastrowid
             self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
-            self._write(task)
+            self._db.execute(UPDATE, _row(task))
             if key is not None:
                 stored = json.dumps({**answer, "task_id": task.id})
                 self._db.execute(
                     "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, request, stored, time.time())
                 )
-        return Stored(task.id)
+        return None
 
     def _reply(self, key: str) -> Reply | None:
         row = self._db.execute(
@@ -160,32 +152,18 @@ class Journal:
         """The answer that was given under this idempotency key in the last 24 hours."""
         return await self._call(lambda: self._reply(key))
 
-    async def save(self, *tasks: Task, **facts: Any) -> None:
-        """Commit the tasks as they are now, and JSON values under the names of `facts`, together."""
-        rows = [(task.status.value, task.finished_at, json.dumps(task.record()), task.id) for task in tasks]
+    async def save(self, *tasks: Task, ranks: Mapping[int, float] = NO_RANKS, **facts: Any) -> None:
+        """Commit these versions of tasks, ranks by task id, and JSON values under the names of `facts`, together."""
+        rows = [_row(task) for task in tasks]
+        ranked = [(rank, task_id) for task_id, rank in ranks.items()]
         values = [(name, json.dumps(value)) for name, value in facts.items()]
-        await self._call(lambda: self._save(rows, values))
+        await self._call(lambda: self._save(rows, ranked, values))
 
-    def _save(self, rows: Iterable[Sequence[Any]], facts: Iterable[Sequence[str]]) -> None:
+    def _save(self, rows: Iterable[Row], ranked: Iterable[Row], facts: Iterable[Row]) -> None:
         with self._db:
-            self._db.executemany("UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?", rows)
+            self._db.executemany(UPDATE, rows)
+            self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
             self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts)
-
-    def _write(self, task: Task) -> None:
-        row = (task.status.value, task.finished_at, json.dumps(task.record()), task.id)
-        self._db.execute("UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?", row)
-
-    async def reorder(self, task_ids: Sequence[int]) -> None:
-        """Remember that these tasks wait in this order."""
-        rows = list(enumerate(task_ids))
-        await self._call(lambda: self._reorder(rows))
-
-    def _reorder(self, rows: Sequence[tuple[int, int]]) -> None:
-        # Negative, so that whatever is submitted later (rank = id) still comes behind.
-        with self._db:
-            self._db.executemany(
-                "UPDATE tasks SET rank = ? WHERE id = ?", [(place - len(rows), task_id) for place, task_id in rows]
-            )
 
     async def unfinished(self) -> list[Task]:
         """The tasks that have not ended, in the order in which they wait."""
@@ -235,9 +213,12 @@ class Journal:
         return json.loads(row[0]) if row else default
 
     async def set_fact(self, name: str, value: Any) -> None:
-        """Store a JSON value under `name`."""
-        row = (name, json.dumps(value))
-        await self._call(lambda: self._save((), [row]))
+        """Commit a JSON value under `name`."""
+        await self.save(**{name: value})
+
+
+def _row(task: Task) -> Row:
+    return task.status.value, task.finished_at, json.dumps(task.record()), task.id
 
 
 def _connect(path: Path) -> sqlite3.Connection:

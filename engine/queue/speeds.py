@@ -1,4 +1,4 @@
-"""What jobs have taken so far, and from it what the next ones will take."""
+"""Estimates how long a job will take, from the times of earlier jobs of its model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Speeds:
         return {model: vars(pace).copy() for model, pace in self._paces.items()}
 
     def learn(self, job: Job, result: Result, loaded: bool) -> None:
-        """Take in a finished job; `loaded` says that its model had to be loaded first."""
+        """Take in a finished job; `loaded`: its model had to be loaded first."""
         spent = result.timings
         files = job.batch_size * job.repeat_generation
         rest = sum(spent.get(phase.name.lower(), 0) for phase in (Phase.ENCODING, Phase.DECODING, Phase.SAVING))
@@ -54,7 +54,7 @@ class Speeds:
             return None
         files = job.batch_size * job.repeat_generation
         work = extent(job) * files * (pace.step_s * job.steps + pace.rest_s)
-        return work + (0.0 if warm else pace.load_s)
+        return round(work + (0.0 if warm else pace.load_s), 1)
 
 
 def extent(job: Job) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from engine.job import Job, Lora, OutputFile
 
 
 class Status(StrEnum):
-    """`queued → processing → completed | failed | cancelled`, by way of `cancelling`; never back, but for a restart."""
+    """`queued → processing → completed | failed | cancelled`, by way of `cancelling`; back to `queued` only where the
+    daemon ends, or the engine can't work."""
 
     QUEUED = "queued"
     PROCESSING = "processing"
@@ -31,7 +32,10 @@ ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """Times are seconds since the epoch. `attempts` counts the starts, those that a shutdown put back left out."""
+    """One version of a task: see TaskStore. Times are seconds since the epoch.
+
+    `attempts` counts the starts, but for those of attempts that were put back.
+    """
 
     id: int
     job: Job
@@ -45,9 +49,10 @@ class Task:
     files: tuple[OutputFile, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
-    plan: str = ""  # where the weights lay
-    progress: float = 0.0  # percent, the most that was ever reached; 100 is told of completed tasks alone
+    plan: str = ""  # where the weights were
+    progress: float = 0.0  # percent, the most that was ever reached; only a completed task is at 100
     steps_done: int = 0  # denoising steps, over all runs
+    phase: str = ""  # loading, encoding … while it runs
 
     def record(self) -> dict[str, Any]:
         """This task as JSON values, for the journal."""
@@ -70,3 +75,23 @@ class Task:
             "files": tuple(OutputFile(**file) for file in record["files"]),
         }
         return cls(**plain)
+
+
+def ended(task: Task, status: Status, code: str = "", sentence: str = "", **changes: Any) -> Task:
+    """The version of `task` that has ended now, `error` set if there is a sentence."""
+    error = {"code": code, "message": sentence} if sentence else None
+    return replace(task, status=status, finished_at=time.time(), phase="", error=error, **changes)
+
+
+def put_back(task: Task, attempts: int | None = None) -> Task:
+    """The version of `task` that waits again, as if it had never started; with `attempts`, after so many starts."""
+    return replace(
+        task,
+        status=Status.QUEUED,
+        started_at=None,
+        attempts=task.attempts - 1 if attempts is None else attempts,
+        files=(),
+        progress=0.0,
+        steps_done=0,
+        phase="",
+    )

@@ -6,16 +6,26 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.catalog.models import Model
-from engine.job import Job, Result
+from engine.job import Job, Phase, Result
 from engine.planning.machine import Machine
-from engine.workers.local import Progress
 
 ENGINE_FAULT_S = 60.0  # how long an engine that could not even start gets no work that another could do
 ENGINE_FAULTS = frozenset({"no_device", "engine_unavailable"})
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far the running job is: in `phase`, at `step` of `steps` denoising steps of pass `run` of `runs`."""
+
+    phase: Phase
+    run: int
+    runs: int
+    step: int
+    steps: int
+
+
 class Runner(Protocol):
-    """What the queue needs of an Engine."""
+    """What the queue needs of an engine: the seam for more devices and machines."""
 
     async def run(self, task_id: int, job: Job, model: Model, patience_s: float, free: Callable[[], object]) -> Result:
         """Run one job; `free` is called as soon as the next may be run. Raises EngineError or Cancelled."""
@@ -41,11 +51,11 @@ class Runner(Protocol):
 
     @property
     def plan(self) -> str:
-        """Where the weights of its model lie, in a line; empty while nothing is warm."""
+        """Where the weights of its model are, in a line; empty while nothing is warm."""
 
     @property
     def machine(self) -> Machine | None:
-        """What its process has measured; None until then."""
+        """What it has measured of its device; None until then."""
 
 
 @dataclass(eq=False)

@@ -1,17 +1,18 @@
-"""The engine: one generation process behind `run_in_executor`, and the board it shares with the daemon."""
+"""The engine: one generation process behind `run_in_executor`, its board and its reports."""
 
 import asyncio
 import logging
 import math
-import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,62 +20,87 @@ from engine.catalog.models import Model
 from engine.gpu import worker
 from engine.job import NO_TASK, Board, Cancelled, EngineConfig, EngineError, Job, OutputFile, Phase, Result, fingerprint
 from engine.planning.machine import Machine
+from engine.workers.lanes import Progress
+from engine.workers.reports import Reports
 
 log = logging.getLogger("wangpd.engine")
 T = TypeVar("T")
 LOADING_PATIENCE = 6  # times the patience of other phases
-WATCH_S = 1.0  # how often the board is looked at for progress
-SAVED_S = 0.02  # and, at the longest, for files that are whole
-SAVED_SHARE = 0.1  # of the time that they were waited for: more must not be lost by not looking
-SPAWN = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
+WATCH_S = 1.0  # how often the board is looked at for signs of life
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far the running job is: in `phase`, at `step` of `steps` denoising steps of pass `run` of `runs`."""
+class _Spawn(SpawnContext):
+    """Starts the process of one executor (a forked CUDA context is unusable), and keeps hold of it."""
 
-    phase: Phase
-    run: int
-    runs: int
-    step: int
-    steps: int
+    child: BaseProcess | None = None
+
+    def Process(self, *arguments: Any, **options: Any) -> BaseProcess:  # type: ignore[override]
+        """The new process, which the executor starts."""
+        self.child = SpawnContext.Process(*arguments, **options)
+        return self.child
+
+
+class _Worker:
+    """A generation process with all that is its own: executor, board and reports, never shared with another one."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._context = _Spawn()
+        self.board = self._context.RawValue(Board)
+        ours, self._theirs = self._context.Pipe(duplex=False)
+        self.reports = Reports(ours)
+        self._executor = ProcessPoolExecutor(
+            max_workers=1,
+            mp_context=self._context,
+            initializer=worker.start,
+            initargs=(self.board, self._theirs, config),
+        )
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
+        """Run `function` in the process, which is started by the first call. Raises BrokenProcessPool if it died."""
+        called = asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+        self._theirs.close()  # the process has it now, and so the pipe ends with the process
+        return called
+
+    def kill(self) -> None:
+        """End the process and whatever it started: it leads a group of its own, soon after it was started."""
+        if self._context.child and (pid := self._context.child.pid):
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                self._context.child.kill()
+
+    def discard(self, wait: bool = False) -> None:
+        """End the process for good. With `wait`, it is gone afterwards."""
+        self.reports.close()
+        self.kill()
+        self._executor.shutdown(wait=wait, cancel_futures=True)
 
 
 @dataclass
 class _Saving:
-    """A job that is made, and whose files are being written by the process of `board`."""
+    """A job that is made, and whose files `worker` is writing."""
 
-    board: Board
+    worker: _Worker
     result: Result
     progress: Progress
     cancelled: bool
 
-    @property
-    def settled(self) -> bool:
-        """The files are written, or given up."""
-        return self.board.saved >= self.result.pending
-
-    def require_well(self) -> None:
-        """Raises EngineError if they could not be written."""
-        if self.board.unsaved == self.result.pending:
-            raise EngineError(self.board.fault.decode(errors="replace"), "save_failed")
-
 
 class Engine:
-    """Runs one job at a time in a process of its own, which a fault, a cancel or `unload` may end at any moment.
-
-    Executor and board are always replaced together: a board must never be written by two workers.
-    """
+    """Runs one job at a time in a process of its own, which a fault, a cancel or `unload` may end at any moment."""
 
     def __init__(self, config: EngineConfig, cancel_grace_s: float = 10.0) -> None:
         self._config = config
         self._grace_s = cancel_grace_s
-        self._executor: ProcessPoolExecutor | None = None
-        self._board = Board()
+        self._worker: _Worker | None = None
         self._task: int | None = None
         self._saving: dict[int, _Saving] = {}
         self._killing: asyncio.TimerHandle | None = None
         self._hung_s: float | None = None  # how long the process that was ended had made no progress
+
+    @property
+    def _board(self) -> Board:
+        return self._worker.board if self._worker else Board()
 
     async def run(
         self,
@@ -91,11 +117,11 @@ class Engine:
         writing: the next run gets a fresh one.
         """
         result = await self._call(task_id, patience_s, worker.generate, task_id, job, model)
-        if not result.pending:
+        if not result.pending or self._worker is None:
             return result
         runs = max(1, self._board.runs)
         progress = Progress(Phase.SAVING, runs - 1, runs, job.steps, job.steps)
-        saving = _Saving(self._board, result, progress, cancelled=self._board.cancel == task_id)
+        saving = _Saving(self._worker, result, progress, cancelled=self._board.cancel == task_id)
         self._saving[task_id] = saving
         try:
             free()
@@ -106,24 +132,23 @@ class Engine:
     async def _saved(self, saving: _Saving, patience_s: float) -> Result:
         """The result once its files are whole. Who cancels meanwhile wants the last one no more."""
         since = time.monotonic()
-        while not saving.settled and self._lives(saving.board):
-            await asyncio.sleep(saved_pause_s(time.monotonic() - since))
-            if (waited_s := time.monotonic() - since) > patience_s:
-                self._kill()
-                raise _hung(waited_s, "while saving")
+        try:
+            async with asyncio.timeout(patience_s):
+                fault = await saving.worker.reports.settled(saving.result.pending)
+        except TimeoutError:
+            saving.worker.kill()
+            raise _hung(time.monotonic() - since, "while saving") from None
         if saving.cancelled:
             for file in saving.result.files[-1:]:
                 (self._config.save_path / file.filename).unlink(missing_ok=True)
             raise Cancelled("while its files were written")
-        if not saving.settled:
+        if fault is None:
             raise _died("while saving")
-        saving.require_well()
+        if fault:
+            raise EngineError(fault, "save_failed")
         timings = {**saving.result.timings, "saving": time.monotonic() - since}
         files = await asyncio.to_thread(self._whole, saving.result.files)
         return replace(saving.result, files=files, timings=timings, pending=0)
-
-    def _lives(self, board: Board) -> bool:
-        return any(child.pid == board.pid for child in multiprocessing.active_children())
 
     def _whole(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
         """The files with their sizes; 0 for one that somebody has deleted already."""
@@ -134,29 +159,31 @@ class Engine:
         await self._call(NO_TASK, math.inf, worker.warm, model)
 
     async def _call(self, task_id: int, patience_s: float, function: Callable[..., T], *arguments: Any) -> T:
-        fresh, executor = self._executor is None, self._started()
-        self._task, self._board.cancel, self._hung_s = task_id, 0, None
-        watching = asyncio.create_task(self._watch(patience_s))
+        fresh = self._worker is None
+        used = self._worker = self._worker or _Worker(self._config)
+        self._task, used.board.cancel, self._hung_s = task_id, 0, None
+        watching = asyncio.create_task(self._watch(used, patience_s))
         try:
-            return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
+            return await used.call(function, *arguments)
         except BrokenProcessPool:
-            began = self._board.task == task_id or self._hung_s is not None
-            death = self._death(task_id)
+            began = used.board.task == task_id or self._hung_s is not None
+            death = self._death(used.board, task_id)
             if began or fresh or isinstance(death, Cancelled):
                 raise death from None
         finally:
             self._task = None
             watching.cancel()
             self._stop_timer()
+            used.reports.read()  # what it has reported during the call is known after it
         log.warning("the generation process had died while it was idle; another one is started")
         return await self._call(task_id, patience_s, function, *arguments)
 
-    async def _watch(self, patience_s: float) -> None:
+    async def _watch(self, watched: _Worker, patience_s: float) -> None:
         """End the process if its board stays as it is for `patience_s` seconds."""
-        seen, since = bytes(self._board), time.monotonic()
+        seen, since = bytes(watched.board), time.monotonic()
         while True:
             await asyncio.sleep(min(WATCH_S, patience_s / 4))
-            board, now = bytes(self._board), time.monotonic()
+            board, now = bytes(watched.board), time.monotonic()
             if board != seen:
                 seen, since = board, now
             elif now - since > self._patience_s(patience_s):
@@ -186,39 +213,23 @@ class Engine:
 
     @property
     def plan(self) -> str:
-        """Where the weights of the loaded model lie, in a line; empty without one."""
-        return self._board.plan.decode(errors="replace") if self._board.loaded else ""
+        """Where the weights of the loaded model are, in a line; empty without one."""
+        return self._worker.reports.plan if self._worker and self._board.loaded else ""
 
     @property
     def machine(self) -> Machine | None:
         """What the process has measured of its device; None until then."""
-        board = self._board
-        if not board.flops_per_s:
-            return None
-        free = int(board.free_vram_bytes), int(board.free_ram_bytes)
-        return Machine(*free, board.link_bytes_per_s, board.flops_per_s, cards=1 + len(self._config.team))
+        return self._worker.reports.machine if self._worker else None
 
-    def _started(self) -> ProcessPoolExecutor:
-        if self._executor is None:
-            shared = SPAWN.RawValue(Board)
-            self._board = shared
-            self._executor = ProcessPoolExecutor(
-                max_workers=1, mp_context=SPAWN, initializer=worker.start, initargs=(shared, self._config)
-            )
-        return self._executor
-
-    def _death(self, task_id: int) -> Exception:
+    def _death(self, board: Board, task_id: int) -> Exception:
         """What the end of the process means for its task; the next run starts another."""
-        board, cancelled = self._board, self._board.cancel == task_id
         self._discard()
-        if cancelled:
+        if board.cancel == task_id:
             return Cancelled("the generation process was ended")
         where = f"while {Phase(board.phase).name.lower()}" if board.task == task_id else "before it began"
         if board.phase == Phase.DENOISING:
             where += f", at step {board.step} of {board.total}"
-        if self._hung_s:
-            return _hung(self._hung_s, where)
-        return _died(where)
+        return _hung(self._hung_s, where) if self._hung_s else _died(where)
 
     def progress(self, task_id: int) -> Progress | None:
         """How far `task_id` is, or None if it is not the one that runs."""
@@ -237,7 +248,7 @@ class Engine:
         if (saving := self._saving.get(task_id)) and not saving.cancelled:
             saving.cancelled = True
             asyncio.get_running_loop().call_later(self._grace_s, self._kill_idle, task_id)
-        if self._task == task_id and self._board.cancel != task_id:  # asked twice, the grace does not begin anew
+        if self._task == task_id and self._board.cancel != task_id:  # asked twice, the grace does not begin again
             self._board.cancel = task_id
             self._stop_timer()
             self._killing = asyncio.get_running_loop().call_later(self._grace_s, self._kill)
@@ -252,25 +263,18 @@ class Engine:
             self._killing = None
 
     def _kill(self) -> None:
-        pid = self._board.pid
-        if pid:
-            log.warning("the generation process (pid %d) did not stop in time and is ended", pid)
-            end_group(pid)
-        elif self._executor is not None:  # it is still being spawned and has not said its pid
-            self._killing = asyncio.get_running_loop().call_later(0.1, self._kill)
+        if self._worker:
+            log.warning("the generation process of %s did not stop in time and is ended", self.device)
+            self._worker.kill()
 
     def _discard(self, wait: bool = False) -> None:
-        """End the process and whatever it started; the next run starts another. With `wait`, it is gone afterwards."""
-        executor, self._executor = self._executor, None
-        pid, self._board = self._board.pid, Board()
-        if pid:
-            end_group(pid)
-        if executor is not None:
-            executor.shutdown(wait=wait, cancel_futures=True)
+        discarded, self._worker = self._worker, None
+        if discarded:
+            discarded.discard(wait)
 
     def unload(self) -> bool:
         """End the idle process, and with it give back all memory. False if there is none, or if it works."""
-        if self._task is not None or self._saving or self._executor is None:
+        if self._task is not None or self._saving or self._worker is None:
             return False
         self._discard()
         return True
@@ -278,8 +282,6 @@ class Engine:
     def close(self) -> None:
         """End the process, whatever it does, and wait until it is gone: for the daemon's own end. Blocks briefly."""
         self._stop_timer()
-        for child in multiprocessing.active_children():  # also one that is being spawned, and has not said its pid
-            child.kill()
         self._discard(wait=True)  # else the pool's thread would find its pipes closed by the interpreter's end
 
 
@@ -299,19 +301,7 @@ def _died(where: str) -> EngineError:
     )
 
 
-def saved_pause_s(waited_s: float) -> float:
-    """Seconds until files are looked for again that were waited for this long: most are whole in some milliseconds."""
-    return min(SAVED_S, max(0.001, SAVED_SHARE * waited_s))
-
-
 def _size_bytes(path: Path) -> int:
-    try:
+    with suppress(FileNotFoundError):
         return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def end_group(pid: int) -> None:
-    """Kill a worker and its ffmpeg: the worker leads a process group of its own."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+    return 0

@@ -1,4 +1,4 @@
-"""The meter of one job: it writes the board, adds up the time of each phase, and notices a cancel."""
+"""The meter of one job: writes the board, adds up the time of each phase, and notices a cancel."""
 
 import time
 from collections import defaultdict
@@ -7,7 +7,7 @@ from engine.job import Board, Cancelled, Phase
 
 
 class Meter:
-    """Reports where a job is, as it happens."""
+    """Reports the progress of one job."""
 
     def __init__(self, board: Board, task_id: int) -> None:
         self._board, self._task_id = board, task_id
@@ -18,11 +18,11 @@ class Meter:
 
     @property
     def cancelled(self) -> bool:
-        """The daemon asked for the end of this task."""
+        """The daemon has asked to cancel this task."""
         return self._board.cancel == self._task_id
 
     def check(self) -> None:
-        """Raises Cancelled if the daemon asked for it."""
+        """Raises Cancelled if the daemon has asked for it."""
         if self.cancelled:
             raise Cancelled
 
@@ -45,7 +45,7 @@ class Meter:
         self._board.run, self._board.runs, self._board.total = run, runs, steps
 
     def step_done(self, step: int) -> None:
-        """Say that `step` denoising steps of this run are done. Raises Cancelled."""
+        """Report that `step` denoising steps of this run are done. Raises Cancelled."""
         self._board.step = step
         self.check()
 

@@ -1,0 +1,108 @@
+"""Events: what happens to the tasks, each change published once, in order, after the commit that made it true.
+
+A bounded ring keeps the newest; a subscriber is a position in it. So a slow one costs neither time nor memory: it
+learns that it has lost events, takes a fresh look at the tasks, and goes on from there.
+
+A new listener is a coroutine in a file of its own, started by one line beside the other lifetimes:
+
+    async def listen(events: Events) -> None:
+        subscription = events.subscribe()
+        while True:
+            for event in await subscription.read(): ...
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+
+from engine.queue.tasks import Task
+
+KEPT = 1000
+
+
+class EventKind(StrEnum):
+    """What has happened; the last three are about the whole queue."""
+
+    QUEUED = "queued"
+    STARTED = "started"
+    PROGRESS = "progress"
+    MOVED = "moved"
+    REQUEUED = "requeued"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    CLEARED = "cleared"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change. `task` is the task as it was right after it, or None if the change is about the whole queue."""
+
+    id: int
+    kind: EventKind
+    task: Task | None
+    at: float  # seconds since the epoch
+
+
+class EventsLost(Exception):
+    """Some events are no longer kept: a subscriber must look at the tasks themselves."""
+
+
+class Events:
+    """The ring. Used on the event loop only.
+
+    Ids grow by 1. The first is the time of the start in microseconds, so that an id from before a restart is never
+    taken for one of this life.
+    """
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self._ring: deque[Event] = deque(maxlen=kept)
+        self._news = asyncio.Event()
+        self.last_id = time.time_ns() // 1000
+
+    def publish(self, kind: EventKind, task: Task | None = None) -> None:
+        """Append an event and wake the subscribers."""
+        self.last_id += 1
+        self._ring.append(Event(self.last_id, kind, task, time.time()))
+        self._news.set()
+        self._news.clear()  # whoever waits now has been woken; the next wait is for the next event
+
+    def since(self, last_id: int) -> Sequence[Event]:
+        """The events after `last_id`, oldest first. Raises EventsLost if some of them are no longer kept."""
+        count = self.last_id - last_id
+        if not 0 <= count <= len(self._ring):
+            raise EventsLost
+        return list(islice(reversed(self._ring), count))[::-1]
+
+    def subscribe(self, last_id: int | None = None) -> "Subscription":
+        """A subscription to what follows `last_id`, or to what is published from now on."""
+        return Subscription(self, self.last_id if last_id is None else last_id)
+
+    async def wait(self, last_id: int) -> None:
+        """Return once there is an event after `last_id`."""
+        while self.last_id == last_id:
+            await self._news.wait()
+
+
+class Subscription:
+    """Reads the events in order. There is nothing to close."""
+
+    def __init__(self, events: Events, last_id: int) -> None:
+        self._events, self._last_id = events, last_id
+
+    async def read(self) -> Sequence[Event]:
+        """The events since the last call, at least one: waits for it.
+
+        Raises EventsLost if this subscriber was too slow for some of them; the next call goes on with what is published
+        from now on.
+        """
+        await self._events.wait(self._last_id)
+        last_id, self._last_id = self._last_id, self._events.last_id
+        return self._events.since(last_id)

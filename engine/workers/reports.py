@@ -1,0 +1,63 @@
+"""What a worker reports once, and its board can't hold: the daemon's end of the pipe. See `report` in the worker.
+
+A report is a line of JSON. The pipe has one end in each process and no lock, so that a worker may be killed at any
+moment: what it has not sent whole is dropped, and the end of the pipe is the end of the worker.
+"""
+
+import asyncio
+import json
+import os
+from multiprocessing.connection import Connection
+
+from engine.planning.machine import Machine
+
+CHUNK_BYTES = 2**16  # as much as a pipe holds
+
+
+class Reports:
+    """The newest of each kind, read from the pipe as they come. Used on the event loop only."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.plan = ""  # where the weights of its model are, in a line
+        self.machine: Machine | None = None  # what it measured, before it loaded a model
+        self.ended = False  # the worker is gone, and there will be no more
+        self._settled: dict[int, str] = {}  # number of a job whose files are written, or given up → the reason
+        self._pipe, self._rest = pipe, b""
+        self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        os.set_blocking(pipe.fileno(), False)
+        self._loop.add_reader(pipe.fileno(), self.read)
+
+    def read(self) -> None:
+        """Take in whatever has arrived; waits for nothing."""
+        try:
+            while not self.ended:
+                self._take(os.read(self._pipe.fileno(), CHUNK_BYTES))
+        except BlockingIOError:
+            pass
+        self._news.set()
+        self._news.clear()
+
+    def _take(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for report in map(json.loads, lines):
+            self.plan = report.get("plan", self.plan)
+            self.machine = Machine(**report["machine"]) if "machine" in report else self.machine
+            self._settled |= {report["settled"]: report["fault"]} if "settled" in report else {}
+        if not data:
+            self.close()
+
+    async def settled(self, number: int) -> str | None:
+        """Wait for the files of a job: the reason if they could not be written, else ""; None if the worker is gone."""
+        while number not in self._settled and not self.ended:
+            await self._news.wait()
+        return self._settled.pop(number, None)
+
+    def close(self) -> None:
+        """Read no more."""
+        if not self.ended:
+            self.ended = True
+            self._loop.remove_reader(self._pipe.fileno())
+            self._pipe.close()
+            self._news.set()
+            self._news.clear()
