@@ -1,6 +1,7 @@
 """The command line: the daemon's options, and `wangpd models`, which lists the catalogue and fetches weights."""
 
 import argparse
+import asyncio
 import signal
 import sys
 from collections.abc import Sequence
@@ -93,13 +94,9 @@ def _download_model(model: Model, config: Config) -> int:
     if weights.locate(model, config.models_dir):
         print(f"wangpd: model '{model.id}' is installed already")
         return 0
-    download, shown = Download(model.id), ""
+    download = Download(model.id)
     try:
-        for message in messages(model.id, config.models_dir, config.min_free_mb * 2**20):
-            download.note(message)
-            if download.total_bytes is not None and (line := _progress_line(download)) != shown:
-                print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
-                shown = line
+        asyncio.run(_print_progress(download, config))
     except KeyboardInterrupt:
         print("\nwangpd: stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
@@ -108,6 +105,16 @@ def _download_model(model: Model, config: Config) -> int:
         return 1
     print(f"wangpd: model '{model.id}' is installed")
     return 0
+
+
+async def _print_progress(download: Download, config: Config) -> None:
+    """Run a download to its end."""
+    shown = ""
+    async for message in messages(download.model_id, config.models_dir, config.min_free_mb * 2**20):
+        download.note(message)
+        if download.total_bytes is not None and (line := _progress_line(download)) != shown:
+            print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            shown = line
 
 
 def _progress_line(download: Download) -> str:

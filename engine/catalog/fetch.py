@@ -1,7 +1,7 @@
 """Fetches the missing files of a model from the Hugging Face hub; each resumes where it stopped.
 
-The hub's client is too heavy for the daemon: `engine.catalog.download` runs this module in a process of its own and
-reads its JSON lines. The worker imports the client anyway and calls `fetch`.
+The hub's client is too heavy for the daemon, so `engine.catalog.download` runs this module in a process of its own. The
+worker imports the client anyway and calls `fetch`.
 
 `snapshot_download` and `hf_hub_download` do not resume: each call starts a new temporary file at byte 0, and leaves it
 behind when it is killed (huggingface_hub 2.4). The `http_get` beneath them appends to a file.
@@ -67,9 +67,8 @@ class RemoteFile:
     @property
     def bytes_here(self) -> int:
         """How many of its bytes need not be fetched."""
-        if self.is_here:
-            return self.size_bytes
-        return min(self.part.stat().st_size, self.size_bytes) if self.part.is_file() else 0
+        place = self.target if self.is_here else self.part
+        return min(place.stat().st_size, self.size_bytes) if place.is_file() else 0
 
     def fetch(self, grown: Callable[[], None]) -> None:
         """Fetch the rest, verify the content and publish it by rename. Calls `grown` after each chunk."""

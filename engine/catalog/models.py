@@ -1,13 +1,10 @@
-"""The catalogue: the models and what each accepts.
-
-A model is data, not code: `models/*.toml` and a user's own files say how one diffusers class differs from the next.
-"""
+"""The catalogue: the models and what each accepts, as `models/*.toml` and a user's own files say."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from engine.catalog import entries
 from engine.catalog.abilities import INPUTS, TASKS
@@ -51,9 +48,8 @@ FORMS: Mapping[str, frozenset[str]] = {
     "masked_tensors": frozenset({"image_start", "image_end", "video_source", "video_mask"}),
 }
 
-# Forms in which any number of frames can be given, and the default: a latent frame of most VAEs holds four.
-MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})
-MASKED_OVERLAP = 5
+MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})  # in which any number of frames can be given
+MASKED_OVERLAP = 5  # frames, for these forms: a latent frame of most VAEs holds four
 MOST_FADED = 17  # frames over which a window that is given only its first frame may fade in
 
 
@@ -63,15 +59,11 @@ class UnknownModel(Exception):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A diffusers pipeline class and how it is called.
-
-    `call` maps a role to the parameter of `__call__` that carries it; `carries` maps an input to its role where that is
-    not the usual one.
-    """
+    """A diffusers pipeline class and how it is called."""
 
     cls: str
-    call: Mapping[str, str]
-    carries: Mapping[str, str] = field(default_factory=dict)
+    call: Mapping[str, str]  # role → the parameter of `__call__` that carries it
+    carries: Mapping[str, str] = field(default_factory=dict)  # input → its role, where that is not the usual one
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # task → further arguments of the call
     progress: str = "callback_on_step_end"  # or "callback" (the old style), or "none"
     batch: bool = False  # takes several seeds in one call
@@ -106,8 +98,7 @@ class Pipeline:
         return self.carries.get(name, INPUTS[name].role)
 
 
-@dataclass(frozen=True)
-class Continuation:
+class Continuation(NamedTuple):
     """The task that continues a video from its last `overlap` frames; it accepts up to `most`."""
 
     task: str
@@ -131,25 +122,21 @@ class FrameRule:
 
     def told(self, frames: int) -> int:
         """The value of the class's parameter for a valid length."""
-        if not self.told_step:
-            return frames
-        return self.told_offset + (frames - self.offset) // self.step * self.told_step
+        sections = (frames - self.offset) // self.step
+        return self.told_offset + sections * self.told_step if self.told_step else frames
 
     def nearest(self, frames: int) -> int:
         """The valid length nearest to `frames`; the longer one of two that are equally near."""
-        return self._length((2 * (frames - self.offset) + self.step) // (2 * self.step))
+        return self.longest_within(frames + self.step // 2)
 
     def shortest_of(self, frames: int) -> int:
         """The shortest valid length of at least `frames`, or the longest there is."""
-        return self._length(-(-(frames - self.offset) // self.step))
+        return self.longest_within(frames + self.step - 1)
 
     def longest_within(self, frames: int) -> int:
         """The longest valid length of at most `frames`, or the shortest there is."""
-        return self._length((frames - self.offset) // self.step)
-
-    def _length(self, n: int) -> int:
         low, high = -(-(self.min - self.offset) // self.step), (self.max - self.offset) // self.step
-        return self.offset + self.step * max(low, min(high, n))
+        return self.offset + self.step * max(low, min(high, (frames - self.offset) // self.step))
 
 
 STILL = FrameRule(max=1)  # of a model that makes pictures or sound
@@ -222,11 +209,8 @@ class Model:
     def features(self) -> dict[str, bool]:
         """The contract's feature flags: what works with this model."""
         caches = {name for task in self.pipelines for name in self.step_caches(task)}
-        return {
-            "sliding_window": self._cuts_by_itself or any(map(self.continuation, self.pipelines)),
-            "tea_cache": "tea" in caches,
-            "mag_cache": "mag" in caches,
-        }
+        sliding_window = self._cuts_by_itself or any(map(self.continuation, self.pipelines))
+        return {"sliding_window": sliding_window, "tea_cache": "tea" in caches, "mag_cache": "mag" in caches}
 
     @property
     def _cuts_by_itself(self) -> bool:
@@ -259,25 +243,19 @@ class Model:
         pipeline = self.pipelines[task]
         if not (pipeline.cache_context or pipeline.cfg_passes == "single"):
             return ()  # both branches of guidance would share one cache
-        ready = {"mag": bool(self.mag_calibration), "tea": bool(self.tea_calibration) and pipeline.tea_cache}
-        return tuple(
-            name
-            for name, kind in STEP_CACHES.items()
-            if ready.get(name, True) and (kind in self.caches or name == "tea")
-        )
+        ready = {name: kind in self.caches for name, kind in STEP_CACHES.items()}
+        ready["mag"] &= bool(self.mag_calibration)
+        ready["tea"] = bool(self.tea_calibration) and pipeline.tea_cache
+        return tuple(filter(ready.get, ready))
 
     def inputs_of(self, task: str) -> frozenset[str]:
         """The inputs that reach the pipeline of `task`."""
         pipeline = self.pipelines[task]
-        taken = {name for name in TASKS[task].inputs if self._allows(name) and pipeline.carries_input(name)}
-        if pipeline.continues_from and "video_source" in taken:
-            taken.discard("image_start")  # the source video is the start
-        return frozenset(taken)
-
-    def _allows(self, name: str) -> bool:
-        """False for an input that the class accepts and these weights don't support."""
         limits = {"image_end": "end_image", "image_refs": "max_reference_images"}
-        return name not in limits or bool(self.inputs.get(limits[name]))
+        refused = {name for name, limit in limits.items() if not self.inputs.get(limit)}
+        taken = frozenset(filter(pipeline.carries_input, TASKS[task].inputs - refused))
+        # The source video of a class that continues it is the start.
+        return taken - {"image_start"} if pipeline.continues_from and "video_source" in taken else taken
 
     def takes(self, name: str) -> bool:
         """True if a task of this model accepts the input `name` (`image_start` …)."""
@@ -308,8 +286,7 @@ class Model:
     @property
     def fixed_steps(self) -> int | None:
         """The number of steps of a schedule that can't be changed, or None."""
-        schedule = self.extra_call.get("timesteps") or self.extra_call.get("sigmas")
-        return len(schedule) if schedule else None
+        return len(self.extra_call.get("timesteps") or self.extra_call.get("sigmas") or ()) or None
 
 
 class Catalog:
@@ -317,7 +294,7 @@ class Catalog:
 
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._models = models
-        self._aliases = {model.wangp: model.id for model in models.values() if model.wangp}
+        self._by_alias = {model.wangp: model for model in models.values() if model.wangp}
 
     @classmethod
     def load(cls, *folders: Path) -> "Catalog":
@@ -329,10 +306,13 @@ class Catalog:
         known: dict[str, entries.Table] = {}
         models: dict[str, Model] = {}
         for path in (path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))):
-            with entries.naming(path):
+            try:
                 classes, completed = entries.read(path, known)
                 pipelines |= {name: _pipeline(name, table) for name, table in classes.items()}
                 models |= {entry["id"]: _model(entry, pipelines) for entry in completed}
+            except (ValueError, TypeError, KeyError) as error:
+                reason = f"no key {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path.name}: {reason}") from error
         return cls(models)
 
     def __iter__(self) -> Iterator[Model]:
@@ -346,10 +326,9 @@ class Catalog:
 
     def get(self, model_id: str) -> Model:
         """The model with this id, or with this id in WanGP. Raises UnknownModel."""
-        try:
-            return self._models[model_id if model_id in self._models else self._aliases[model_id]]
-        except KeyError:
-            raise UnknownModel(f"Model '{model_id}' not found; GET /api/v1/models lists those there are") from None
+        if model := self._models.get(model_id) or self._by_alias.get(model_id):
+            return model
+        raise UnknownModel(f"Model '{model_id}' not found; GET /api/v1/models lists those there are")
 
     def that_take(self, name: str) -> str:
         """The ids of the models that accept the input `name`, for an error sentence."""
