@@ -31,16 +31,13 @@ from engine.catalog import weights
 from engine.catalog.download import Message
 from engine.catalog.models import Catalog, Model
 from engine.catalog.weights import Source, Weights
+from engine.job import EngineError
 
 Report = Callable[[Message], None]
 
 
-class FetchError(Exception):
-    """Why the weights could not be fetched: a sentence for people, and a code for programs."""
-
-    def __init__(self, sentence: str, code: str) -> None:
-        super().__init__(sentence)
-        self.code = code
+class FetchError(EngineError):
+    """Why the weights could not be fetched."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,6 @@ class RemoteFile:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is complete."""
         return self.target.is_file() and self.target.stat().st_size == self.size_bytes
 
     @property
@@ -87,7 +83,7 @@ class RemoteFile:
 
 
 class _Part(io.BufferedWriter):
-    """A file that is appended to. Calls `grown` after each chunk, once the file has its new size."""
+    """A file that is appended to. Calls `grown` once it has its new size, after each chunk."""
 
     def __init__(self, path: Path, grown: Callable[[], None]) -> None:
         super().__init__(io.FileIO(path, "ab"))
@@ -111,7 +107,12 @@ def fetch(
     """
     with _translated(model.repo):
         models_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(model, models_dir, wait):
+        # Two processes must not write the same file. The kernel releases the lock however the process ends.
+        with (models_dir / f".{model.base or model.id}.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
             files = [file for source in weights.missing(model, models_dir) for file in _remote_files(source)]
             _require_room(files, models_dir, reserve_bytes)
             _fetch_all(files, report)
@@ -120,19 +121,7 @@ def fetch(
     raise FetchError(f"model '{model.id}' is not complete: {weights.remedy(model, models_dir)}", "incomplete")
 
 
-@contextmanager
-def _locked(model: Model, models_dir: Path, wait: bool) -> Iterator[None]:
-    """Lock the model's folder: two processes must not write the same file."""
-    with (models_dir / f".{model.base or model.id}.lock").open("a") as lock:
-        try:  # the kernel releases it however the process ends
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
-        yield
-
-
 def _remote_files(source: Source) -> list[RemoteFile]:
-    """The files that are needed from a repository."""
     with _translated(source.repo):
         info: Any = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
         there = {entry.rfilename: entry for entry in info.siblings}
@@ -197,7 +186,7 @@ def _translated(repo: str) -> Iterator[None]:
 
 
 def main(models_dir: str, model_id: str, reserve_bytes: str) -> int:
-    """Fetch, and write a JSON object a line; the last one of a failure has `error`. Returns the exit code."""
+    """Fetch, and print a Message a line. Returns the exit code."""
     threading.Thread(target=_exit_with_parent, name="watchdog", daemon=True).start()
     folder = Path(models_dir)
     try:

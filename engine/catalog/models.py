@@ -281,7 +281,9 @@ class Model:
     @property
     def files(self) -> Mapping[str, str]:
         """Component → the single file of its weights; "" stands for the denoiser or a whole checkpoint."""
-        return {"": self.single_file} if isinstance(self.single_file, str) else self.single_file
+        if isinstance(self.single_file, str):
+            return {"": self.single_file} if self.single_file else {}
+        return self.single_file
 
     @property
     def fixed_steps(self) -> int | None:
@@ -349,7 +351,7 @@ def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
         raise ValueError(f"{where}: there is no task '{min(unknown)}'; tasks are {', '.join(TASKS)}")
     frames = _made(FrameRule, f"{where}: frames", entry["frames"]) if "frames" in entry else STILL
     model = _made(Model, where, entry, pipelines=chosen, frames=frames)
-    for file in filter(None, model.files.values()):
+    for file in model.files.values():
         if not file.endswith(SINGLE_FILES):  # a pickled checkpoint could run code
             raise ValueError(f"{where}: single_file '{file}' must end in {' or '.join(SINGLE_FILES)}")
     return model

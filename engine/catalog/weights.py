@@ -34,7 +34,7 @@ class Weights:
 
 def locate(model: Model, models_dir: Path) -> Weights | None:
     """Where this model's weights are, or None unless all are installed."""
-    folder, files = _folder(model, models_dir), _single_files(model, models_dir)
+    folder, files = _folder(model, models_dir), {name: models_dir / file for name, file in model.files.items()}
     parts = {name: _part(model, name, models_dir) for name in model.extra_repos}
     loras = [_lora(lora, models_dir / model.id / "loras") for lora in model.recipe_loras]
     if folder is None or None in parts.values() or None in loras or not all(map(Path.is_file, files.values())):
@@ -44,7 +44,7 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def remedy(model: Model, models_dir: Path) -> str:
     """How to get this model's weights to where `locate` finds them, as the end of a sentence."""
-    for path in _single_files(model, models_dir).values():
+    for path in (models_dir / file for file in model.files.values()):
         if not path.is_file():  # it is on no hub: the user has it
             return f"its entry names the file {path}, which is not there; put it there"
     return f"install it with: wangpd models download {model.id}"
@@ -157,7 +157,7 @@ def _own_parts(model: Model, index: str) -> list[str]:
 
 def _bare(model: Model) -> frozenset[str]:
     """The components that need only their configuration: a single file brings their weights."""
-    return DENOISER if model.files.get("") else frozenset(model.files)
+    return DENOISER if "" in model.files else frozenset(model.files)
 
 
 def _part_is_whole(part: Path, name: str, bare: bool = False) -> bool:
@@ -184,11 +184,6 @@ def _lora(lora: Mapping[str, Any], folder: Path) -> Path | None:
     name = Path(lora["file"])
     places = (folder / name, folder / name.name, _snapshot(lora["repo"], "main") / name)
     return next((place for place in places if place.is_file()), None)
-
-
-def _single_files(model: Model, models_dir: Path) -> dict[str, Path]:
-    """Component → the file that its weights come from; "" is the denoiser, or a whole checkpoint."""
-    return {name: models_dir / file for name, file in model.files.items() if file}
 
 
 def _snapshot(repo: str, revision: str) -> Path:

@@ -4,7 +4,7 @@ A cache skips a denoising step while the error that it expects stays under the t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,10 @@ def tea_schedule(
     """
     schedule, distance = [True], 0.0
     for step, change in enumerate(changes, start=1):
-        distance += abs(reduce(lambda value, coefficient: value * change + coefficient, coefficients, 0.0))
+        error = 0.0
+        for coefficient in coefficients:
+            error = error * change + coefficient
+        distance += abs(error)
         compute = step < warm_steps or step == len(changes) or distance >= threshold
         schedule.append(compute)
         distance = 0.0 if compute else distance

@@ -51,7 +51,7 @@ RESIDENT = (
     Placement("resident", "streamed", encoders_pinned=True),
     Placement("resident", "streamed"),
 )
-STREAMED = tuple(Placement("streamed", "streamed", *pinned) for pinned in product((True, False), repeat=2))
+STREAMED = tuple(Placement("streamed", "streamed", *pinned) for pinned in product((True, False), (True, False)))
 PINNED, MAPPED = STREAMED[:2], STREAMED[3:]
 FILLED = tuple(replace(choice, fill=True) for choice in STREAMED)
 SWAPPED = (Placement("swapped", "swapped"),)
@@ -246,14 +246,12 @@ class _Costs:
         resident = self.placement.encoders == "card"
         stays = resident_bytes + parts.vae + (parts.encoders if resident else 0)
         comes = 0 if resident else parts.encoders * STREAMED_SHARE
-        blocks = self._blocks_bytes(one) if self.placement.denoisers == "streamed" else 0
+        blocks = 0.0  # that are on the card only for a moment; layers, if they come from mapped files
+        if self.placement.pinned:
+            blocks = BLOCKS_AHEAD * one / max(FEWEST_BLOCKS, math.pow(parts.parameters, 1 / 3) / 60)
+        elif self.placement.denoisers == "streamed":
+            blocks = one * LAYER_SHARE
         return stays + comes, stays + blocks, stays + blocks / BLOCKS_AHEAD
-
-    def _blocks_bytes(self, denoiser_bytes: float) -> float:
-        """The blocks that are on the card only for a moment; layers, if they come from mapped files."""
-        if not self.placement.pinned:
-            return denoiser_bytes * LAYER_SHARE
-        return BLOCKS_AHEAD * denoiser_bytes / max(FEWEST_BLOCKS, math.pow(self.parts.parameters, 1 / 3) / 60)
 
     @cached_property
     def _denoisers_bytes(self) -> int:

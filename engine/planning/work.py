@@ -89,7 +89,7 @@ class Work:
         """What `job` asks of `model`."""
         size = job.width, job.height, job.window_frames or job.frames
         guidance = job.guidance_scale or 0
-        run = cls._of_run(model, job.task, size, job.steps, guidance=guidance, duration_s=job.duration_s)
+        run = cls._of_run(model, job.task, size, job.steps, guidance=guidance, sound_s=job.duration_s)
         # A long video is made by itself: each of its windows continues the one before.
         batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
         runs = job.repeat_generation * job.batch_size // batch * len(windows(job, model.frames))
@@ -102,19 +102,12 @@ class Work:
         width, height = map(int, settings.get("resolution", "0x0").split("x"))
         size = width, height, settings.get("video_length", 1 if width else 0)
         steps = settings.get("num_inference_steps") or model.fixed_steps or 1
-        guidance, duration_s = settings.get("guidance_scale", 0), settings.get("duration_seconds")
-        return cls._of_run(model, model.tasks[0], size, steps, guidance=guidance, duration_s=duration_s)
+        guidance, sound_s = settings.get("guidance_scale", 0), settings.get("duration_seconds")
+        return cls._of_run(model, model.tasks[0], size, steps, guidance=guidance, sound_s=sound_s)
 
     @classmethod
     def _of_run(
-        cls,
-        model: Model,
-        task: str,
-        size: tuple[int, int, int],
-        steps: int,
-        *,
-        guidance: float,
-        duration_s: float | None,
+        cls, model: Model, task: str, size: tuple[int, int, int], steps: int, *, guidance: float, sound_s: float | None
     ) -> "Work":
         (width, height, frames), pipeline = size, model.pipelines[task]
         section = min(pipeline.section_frames or frames, frames)
@@ -124,7 +117,7 @@ class Work:
             height=height,
             frames=frames,
             steps=pipeline.stages * steps,
-            tokens=tokens(model, width, height, section, duration_s),
+            tokens=tokens(model, width, height, section, sound_s),
             passes=1 + guided,
             joined=pipeline.cfg_passes.startswith("batched"),
             sections=math.ceil(frames / section) if section else 1,
