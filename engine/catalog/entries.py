@@ -41,19 +41,15 @@ def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Ta
 
 def _model(entry: Table, known: Mapping[str, Table], family: Table) -> Table:
     """The entry completed from its base or, without one, from its file's family."""
-    if not (name := entry.get("base")):
-        return _joined(entry, family)
-    if name not in known:
-        raise ValueError(f"model '{entry['id']}': base '{name}' is no model that stands before it")
-    base = known[name]
-    weights = "" if "repo" in entry else base.get("base") or name  # a repository of its own has weights of its own
-    inherited = {key: value for key, value in base.items() if key not in NOT_INHERITED}
-    return {**_joined(entry, inherited), "base": weights}
-
-
-def _joined(entry: Table, inherited: Table) -> Table:
-    tables = {key: {**inherited.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
-    return {**inherited, **entry, **tables}
+    inherited, base = family, {}
+    if name := entry.get("base"):
+        if name not in known:
+            raise ValueError(f"model '{entry['id']}': base '{name}' is no model that stands before it")
+        inherited = {key: value for key, value in known[name].items() if key not in NOT_INHERITED}
+        # A repository of its own has weights of its own.
+        base = {"base": "" if "repo" in entry else inherited.get("base") or name}
+    joined = {key: {**inherited.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
+    return {**inherited, **entry, **joined, **base}
 
 
 def _call(name: str, table: Table) -> dict[str, str]:

@@ -83,13 +83,11 @@ def _lora_layers(path: Path) -> dict[str, tuple[int, int]]:
     header = _header(path)
     layers = {}
     for key, entry in header.items():
-        down = _DOWN.match(key)
-        if down is None or _TEXT.search(key):
-            continue
-        up = key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
-        if up not in header:
-            raise BadLora(f"activated_loras: '{path.name}' is broken: {key} has no counterpart")
-        layers[down["layer"]] = header[up]["shape"][0], math.prod(entry["shape"][1:])
+        if (down := _DOWN.match(key)) and not _TEXT.search(key):
+            up = key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+            if up not in header:
+                raise BadLora(f"activated_loras: '{path.name}' is broken: {key} has no counterpart")
+            layers[down["layer"]] = header[up]["shape"][0], math.prod(entry["shape"][1:])
     if not layers:
         raise BadLora(f"activated_loras: '{path.name}' holds no LoRA layers")
     return layers

@@ -19,7 +19,7 @@ MAX_DURATION_S = 600  # of sound; the same holds
 SINGLE_FILES = (".safetensors", ".gguf")
 SHOWN_MODELS = 10  # the most ids that an error sentence lists
 
-# Step caches under the names of a request: what the catalogue's `caches` calls them.
+# Step cache, by its name in a request → its name in the catalogue's `caches`.
 STEP_CACHES: Mapping[str, str] = {"mag": "mag", "tea": "tea", "fbc": "first_block", "taylorseer": "taylorseer"}
 
 # Settings that only some models have: the pipeline role that carries each, and the value that means "not used".
@@ -108,16 +108,13 @@ class Continuation(NamedTuple):
 
 @dataclass(frozen=True)
 class FrameRule:
-    """Valid lengths are `offset + n * step`, from `min` to `max`.
-
-    With `told_step`, the class counts otherwise: for such a length its parameter is `told_offset + n * told_step`.
-    """
+    """Valid lengths are `offset + n * step`, from `min` to `max`."""
 
     step: int = 1
     offset: int = 0
     min: int = 1
     max: int = 1000
-    told_step: int = 0
+    told_step: int = 0  # if not 0, the class's own parameter for such a length is `told_offset + n * told_step`
     told_offset: int = 0
 
     def told(self, frames: int) -> int:
@@ -222,12 +219,9 @@ class Model:
         return all(pipeline.context_parallel for pipeline in self.pipelines.values())
 
     def continuation(self, task: str) -> Continuation | None:
-        """How this model continues from its own last frames, or None if it can't.
-
-        A class that makes long videos in windows by itself needs no help, and sound can't be joined at a seam.
-        """
+        """How this model continues from its own last frames, or None if it can't or does so by itself."""
         pipeline = self.pipelines[task]
-        if self.kind != "video" or self._cuts_by_itself or pipeline.sample_rate:
+        if self.kind != "video" or self._cuts_by_itself or pipeline.sample_rate:  # sound can't be joined at a seam
             return None
         if pipeline.start_image_as in MASKED_FORMS:
             return Continuation(task, MASKED_OVERLAP, most=self.frames.max)
@@ -281,9 +275,8 @@ class Model:
     @property
     def files(self) -> Mapping[str, str]:
         """Component → the single file of its weights; "" stands for the denoiser or a whole checkpoint."""
-        if isinstance(self.single_file, str):
-            return {"": self.single_file} if self.single_file else {}
-        return self.single_file
+        files = {"": self.single_file} if isinstance(self.single_file, str) else self.single_file
+        return {name: file for name, file in files.items() if file}
 
     @property
     def fixed_steps(self) -> int | None:
@@ -300,7 +293,7 @@ class Catalog:
 
     @classmethod
     def load(cls, *folders: Path) -> "Catalog":
-        """The models of the package's `*.toml` files and then of those in `folders`; of two with one id, the later.
+        """The models of the package's and the folders' `*.toml` files; of two with one id, the later.
 
         Raises ValueError with the file and what is wrong in it.
         """
@@ -310,7 +303,8 @@ class Catalog:
         for path in (path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))):
             try:
                 classes, completed = entries.read(path, known)
-                pipelines |= {name: _pipeline(name, table) for name, table in classes.items()}
+                for name, table in classes.items():
+                    pipelines[name] = _made(Pipeline, f"pipeline '{name}'", table, cls=name)
                 models |= {entry["id"]: _model(entry, pipelines) for entry in completed}
             except (ValueError, TypeError, KeyError) as error:
                 reason = f"no key {error}" if isinstance(error, KeyError) else error
@@ -319,9 +313,6 @@ class Catalog:
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
-
-    def __len__(self) -> int:
-        return len(self._models)
 
     def __contains__(self, model_id: object) -> bool:
         return model_id in self._models
@@ -337,11 +328,6 @@ class Catalog:
         takers = [model.id for model in self if model.takes(name)]
         more = f" and {len(takers) - SHOWN_MODELS} more" if len(takers) > SHOWN_MODELS else ""
         return (", ".join(takers[:SHOWN_MODELS]) or "none") + more
-
-
-def _pipeline(name: str, table: entries.Table) -> Pipeline:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    return _made(Pipeline, f"pipeline '{name}'", values, cls=name)
 
 
 def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
@@ -362,7 +348,8 @@ def _made(kind: type[Made], where: str, table: entries.Table, **further: Any) ->
     known = {entry.name for entry in fields(kind)} - {"cls"}
     if unknown := table.keys() - known:
         raise ValueError(f"{where}: there is no key '{min(unknown)}'")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     try:
-        return kind(**{**table, **further})
+        return kind(**{**values, **further})
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -25,17 +25,15 @@ class Placement:
     """Where the parts of a model are while it works.
 
     `denoisers` are resident, streamed (block by block during each step), swapped (each part is on the card only while
-    it works) or sequential (layer by layer, and the VAE too). `encoders` are on the card, streamed (layer by layer
-    while they work) or swapped. What streams comes from pinned RAM or from the mapped files. `fill` keeps as many
-    blocks on the card as fit.
+    it works) or sequential (layer by layer, and the VAE too).
     """
 
     denoisers: str
-    encoders: str
-    pinned: bool = False
+    encoders: str  # card, streamed (layer by layer while they work) or swapped
+    pinned: bool = False  # the denoisers stream from pinned RAM, not from the mapped files
     encoders_pinned: bool = False
-    fill: bool = False
-    tile_side: int = 0
+    fill: bool = False  # as many blocks as fit stay on the card
+    tile_side: int = 0  # of the VAE, in pixels; 0: whole frames
     quantization: str = "none"
 
     @property
@@ -68,7 +66,7 @@ PROFILES: Mapping[float, tuple[Placement, ...]] = {
     5: SEQUENTIAL,
 }
 
-# ---- how much memory the parts of a model need
+# ---- memory
 
 # transformer_quantization → bytes of a weight against bf16, with the scales and the layers left alone.
 QUANTIZED = {"none": 1.0, "int8": 0.52, "fp8": 0.52, "nf4": 0.3, "gguf": 0.55}
@@ -90,7 +88,7 @@ LAYER_SHARE = 0.04  # of a denoiser: its largest layer, and the next one
 BLOCKS_AHEAD = 3  # on the card at once: at work, coming, and not yet given back
 FEWEST_BLOCKS = 12  # a denoiser's blocks are cube root of parameters / 60, at least these
 
-# ---- how long the work takes
+# ---- time
 
 EFFICIENCY = 0.55  # of a card's measured matrix product; diffusers reaches 0.43 of an H100's, 0.65 of a 4090's
 TEAM_EFFICIENCY = 0.9  # of devices that compute a forward together; the rest is communication

@@ -64,6 +64,5 @@ def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[st
 
 def usual(model: Model) -> dict[str, int] | None:
     """Size and overlap of a window by default; None if the model makes every video at once."""
-    values = dict.fromkeys(SETTINGS) | {name: model.defaults[name] for name in SETTINGS if name in model.defaults}
-    size, overlap = chosen(model, model.tasks[0], values, [])
+    size, overlap = chosen(model, model.tasks[0], {name: model.defaults.get(name) for name in SETTINGS}, [])
     return {"size": size, "overlap": overlap} if size else None

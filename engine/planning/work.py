@@ -13,7 +13,6 @@ from engine.catalog.models import Model
 from engine.job import Job
 from engine.planning.windows import windows
 
-NUMBER_BYTES = {"float32": 2.0}  # dtype → size against bf16
 ATTENTION_WIDTH = 28  # layers x width is the parameters to the power 2/3, divided by this: within 15% for ten families
 
 
@@ -21,8 +20,8 @@ ATTENTION_WIDTH = 28  # layers x width is the parameters to the power 2/3, divid
 class Shape:
     """How the sizes of a family count. The bytes are those of numbers of 2 bytes."""
 
-    pixel_step: int = 0  # of a token, which is square; 0: the model's size step, between 16 and 32
-    frame_step: int = 0  # of a token; 0: the model's length step
+    pixel_step: int  # of a token, which is square; by default the model's size step, between 16 and 32
+    frame_step: int  # of a token; by default the model's length step
     frame_bytes: int = 0  # that the VAE needs for a pixel of one frame, however many frames there are
     voxel_bytes: int = 0  # that the VAE needs for a pixel of each frame
     work: float = 1.0  # the share of the weights that a token passes through
@@ -31,9 +30,8 @@ class Shape:
     @classmethod
     def of(cls, model: Model) -> "Shape":
         """The shape of the model's family, or that of its kind."""
-        shape = cls(**SHAPES.get(model.family, SHAPES[model.kind]))
-        pixel_step = shape.pixel_step or min(32, max(16, model.spatial_multiple))
-        return replace(shape, pixel_step=pixel_step, frame_step=shape.frame_step or model.frames.step)
+        rule = {"pixel_step": min(32, max(16, model.spatial_multiple)), "frame_step": model.frames.step}
+        return cls(**{**rule, **SHAPES.get(model.family, SHAPES[model.kind])})
 
 
 SHAPES: Mapping[str, Mapping[str, Any]] = rtoml.load(Path(__file__).with_name("shapes.toml"))  # by family, or kind
@@ -57,7 +55,7 @@ class Parts:
     @classmethod
     def of(cls, model: Model) -> "Parts":
         """By the catalogue."""
-        wide = {name: NUMBER_BYTES.get(model.dtypes.get(name, ""), 1.0) for name in ("transformer", "vae")}
+        wide = {name: 2.0 if model.dtypes.get(name) == "float32" else 1.0 for name in ("transformer", "vae")}
         return cls(
             denoisers=round(model.transformer_bf16_bytes * wide["transformer"]),
             encoders=model.encoders_bf16_bytes,
