@@ -19,7 +19,7 @@ MAX_DURATION_S = 600  # of sound; the same holds
 SINGLE_FILES = (".safetensors", ".gguf")
 SHOWN_MODELS = 10  # the most ids that an error sentence lists
 
-# Step cache, by its name in a request → its name in the catalogue's `caches`.
+# Step caches under the names of a request: what the catalogue's `caches` calls them.
 STEP_CACHES: Mapping[str, str] = {"mag": "mag", "tea": "tea", "fbc": "first_block", "taylorseer": "taylorseer"}
 
 # Settings that only some models have: the pipeline role that carries each, and the value that means "not used".
