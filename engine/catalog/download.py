@@ -83,10 +83,9 @@ class Downloads:
 
     async def cancel(self, model_id: str) -> Download:
         """End a download and return it; what is here stays, for the next one to resume from. Raises NoDownload."""
-        task = self._tasks.get(model_id)
-        if task is None or task.done():
+        task, download = self._tasks.get(model_id), self._known.get(model_id)
+        if task is None or download is None or task.done():
             raise NoDownload(f"Model '{model_id}' is not being downloaded")
-        download = self._known[model_id]
         task.cancel()
         await asyncio.wait([task])
         if task.cancelled():

@@ -1,7 +1,4 @@
-"""LoRA files on the daemon's side: where they are, whether they fit a model, and their strengths over the steps.
-
-Only the headers of the files are read, the names and shapes of the layers: some hundred kilobytes of gigabytes.
-"""
+"""LoRA files on the daemon's side: where they are, whether their headers fit a model, strengths over the steps."""
 
 import json
 import math

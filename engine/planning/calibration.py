@@ -48,10 +48,7 @@ def tea_schedule(
     """
     schedule, distance = [True], 0.0
     for step, change in enumerate(changes, start=1):
-        error = 0.0
-        for coefficient in coefficients:
-            error = error * change + coefficient
-        distance += abs(error)
+        distance += abs(sum(factor * change**power for power, factor in enumerate(reversed(coefficients))))
         compute = step < warm_steps or step == len(changes) or distance >= threshold
         schedule.append(compute)
         distance = 0.0 if compute else distance
