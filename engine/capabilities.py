@@ -20,14 +20,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Package:
-    """`package` is the name that is imported, or "" where nothing is needed; `install` is pip's name for it."""
+    """What must be installed for a value of a setting."""
 
-    package: str = ""
-    install: str = ""
+    package: str = ""  # as it is imported; "": nothing is needed
+    install: str = ""  # as pip names it
 
     @property
     def installed(self) -> bool:
-        """True if the package is there; whether the GPU can run it is known only once it is tried."""
+        """Whether the package is there; whether the GPU can run it is known only once it is tried."""
         return not self.package or find_spec(self.package) is not None
 
     def fault(self, setting: str, value: str) -> str:
@@ -39,9 +39,9 @@ class Package:
 
 @dataclass(frozen=True)
 class Kernel(Package):
-    """`backend` is diffusers' name for it."""
+    """An attention kernel."""
 
-    backend: str = ""
+    backend: str = ""  # diffusers' name for it
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -53,6 +53,8 @@ KERNELS: Mapping[str, Kernel] = {
     "sage2": Kernel("sageattention", "sageattention>=2", "_sage_qk_int8_pv_fp8_cuda"),
     "xformers": Kernel("xformers", "xformers", "xformers"),
 }
+# Those for which diffusers can split the tokens among several devices.
+SHAREABLE_KERNELS = (AUTO, "sdpa", "cudnn", "flash", "sage")
 
 
 def attention_fault(mode: str) -> str:
@@ -60,22 +62,17 @@ def attention_fault(mode: str) -> str:
     return "" if mode == AUTO else KERNELS[mode].fault("attention_mode", mode)
 
 
-# ---- quantised weights
-
 QUANTIZATION = "transformer_quantization"
 NONE, GGUF = "none", "gguf"
 
 
 @dataclass(frozen=True)
 class Kind(Package):
-    """`devices` are the torch device types that it works on, and `instead` is the kind to use on others.
+    """A kind of weights."""
 
-    `capability` is the least compute capability of a CUDA GPU that it works on.
-    """
-
-    devices: tuple[str, ...] = ("cuda", "mps", "cpu")
-    capability: tuple[int, int] = (0, 0)
-    instead: str = NONE
+    devices: tuple[str, ...] = ("cuda", "mps", "cpu")  # the torch device types that it works on
+    capability: tuple[int, int] = (0, 0)  # the least compute capability of a CUDA GPU
+    instead: str = NONE  # the kind to use where it does not work
 
 
 KINDS: Mapping[str, Kind] = {
@@ -94,16 +91,17 @@ def quantization_fault(kind: str, device: str = "auto", capability: tuple[int, i
 
     `device` is a value of the key of that name or a torch device, `capability` its compute capability where known.
     """
-    needs, place = KINDS[kind], device.partition(":")[0]
+    needs = KINDS[kind]
     if fault := needs.fault(QUANTIZATION, kind):
         return fault
-    if place != "auto" and place not in needs.devices:
-        return f"{QUANTIZATION}: '{kind}' does not work on device '{device}'; set it to \"{needs.instead}\""
-    if capability is not None and capability < needs.capability:
+    if device.partition(":")[0] not in ("auto", *needs.devices):
+        rule = f"does not work on device '{device}'"
+    elif capability is not None and capability < needs.capability:
         wanted, has = (".".join(map(str, pair)) for pair in (needs.capability, capability))
-        rule = f"'{kind}' needs compute capability {wanted}, this card has {has}"
-        return f'{QUANTIZATION}: {rule}; set it to "{needs.instead}"'
-    return ""
+        rule = f"needs compute capability {wanted}, this card has {has}"
+    else:
+        return ""
+    return f"{QUANTIZATION}: '{kind}' {rule}; set it to \"{needs.instead}\""
 
 
 def is_gguf(model: Model) -> bool:
@@ -133,9 +131,6 @@ def hide_unused_packages(kind: str) -> None:
     modules.update(dict.fromkeys(unused - modules.keys()))
 
 
-# ---- compiled blocks
-
-
 def compile_fault(device: str) -> str:
     """Why blocks can't be compiled for `device` on this machine, and what to do; "" if they can."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
@@ -160,12 +155,6 @@ def compile_environment(state_path: Path) -> Mapping[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
 
 
-# ---- several devices for one task
-
-# Of KERNELS, those for which diffusers can split the tokens.
-SHAREABLE_KERNELS = (AUTO, "sdpa", "cudnn", "flash", "sage")
-
-
 def heads_split(heads: int, count: int) -> bool:
     """True if so many attention heads can be divided among `count` devices: the last one must have some, too."""
     each = -(-heads // count)
@@ -181,7 +170,7 @@ def team_fault(devices: Sequence[str], attention_mode: str) -> str:
         return f"context_parallel: devices must be of one kind, and are {' and '.join(kinds)}"
     if kinds == ["cuda"] and len(set(devices)) < len(devices):
         return "context_parallel: devices must name each card once"
-    if attention_mode not in SHAREABLE_KERNELS:
-        choice = ", ".join(SHAREABLE_KERNELS)
-        return f"context_parallel: attention_mode '{attention_mode}' does not work with it; choose {choice}"
-    return ""
+    if attention_mode in SHAREABLE_KERNELS:
+        return ""
+    choice = ", ".join(SHAREABLE_KERNELS)
+    return f"context_parallel: attention_mode '{attention_mode}' does not work with it; choose {choice}"

@@ -1,6 +1,7 @@
 """The command line: the daemon's options, and `wangpd models`, which lists the catalogue and fetches weights."""
 
 import argparse
+import asyncio
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _daemon_parser() -> CommandLine:
-    """The options of the daemon itself."""
     parser = CommandLine("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
     parser.add_argument("--config", type=Path, help=CONFIG_HELP)
     parser.add_argument("--host", help="address to listen on")
@@ -50,7 +50,6 @@ def _daemon_parser() -> CommandLine:
 
 
 def _models_parser() -> CommandLine:
-    """The options of `wangpd models`."""
     parser = CommandLine("wangpd models", description="The models, or with download, the weights of one.")
     parser.add_argument("--config", type=Path, help=CONFIG_HELP)
     parser.add_argument("--family", help="only models of this family")
@@ -93,13 +92,9 @@ def _download_model(model: Model, config: Config) -> int:
     if weights.locate(model, config.models_dir):
         print(f"wangpd: model '{model.id}' is installed already")
         return 0
-    download, shown = Download(model.id), ""
+    download = Download(model.id)
     try:
-        for message in messages(model.id, config.models_dir, config.min_free_mb * 2**20):
-            download.note(message)
-            if download.total_bytes is not None and (line := _progress_line(download)) != shown:
-                print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
-                shown = line
+        asyncio.run(_print_progress(download, config))
     except KeyboardInterrupt:
         print("\nwangpd: stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
@@ -110,7 +105,13 @@ def _download_model(model: Model, config: Config) -> int:
     return 0
 
 
-def _progress_line(download: Download) -> str:
-    """The progress of a download, always in the same number of characters."""
-    done, total = download.done_bytes / 1e9, (download.total_bytes or 0) / 1e9
-    return f"{download.percent:5.1f} %  {done:8.3f} of {total:.3f} GB  {download.file[-60:]:60}"
+async def _print_progress(download: Download, config: Config) -> None:
+    shown = ""
+    async for message in messages(download.model_id, config.models_dir, config.min_free_mb * 2**20):
+        download.note(message)
+        done_gb, total_gb = download.done_bytes / 1e9, (download.total_bytes or 0) / 1e9
+        # Always as long as the one before, which it covers on a terminal.
+        line = f"{download.percent:5.1f} %  {done_gb:8.3f} of {total_gb:.3f} GB  {download.file[-60:]:60}"
+        if download.total_bytes is not None and line != shown:
+            print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            shown = line

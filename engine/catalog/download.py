@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -66,28 +66,29 @@ class Downloads:
 
     def __init__(self, models_dir: Path, reserve_bytes: int) -> None:
         self._models_dir, self._reserve_bytes = models_dir, reserve_bytes
-        self._known: dict[str, tuple[Download, asyncio.Task[None]]] = {}
+        self._known: dict[str, Download] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
 
     def get(self, model_id: str) -> Download | None:
         """The latest download of this model."""
-        return self._known[model_id][0] if model_id in self._known else None
+        return self._known.get(model_id)
 
     def start(self, model_id: str) -> Download:
         """Start a download, or queue it behind those before it; returns the one that is under way if there is one."""
-        if model_id not in self._known or self._known[model_id][1].done():
-            download = Download(model_id)
-            self._known[model_id] = download, asyncio.create_task(self._run(download))
-        return self._known[model_id][0]
+        if model_id not in self._tasks or self._tasks[model_id].done():
+            self._known[model_id] = Download(model_id)
+            self._tasks[model_id] = asyncio.create_task(self._run(self._known[model_id]))
+        return self._known[model_id]
 
     async def cancel(self, model_id: str) -> Download:
         """End a download and return it; what is here stays, for the next one to resume from. Raises NoDownload."""
-        if model_id not in self._known or self._known[model_id][1].done():
+        task, download = self._tasks.get(model_id), self._known.get(model_id)
+        if task is None or download is None or task.done():
             raise NoDownload(f"Model '{model_id}' is not being downloaded")
-        download, running = self._known[model_id]
-        running.cancel()
-        await asyncio.wait([running])
-        if running.cancelled():
+        task.cancel()
+        await asyncio.wait([task])
+        if task.cancelled():
             download.end(Stage.CANCELLED)
         return download
 
@@ -100,28 +101,13 @@ class Downloads:
     async def _run(self, download: Download) -> None:
         async with self._turn:
             download.stage = Stage.DOWNLOADING
-            async for message in _messages(download.model_id, self._models_dir, self._reserve_bytes):
+            async for message in messages(download.model_id, self._models_dir, self._reserve_bytes):
                 download.note(message)
             download.end(Stage.FAILED if download.error else Stage.COMPLETED)
 
 
-def messages(model_id: str, models_dir: Path, reserve_bytes: int) -> Iterator[Message]:
-    """Download without an event loop: yields what the process reports; if it fails, the last message has `error`.
-
-    The process is killed at a KeyboardInterrupt, and when the iterator is closed.
-    """
-    reported = _messages(model_id, models_dir, reserve_bytes)
-
-    async def receive() -> Message | None:
-        return await anext(reported, None)
-
-    with asyncio.Runner() as runner:
-        while (message := runner.run(receive())) is not None:
-            yield message
-
-
-async def _messages(model_id: str, models_dir: Path, reserve_bytes: int) -> AsyncIterator[Message]:
-    """Yield what the process reports; if it fails, the last message has `error`. A cancel kills it."""
+async def messages(model_id: str, models_dir: Path, reserve_bytes: int) -> AsyncIterator[Message]:
+    """Download in a process and yield what it reports; if it fails, the last message has `error`. A cancel kills it."""
     # -P: no module of the working directory in place of ours
     command = (sys.executable, "-P", "-m", "engine.catalog.fetch", str(models_dir), model_id, str(reserve_bytes))
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
@@ -134,7 +120,7 @@ async def _messages(model_id: str, models_dir: Path, reserve_bytes: int) -> Asyn
             stdout=PIPE,
             env={**os.environ, "PYTHONPATH": path, **silent},
             limit=2**20,  # bytes of a message
-            start_new_session=True,  # Ctrl-C is the daemon's to handle
+            start_new_session=True,  # Ctrl-C is the caller's to handle
         )
         try:
             assert process.stdout is not None

@@ -1,7 +1,6 @@
 """Reads the catalogue's TOML files: completes their tables from bases, families and usual roles."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,24 +9,11 @@ import rtoml
 
 Table: TypeAlias = Mapping[str, Any]
 
-ROLES = Path(__file__).parent / "roles.toml"
 TABLES = ("pipelines", "family", "models")
 
 # Tables of which an entry names only what differs from its base or family; any other value replaces theirs.
 JOINED = frozenset({"defaults", "inputs", "extra_call", "dtypes"})
-
-# Keys that an entry never takes from its base.
-NOT_INHERITED = frozenset({"wangp", "visible"})
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within the block, an error in the content of `path` becomes a ValueError that names the file."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path.name}: {reason}") from error
+NOT_INHERITED = frozenset({"wangp", "visible"})  # keys that an entry never takes from its base
 
 
 def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Table]]:
@@ -35,7 +21,7 @@ def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Ta
 
     `known`, by id, holds the models of the files read before, and gets those of this one. Raises ValueError.
     """
-    document = rtoml.loads(path.read_text("utf-8"))
+    document = rtoml.load(path)
     if unknown := document.keys() - set(TABLES):
         raise ValueError(f"there is no table '{min(unknown)}'; tables are {', '.join(TABLES)}")
     pipelines = document.get("pipelines", {})
@@ -48,27 +34,22 @@ def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Ta
     family = {"family": path.stem, **document.get("family", {})}
     models = []
     for entry in document.get("models", ()):
-        known[entry["id"]] = _model(entry, known, family)
-        models.append(known[entry["id"]])
+        models.append(_model(entry, known, family))
+        known[entry["id"]] = models[-1]
     return classes, models
 
 
 def _model(entry: Table, known: Mapping[str, Table], family: Table) -> Table:
     """The entry completed from its base or, without one, from its file's family."""
-    name = entry.get("base")
-    if not name:
-        return _joined(entry, family)
-    if name not in known:
-        raise ValueError(f"model '{entry['id']}': base '{name}' is no model that stands before it")
-    base = known[name]
-    weights = "" if "repo" in entry else base.get("base") or name  # a repository of its own has weights of its own
-    inherited = {key: value for key, value in base.items() if key not in NOT_INHERITED}
-    return {**_joined(entry, inherited), "base": weights}
-
-
-def _joined(entry: Table, inherited: Table) -> Table:
-    tables = {key: {**inherited.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
-    return {**inherited, **entry, **tables}
+    inherited, base = family, {}
+    if name := entry.get("base"):
+        if name not in known:
+            raise ValueError(f"model '{entry['id']}': base '{name}' is no model that stands before it")
+        inherited = {key: value for key, value in known[name].items() if key not in NOT_INHERITED}
+        # A repository of its own has weights of its own.
+        base = {"base": "" if "repo" in entry else inherited.get("base") or name}
+    joined = {key: {**inherited.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
+    return {**inherited, **entry, **joined, **base}
 
 
 def _call(name: str, table: Table) -> dict[str, str]:
@@ -76,7 +57,7 @@ def _call(name: str, table: Table) -> dict[str, str]:
     roles, kind = _roles(), table.get("usual")
     if kind not in (None, "video", "image", "audio"):
         raise ValueError(f"pipeline '{name}': call.usual must be video, image or audio, not '{kind}'")
-    call: dict[str, str] = {**roles["every"], **roles[kind]} if kind else {}
+    call = {**roles["every"], **roles[kind]} if kind else {}
     parameters = {role: parameter for group in roles.values() for role, parameter in group.items()}
     for role in table.keys() - {"usual"}:
         if isinstance(table[role], bool) and role not in parameters:
@@ -87,4 +68,4 @@ def _call(name: str, table: Table) -> dict[str, str]:
 
 @cache
 def _roles() -> dict[str, dict[str, str]]:
-    return rtoml.loads(ROLES.read_text("utf-8"))
+    return rtoml.load(Path(__file__).with_name("roles.toml"))

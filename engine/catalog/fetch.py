@@ -1,7 +1,7 @@
 """Fetches the missing files of a model from the Hugging Face hub; each resumes where it stopped.
 
-The hub's client is too heavy for the daemon: `engine.catalog.download` runs this module in a process of its own and
-reads its JSON lines. The worker imports the client anyway and calls `fetch`.
+The hub's client is too heavy for the daemon, so `engine.catalog.download` runs this module in a process of its own. The
+worker imports the client anyway and calls `fetch`.
 
 `snapshot_download` and `hf_hub_download` do not resume: each call starts a new temporary file at byte 0, and leaves it
 behind when it is killed (huggingface_hub 2.4). The `http_get` beneath them appends to a file.
@@ -31,16 +31,13 @@ from engine.catalog import weights
 from engine.catalog.download import Message
 from engine.catalog.models import Catalog, Model
 from engine.catalog.weights import Source, Weights
+from engine.job import EngineError
 
 Report = Callable[[Message], None]
 
 
-class FetchError(Exception):
-    """Why the weights could not be fetched: a sentence for people, and a code for programs."""
-
-    def __init__(self, sentence: str, code: str) -> None:
-        super().__init__(sentence)
-        self.code = code
+class FetchError(EngineError):
+    """Why the weights could not be fetched."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +58,13 @@ class RemoteFile:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is complete."""
         return self.target.is_file() and self.target.stat().st_size == self.size_bytes
 
     @property
     def bytes_here(self) -> int:
         """How many of its bytes need not be fetched."""
-        if self.is_here:
-            return self.size_bytes
-        return min(self.part.stat().st_size, self.size_bytes) if self.part.is_file() else 0
+        place = self.target if self.is_here else self.part
+        return min(place.stat().st_size, self.size_bytes) if place.is_file() else 0
 
     def fetch(self, grown: Callable[[], None]) -> None:
         """Fetch the rest, verify the content and publish it by rename. Calls `grown` after each chunk."""
@@ -88,7 +83,7 @@ class RemoteFile:
 
 
 class _Part(io.BufferedWriter):
-    """A file that is appended to. Calls `grown` after each chunk, once the file has its new size."""
+    """A file that is appended to. Calls `grown` once it has its new size, after each chunk."""
 
     def __init__(self, path: Path, grown: Callable[[], None]) -> None:
         super().__init__(io.FileIO(path, "ab"))
@@ -112,7 +107,12 @@ def fetch(
     """
     with _translated(model.repo):
         models_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(model, models_dir, wait):
+        # Two processes must not write the same file. The kernel releases the lock however the process ends.
+        with (models_dir / f".{model.base or model.id}.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
             files = [file for source in weights.missing(model, models_dir) for file in _remote_files(source)]
             _require_room(files, models_dir, reserve_bytes)
             _fetch_all(files, report)
@@ -121,19 +121,7 @@ def fetch(
     raise FetchError(f"model '{model.id}' is not complete: {weights.remedy(model, models_dir)}", "incomplete")
 
 
-@contextmanager
-def _locked(model: Model, models_dir: Path, wait: bool) -> Iterator[None]:
-    """Lock the model's folder: two processes must not write the same file."""
-    with (models_dir / f".{model.base or model.id}.lock").open("a") as lock:
-        try:  # the kernel releases it however the process ends
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
-        yield
-
-
 def _remote_files(source: Source) -> list[RemoteFile]:
-    """The files that are needed from a repository."""
     with _translated(source.repo):
         info: Any = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
         there = {entry.rfilename: entry for entry in info.siblings}
@@ -198,7 +186,7 @@ def _translated(repo: str) -> Iterator[None]:
 
 
 def main(models_dir: str, model_id: str, reserve_bytes: str) -> int:
-    """Fetch, and write a JSON object a line; the last one of a failure has `error`. Returns the exit code."""
+    """Fetch, and print a Message a line. Returns the exit code."""
     threading.Thread(target=_exit_with_parent, name="watchdog", daemon=True).start()
     folder = Path(models_dir)
     try:

@@ -1,14 +1,11 @@
-"""LoRA files on the daemon's side: where they are, whether they fit a model, and their strengths over the steps.
-
-Only the headers of the files are read, the names and shapes of the layers: some hundred kilobytes of gigabytes.
-"""
+"""LoRA files on the daemon's side: where they are, whether their headers fit a model, strengths over the steps."""
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +58,7 @@ def _strengths(text: str, count: int) -> list[tuple[tuple[float, ...], ...]]:
 
 def _phases(entry: str) -> tuple[tuple[float, ...], ...]:
     try:
-        return tuple(tuple(float(value) for value in phase.split(",")) for phase in entry.split(";"))
+        return tuple(tuple(map(float, phase.split(","))) for phase in entry.split(";"))
     except ValueError:
         raise BadLora(f"loras_multipliers: '{entry}' must be numbers such as 0.8, 0,0.5,1 or 1;0") from None
 
@@ -71,9 +68,8 @@ def _misfit(path: Path, weights: Path) -> str:
     shapes, blocks = _model_layers(weights)
     for layer, shape in _lora_layers(path).items():
         found = _BLOCK.search(layer)
-        last = blocks.get(found[1]) if found else None
-        if found and last is not None and int(found[2]) > last:
-            return f"it has {found[1]} {found[2]}, and the model's last is {last}"
+        if found and int(found[2]) > blocks.get(found[1], math.inf):
+            return f"it has {found[1]} {found[2]}, and the model's last is {blocks[found[1]]}"
         if shape not in shapes:
             return f"its layer {layer} is {shape[0]}x{shape[1]}, and the model has none of that size"
     return ""
@@ -84,13 +80,11 @@ def _lora_layers(path: Path) -> dict[str, tuple[int, int]]:
     header = _header(path)
     layers = {}
     for key, entry in header.items():
-        down = _DOWN.match(key)
-        if down is None or _TEXT.search(key):
-            continue
-        up = key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
-        if up not in header:
-            raise BadLora(f"activated_loras: '{path.name}' is broken: {key} has no counterpart")
-        layers[down["layer"]] = header[up]["shape"][0], prod(entry["shape"][1:])
+        if (down := _DOWN.match(key)) and not _TEXT.search(key):
+            up = key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+            if up not in header:
+                raise BadLora(f"activated_loras: '{path.name}' is broken: {key} has no counterpart")
+            layers[down["layer"]] = header[up]["shape"][0], math.prod(entry["shape"][1:])
     if not layers:
         raise BadLora(f"activated_loras: '{path.name}' holds no LoRA layers")
     return layers
@@ -103,9 +97,8 @@ def _model_layers(weights: Path) -> tuple[frozenset[tuple[int, int]], Mapping[st
     blocks: dict[str, int] = {}
     for path in (path for name in DENOISER for path in (weights / name).glob(f"*{SUFFIX}")):
         for key, entry in _header(path).items():
-            shape = entry["shape"]
-            if len(shape) > 1:
-                shapes.add((shape[0], prod(shape[1:])))
+            if len(shape := entry["shape"]) > 1:
+                shapes.add((shape[0], math.prod(shape[1:])))
             if found := _BLOCK.search(key):
                 blocks[found[1]] = max(blocks.get(found[1], 0), int(found[2]))
     return frozenset(shapes), blocks

@@ -1,13 +1,10 @@
-"""The catalogue: the models and what each accepts.
-
-A model is data, not code: `models/*.toml` and a user's own files say how one diffusers class differs from the next.
-"""
+"""The catalogue: the models and what each accepts, as `models/*.toml` and a user's own files say."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from engine.catalog import entries
 from engine.catalog.abilities import INPUTS, STEP_CACHES, TASKS
@@ -35,9 +32,8 @@ FORMS: Mapping[str, frozenset[str]] = {
     "masked_tensors": frozenset({"image_start", "image_end", "video_source", "video_mask"}),
 }
 
-# Forms in which any number of frames can be given, and the default: a latent frame of most VAEs holds four.
-MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})
-MASKED_OVERLAP = 5
+MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})  # in which any number of frames can be given
+MASKED_OVERLAP = 5  # frames, for these forms: a latent frame of most VAEs holds four
 MOST_FADED = 17  # frames over which a window that is given only its first frame may fade in
 
 
@@ -47,15 +43,11 @@ class UnknownModel(Exception):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A diffusers pipeline class and how it is called.
-
-    `call` maps a role to the parameter of `__call__` that carries it; `carries` maps an input to its role where that is
-    not the usual one.
-    """
+    """A diffusers pipeline class and how it is called."""
 
     cls: str
-    call: Mapping[str, str]
-    carries: Mapping[str, str] = field(default_factory=dict)
+    call: Mapping[str, str]  # role → the parameter of `__call__` that carries it
+    carries: Mapping[str, str] = field(default_factory=dict)  # input → its role, where that is not the usual one
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # task → further arguments of the call
     progress: str = "callback_on_step_end"  # or "callback" (the old style), or "none"
     batch: bool = False  # takes several seeds in one call
@@ -90,8 +82,7 @@ class Pipeline:
         return self.carries.get(name, INPUTS[name].role)
 
 
-@dataclass(frozen=True)
-class Continuation:
+class Continuation(NamedTuple):
     """The task that continues a video from its last `overlap` frames; it accepts up to `most`."""
 
     task: str
@@ -101,39 +92,32 @@ class Continuation:
 
 @dataclass(frozen=True)
 class FrameRule:
-    """Valid lengths are `offset + n * step`, from `min` to `max`.
-
-    With `told_step`, the class counts otherwise: for such a length its parameter is `told_offset + n * told_step`.
-    """
+    """Valid lengths are `offset + n * step`, from `min` to `max`."""
 
     step: int = 1
     offset: int = 0
     min: int = 1
     max: int = 1000
-    told_step: int = 0
+    told_step: int = 0  # if not 0, the class's own parameter for such a length is `told_offset + n * told_step`
     told_offset: int = 0
 
     def told(self, frames: int) -> int:
         """The value of the class's parameter for a valid length."""
-        if not self.told_step:
-            return frames
-        return self.told_offset + (frames - self.offset) // self.step * self.told_step
+        sections = (frames - self.offset) // self.step
+        return self.told_offset + sections * self.told_step if self.told_step else frames
 
     def nearest(self, frames: int) -> int:
         """The valid length nearest to `frames`; the longer one of two that are equally near."""
-        return self._length((2 * (frames - self.offset) + self.step) // (2 * self.step))
+        return self.longest_within(frames + self.step // 2)
 
     def shortest_of(self, frames: int) -> int:
         """The shortest valid length of at least `frames`, or the longest there is."""
-        return self._length(-(-(frames - self.offset) // self.step))
+        return self.longest_within(frames + self.step - 1)
 
     def longest_within(self, frames: int) -> int:
         """The longest valid length of at most `frames`, or the shortest there is."""
-        return self._length((frames - self.offset) // self.step)
-
-    def _length(self, n: int) -> int:
         low, high = -(-(self.min - self.offset) // self.step), (self.max - self.offset) // self.step
-        return self.offset + self.step * max(low, min(high, n))
+        return self.offset + self.step * max(low, min(high, (frames - self.offset) // self.step))
 
 
 STILL = FrameRule(max=1)  # of a model that makes pictures or sound
@@ -206,11 +190,8 @@ class Model:
     def features(self) -> dict[str, bool]:
         """The contract's feature flags: what works with this model."""
         caches = {name for task in self.pipelines for name in self.step_caches(task)}
-        return {
-            "sliding_window": self._cuts_by_itself or any(map(self.continuation, self.pipelines)),
-            "tea_cache": "tea" in caches,
-            "mag_cache": "mag" in caches,
-        }
+        sliding_window = self._cuts_by_itself or any(map(self.continuation, self.pipelines))
+        return {"sliding_window": sliding_window, "tea_cache": "tea" in caches, "mag_cache": "mag" in caches}
 
     @property
     def _cuts_by_itself(self) -> bool:
@@ -222,12 +203,9 @@ class Model:
         return all(pipeline.context_parallel for pipeline in self.pipelines.values())
 
     def continuation(self, task: str) -> Continuation | None:
-        """How this model continues from its own last frames, or None if it can't.
-
-        A class that makes long videos in windows by itself needs no help, and sound can't be joined at a seam.
-        """
+        """How this model continues from its own last frames, or None if it can't or does so by itself."""
         pipeline = self.pipelines[task]
-        if self.kind != "video" or self._cuts_by_itself or pipeline.sample_rate:
+        if self.kind != "video" or self._cuts_by_itself or pipeline.sample_rate:  # sound can't be joined at a seam
             return None
         if pipeline.start_image_as in MASKED_FORMS:
             return Continuation(task, MASKED_OVERLAP, most=self.frames.max)
@@ -243,25 +221,19 @@ class Model:
         pipeline = self.pipelines[task]
         if not (pipeline.cache_context or pipeline.cfg_passes == "single"):
             return ()  # both branches of guidance would share one cache
-        ready = {"mag": bool(self.mag_calibration), "tea": bool(self.tea_calibration) and pipeline.tea_cache}
-        return tuple(
-            name
-            for name, kind in STEP_CACHES.items()
-            if ready.get(name, True) and (kind in self.caches or name == "tea")
-        )
+        ready = {name: kind in self.caches for name, kind in STEP_CACHES.items()}
+        ready["mag"] &= bool(self.mag_calibration)
+        ready["tea"] = bool(self.tea_calibration) and pipeline.tea_cache
+        return tuple(filter(ready.get, ready))
 
     def inputs_of(self, task: str) -> frozenset[str]:
         """The inputs that reach the pipeline of `task`."""
         pipeline = self.pipelines[task]
-        taken = {name for name in TASKS[task].inputs if self._allows(name) and pipeline.carries_input(name)}
-        if pipeline.continues_from and "video_source" in taken:
-            taken.discard("image_start")  # the source video is the start
-        return frozenset(taken)
-
-    def _allows(self, name: str) -> bool:
-        """False for an input that the class accepts and these weights don't support."""
         limits = {"image_end": "end_image", "image_refs": "max_reference_images"}
-        return name not in limits or bool(self.inputs.get(limits[name]))
+        refused = {name for name, limit in limits.items() if not self.inputs.get(limit)}
+        taken = frozenset(filter(pipeline.carries_input, TASKS[task].inputs - refused))
+        # The source video of a class that continues it is the start.
+        return taken - {"image_start"} if pipeline.continues_from and "video_source" in taken else taken
 
     def takes(self, name: str) -> bool:
         """True if a task of this model accepts the input `name` (`image_start` …)."""
@@ -287,13 +259,13 @@ class Model:
     @property
     def files(self) -> Mapping[str, str]:
         """Component → the single file of its weights; "" stands for the denoiser or a whole checkpoint."""
-        return {"": self.single_file} if isinstance(self.single_file, str) else self.single_file
+        files = {"": self.single_file} if isinstance(self.single_file, str) else self.single_file
+        return {name: file for name, file in files.items() if file}
 
     @property
     def fixed_steps(self) -> int | None:
         """The number of steps of a schedule that can't be changed, or None."""
-        schedule = self.extra_call.get("timesteps") or self.extra_call.get("sigmas")
-        return len(schedule) if schedule else None
+        return len(self.extra_call.get("timesteps") or self.extra_call.get("sigmas") or ()) or None
 
 
 class Catalog:
@@ -301,11 +273,11 @@ class Catalog:
 
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._models = models
-        self._aliases = {model.wangp: model.id for model in models.values() if model.wangp}
+        self._by_alias = {model.wangp: model for model in models.values() if model.wangp}
 
     @classmethod
     def load(cls, *folders: Path) -> "Catalog":
-        """The models of the package's `*.toml` files and then of those in `folders`; of two with one id, the later.
+        """The models of the package's and the folders' `*.toml` files; of two with one id, the later.
 
         Raises ValueError with the file and what is wrong in it.
         """
@@ -313,38 +285,33 @@ class Catalog:
         known: dict[str, entries.Table] = {}
         models: dict[str, Model] = {}
         for path in (path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))):
-            with entries.naming(path):
+            try:
                 classes, completed = entries.read(path, known)
-                pipelines |= {name: _pipeline(name, table) for name, table in classes.items()}
+                for name, table in classes.items():
+                    pipelines[name] = _made(Pipeline, f"pipeline '{name}'", table, cls=name)
                 models |= {entry["id"]: _model(entry, pipelines) for entry in completed}
+            except (ValueError, TypeError, KeyError) as error:
+                reason = f"no key {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path.name}: {reason}") from error
         return cls(models)
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
-
-    def __len__(self) -> int:
-        return len(self._models)
 
     def __contains__(self, model_id: object) -> bool:
         return model_id in self._models
 
     def get(self, model_id: str) -> Model:
         """The model with this id, or with this id in WanGP. Raises UnknownModel."""
-        try:
-            return self._models[model_id if model_id in self._models else self._aliases[model_id]]
-        except KeyError:
-            raise UnknownModel(f"Model '{model_id}' not found; GET /api/v1/models lists those there are") from None
+        if model := self._models.get(model_id) or self._by_alias.get(model_id):
+            return model
+        raise UnknownModel(f"Model '{model_id}' not found; GET /api/v1/models lists those there are")
 
     def that_take(self, name: str) -> str:
         """The ids of the models that accept the input `name`, for an error sentence."""
         takers = [model.id for model in self if model.takes(name)]
         more = f" and {len(takers) - SHOWN_MODELS} more" if len(takers) > SHOWN_MODELS else ""
         return (", ".join(takers[:SHOWN_MODELS]) or "none") + more
-
-
-def _pipeline(name: str, table: entries.Table) -> Pipeline:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    return _made(Pipeline, f"pipeline '{name}'", values, cls=name)
 
 
 def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
@@ -354,7 +321,7 @@ def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
         raise ValueError(f"{where}: there is no task '{min(unknown)}'; tasks are {', '.join(TASKS)}")
     frames = _made(FrameRule, f"{where}: frames", entry["frames"]) if "frames" in entry else STILL
     model = _made(Model, where, entry, pipelines=chosen, frames=frames)
-    for file in filter(None, model.files.values()):
+    for file in model.files.values():
         if not file.endswith(SINGLE_FILES):  # a pickled checkpoint could run code
             raise ValueError(f"{where}: single_file '{file}' must end in {' or '.join(SINGLE_FILES)}")
     return model
@@ -365,7 +332,8 @@ def _made(kind: type[Made], where: str, table: entries.Table, **further: Any) ->
     known = {entry.name for entry in fields(kind)} - {"cls"}
     if unknown := table.keys() - known:
         raise ValueError(f"{where}: there is no key '{min(unknown)}'")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     try:
-        return kind(**{**table, **further})
+        return kind(**{**values, **further})
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None

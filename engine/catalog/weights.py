@@ -24,21 +24,17 @@ _TENSORS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d{5}-of-
 
 @dataclass(frozen=True)
 class Weights:
-    """A diffusers folder, and what complements or replaces parts of it.
-
-    `loras` are the files of the model's recipe in its order; `parts` the folders of components that come from other
-    repositories; `files` the single files that components come from, the one under "" being the denoiser or all.
-    """
+    """A diffusers folder, and what complements or replaces parts of it."""
 
     folder: Path
-    loras: tuple[Path, ...] = ()
-    parts: Mapping[str, Path] = field(default_factory=dict)
-    files: Mapping[str, Path] = field(default_factory=dict)
+    loras: tuple[Path, ...] = ()  # of the model's recipe, in its order
+    parts: Mapping[str, Path] = field(default_factory=dict)  # component from another repository → its folder
+    files: Mapping[str, Path] = field(default_factory=dict)  # component → its single file; "": the denoiser or all
 
 
 def locate(model: Model, models_dir: Path) -> Weights | None:
     """Where this model's weights are, or None unless all are installed."""
-    folder, files = _folder(model, models_dir), _single_files(model, models_dir)
+    folder, files = _folder(model, models_dir), {name: models_dir / file for name, file in model.files.items()}
     parts = {name: _part(model, name, models_dir) for name in model.extra_repos}
     loras = [_lora(lora, models_dir / model.id / "loras") for lora in model.recipe_loras]
     if folder is None or None in parts.values() or None in loras or not all(map(Path.is_file, files.values())):
@@ -48,7 +44,7 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def remedy(model: Model, models_dir: Path) -> str:
     """How to get this model's weights to where `locate` finds them, as the end of a sentence."""
-    for path in _single_files(model, models_dir).values():
+    for path in (models_dir / file for file in model.files.values()):
         if not path.is_file():  # it is on no hub: the user has it
             return f"its entry names the file {path}, which is not there; put it there"
     return f"install it with: wangpd models download {model.id}"
@@ -111,9 +107,9 @@ def _pick_pipeline(model: Model, into: Path, names: Sequence[str], read: Callabl
     """The files of the components in the index, and the index last: without it nothing looks installed."""
     if INDEX not in names:
         raise ValueError(f"the hub's {model.repo} holds no {INDEX}: it is not in diffusers layout")
-    bare = _bare(model)
-    parts = {name: has_weights(name) and name not in bare for name in _own_parts(model, read(INDEX))}
-    files = [file for name, heavy in parts.items() for file in component_files(names, model.variant, name, heavy)]
+    bare, files = _bare(model), []
+    for name in _own_parts(model, read(INDEX)):
+        files += component_files(names, model.variant, name, has_weights(name) and name not in bare)
     return {file: into / file for file in [*files, INDEX]}
 
 
@@ -145,9 +141,9 @@ def _folder(model: Model, models_dir: Path) -> Path | None:
 def _is_whole(folder: Path, model: Model) -> bool:
     """Whether all components that the model takes from this folder are there; after a broken download they are not."""
     try:
-        names = _own_parts(model, (folder / INDEX).read_text())
+        names = set(_own_parts(model, (folder / INDEX).read_text()))
         if not (folder / "scheduler").exists():  # a class with a schedule of its own names a scheduler and saves none
-            names = [name for name in names if name != "scheduler"]
+            names.discard("scheduler")
         bare = _bare(model)
         return all(_part_is_whole(folder / name, name, name in bare) for name in names)
     except (OSError, ValueError):  # ValueError: a file that was cut off
@@ -161,9 +157,7 @@ def _own_parts(model: Model, index: str) -> list[str]:
 
 def _bare(model: Model) -> frozenset[str]:
     """The components that need only their configuration: a single file brings their weights."""
-    if isinstance(model.single_file, str):
-        return DENOISER if model.single_file else frozenset()
-    return frozenset(model.single_file)
+    return DENOISER if "" in model.files else frozenset(model.files)
 
 
 def _part_is_whole(part: Path, name: str, bare: bool = False) -> bool:
@@ -190,11 +184,6 @@ def _lora(lora: Mapping[str, Any], folder: Path) -> Path | None:
     name = Path(lora["file"])
     places = (folder / name, folder / name.name, _snapshot(lora["repo"], "main") / name)
     return next((place for place in places if place.is_file()), None)
-
-
-def _single_files(model: Model, models_dir: Path) -> dict[str, Path]:
-    """Component → the file that its weights come from; "" is the denoiser, or a whole checkpoint."""
-    return {name: models_dir / file for name, file in model.files.items() if file}
 
 
 def _snapshot(repo: str, revision: str) -> Path:

@@ -1,33 +1,28 @@
-"""Which threshold of a step cache gives a wanted speed, by published constants.
+"""Which threshold of a step cache gives a wanted speed: found by simulating a run with published constants.
 
-A cache skips a denoising step while the error that it expects stays under a threshold. Which threshold makes a run so
-many times faster is found by simulating the run with the constants alone.
+A cache skips a denoising step while the error that it expects stays under the threshold.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import rtoml
 
 MAX_SKIPS = 2  # steps in a row that MagCache skips
-THRESHOLDS = [i / 100 for i in range(1, 61)]
 
 
 @cache
 def constants() -> Mapping[str, Any]:
     """The tables of calibration.toml: `magcache` and `teacache`."""
-    tables: Mapping[str, Any] = rtoml.loads((Path(__file__).parent / "calibration.toml").read_text("utf-8"))
-    return tables
+    return rtoml.load(Path(__file__).with_suffix(".toml"))
 
 
 def ratios(name: str, steps: int) -> list[float]:
     """The magnitude ratios of a calibration, stretched to `steps` by the nearest neighbour."""
     known = constants()["magcache"][name]["ratios"]
-    if steps == 1:
-        return [known[-1]]
-    return [known[round(i * (len(known) - 1) / (steps - 1))] for i in range(steps)]
+    return [known[round(i * (len(known) - 1) / (steps - 1))] for i in range(steps)] if steps > 1 else [known[-1]]
 
 
 def mag_schedule(mag_ratios: Sequence[float], threshold: float, warm_steps: int) -> list[bool]:
@@ -53,18 +48,14 @@ def tea_schedule(
     """
     schedule, distance = [True], 0.0
     for step, change in enumerate(changes, start=1):
-        distance += abs(_polynomial(coefficients, change))
+        distance += abs(sum(factor * change**power for power, factor in enumerate(reversed(coefficients))))
         compute = step < warm_steps or step == len(changes) or distance >= threshold
         schedule.append(compute)
         distance = 0.0 if compute else distance
     return schedule
 
 
-def _polynomial(coefficients: Sequence[float], x: float) -> float:
-    return reduce(lambda value, coefficient: value * x + coefficient, coefficients, 0.0)
-
-
 def threshold_for(multiplier: float, schedule: Callable[[float], list[bool]]) -> float:
     """The smallest threshold with which the number of computed steps comes nearest to 1/`multiplier` of all."""
     target = int(len(schedule(0.0)) / multiplier)
-    return min(THRESHOLDS, key=lambda threshold: abs(sum(schedule(threshold)) - target))
+    return min((i / 100 for i in range(1, 61)), key=lambda threshold: abs(sum(schedule(threshold)) - target))

@@ -12,12 +12,11 @@ from engine.planning.work import Work
 
 @dataclass(frozen=True)
 class Estimate:
-    """`memory_bytes` is the most at once, of the card, or of RAM without one; `seconds` are those of the job once its
-    model is loaded; `plan` says in a line where the weights will be."""
+    """What a job will need."""
 
-    memory_bytes: int
-    seconds: float
-    plan: str
+    memory_bytes: int  # the most at once, of the card, or of RAM without one
+    seconds: float  # once the model is loaded
+    plan: str  # one line: where the weights will be
 
 
 def estimate(
@@ -35,10 +34,10 @@ def estimate(
             plans.append(plan(model, work, machine, profile=profile, quantization=quantization, vae_config=vae_config))
         except EngineError as refusal:
             refusals.append(refusal)
-    if refusals and not plans:
-        raise refusals[0]
-    fastest = min(plans, key=lambda found: found.job_s, default=None)
-    if fastest is None:
+    if not plans:
+        if refusals:
+            raise refusals[0]
         return None
+    fastest = min(plans, key=lambda found: found.job_s)
     memory_bytes = fastest.peak_vram_bytes if fastest.card_bytes else fastest.ram_bytes
     return Estimate(memory_bytes, fastest.job_s, fastest.describe())

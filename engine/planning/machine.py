@@ -8,17 +8,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured: free memory, bytes a second from RAM to the card, dense bf16 operations a second.
+    """What was measured."""
 
-    `cards` such devices compute each forward of a denoiser together. No free VRAM stands for no card: everything runs
-    in RAM, in float32.
-    """
-
-    free_vram_bytes: int
+    free_vram_bytes: int  # 0: there is no card, everything runs in RAM, in float32
     free_ram_bytes: int
-    link_bytes_per_s: float = 12e9
-    flops_per_s: float = 50e12
-    cards: int = 1
+    link_bytes_per_s: float = 12e9  # from RAM to the card
+    flops_per_s: float = 50e12  # dense, in bf16
+    cards: int = 1  # so many of them compute each forward of a denoiser together
 
 
 def free_ram_bytes() -> int:

@@ -17,10 +17,7 @@ from engine.planning.work import Parts, Shape, Work, forward_flops
 
 GB = 10**9
 
-# ---- what each profile may do; 0 chooses the fastest of all that fit
-
-# vae_config → side of a VAE tile in pixels; 0 chooses.
-TILES = {1: 512, 2: 256, 3: 128}
+TILES = {1: 512, 2: 256, 3: 128}  # vae_config → side of a VAE tile in pixels
 
 
 @dataclass(frozen=True)
@@ -28,17 +25,15 @@ class Placement:
     """Where the parts of a model are while it works.
 
     `denoisers` are resident, streamed (block by block during each step), swapped (each part is on the card only while
-    it works) or sequential (layer by layer, and the VAE too). `encoders` are on the card, streamed (layer by layer
-    while they work) or swapped. What streams comes from pinned RAM or from the mapped files. `fill` keeps as many
-    blocks on the card as fit.
+    it works) or sequential (layer by layer, and the VAE too).
     """
 
     denoisers: str
-    encoders: str
-    pinned: bool = False
+    encoders: str  # card, streamed (layer by layer while they work) or swapped
+    pinned: bool = False  # the denoisers stream from pinned RAM, not from the mapped files
     encoders_pinned: bool = False
-    fill: bool = False
-    tile_side: int = 0
+    fill: bool = False  # as many blocks as fit stay on the card
+    tile_side: int = 0  # of the VAE, in pixels; 0: whole frames
     quantization: str = "none"
 
     @property
@@ -54,17 +49,12 @@ RESIDENT = (
     Placement("resident", "streamed", encoders_pinned=True),
     Placement("resident", "streamed"),
 )
+STREAMED = tuple(Placement("streamed", "streamed", *pinned) for pinned in product((True, False), (True, False)))
+PINNED, MAPPED = STREAMED[:2], STREAMED[3:]
+FILLED = tuple(replace(choice, fill=True) for choice in STREAMED)
 SWAPPED = (Placement("swapped", "swapped"),)
-MAPPED = (Placement("streamed", "streamed"),)
-PINNED = (
-    Placement("streamed", "streamed", pinned=True, encoders_pinned=True),
-    Placement("streamed", "streamed", pinned=True),
-)
-FILLED = tuple(
-    Placement("streamed", "streamed", pinned, encoders_pinned, fill=True)
-    for pinned, encoders_pinned in product((True, False), repeat=2)
-)
 SEQUENTIAL = (Placement("sequential", "streamed"),)
+# What each profile may do; the fastest that fits is chosen.
 PROFILES: Mapping[float, tuple[Placement, ...]] = {
     0: (*RESIDENT, *FILLED, *SWAPPED, *SEQUENTIAL),
     1: RESIDENT,
@@ -76,9 +66,9 @@ PROFILES: Mapping[float, tuple[Placement, ...]] = {
     5: SEQUENTIAL,
 }
 
-# ---- how much memory the parts of a model need
+# ---- memory
 
-# transformer_quantization → bytes of a weight against bf16; the scales and the layers left alone are counted in.
+# transformer_quantization → bytes of a weight against bf16, with the scales and the layers left alone.
 QUANTIZED = {"none": 1.0, "int8": 0.52, "fp8": 0.52, "nf4": 0.3, "gguf": 0.55}
 QUANTIZED_SLOWDOWN = 1.05  # weights are widened before each product
 
@@ -98,7 +88,7 @@ LAYER_SHARE = 0.04  # of a denoiser: its largest layer, and the next one
 BLOCKS_AHEAD = 3  # on the card at once: at work, coming, and not yet given back
 FEWEST_BLOCKS = 12  # a denoiser's blocks are cube root of parameters / 60, at least these
 
-# ---- how long the work takes
+# ---- time
 
 EFFICIENCY = 0.55  # of a card's measured matrix product; diffusers reaches 0.43 of an H100's, 0.65 of a 4090's
 TEAM_EFFICIENCY = 0.9  # of devices that compute a forward together; the rest is communication
@@ -126,22 +116,17 @@ def streamed_blocks(sizes: Sequence[int], room_bytes: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything is during a job, and what to expect.
-
-    Of the denoisers `resident_bytes` stay on the card and `streamed_bytes` are copied for every forward. `ram_bytes`
-    can't be given back while the model is loaded; mapped weights are not counted, the system may drop them. `fits` is
-    False if the estimate says that it is too large, and it is tried all the same.
-    """
+    """Where everything is during a job, and what to expect."""
 
     placement: Placement
-    resident_bytes: int
-    streamed_bytes: int
+    resident_bytes: int  # of the denoisers, that stay on the card
+    streamed_bytes: int  # of the denoisers, that are copied for every forward
     peak_vram_bytes: int
-    ram_bytes: int
+    ram_bytes: int  # that can't be given back while the model is loaded; the system may drop mapped weights
     step_s: float
     job_s: float
     card_bytes: int  # free on the card when it was made; 0: no card
-    fits: bool = True
+    fits: bool = True  # False: by the estimate it is too large, and it is tried all the same
     cards: int = 1  # that compute each forward together; the bytes are those of one of them
 
     def describe(self) -> str:
@@ -151,16 +136,14 @@ class Plan:
         return f"{together}{where}; about {self.step_s:.3g} s a step, {self.job_s:.3g} s a job"
 
     def _on_card(self) -> str:
-        placement = self.placement
-        denoisers = placement.name.replace("_", " and ")
-        if placement.denoisers == "streamed":
-            source = "pinned RAM" if placement.pinned else "mapped files"
+        denoisers, side = self.placement.name.replace("_", " and "), self.placement.tile_side
+        if self.placement.denoisers == "streamed":
+            source = "pinned RAM" if self.placement.pinned else "mapped files"
             denoisers += f" ({_gib(self.streamed_bytes)} from {source}, {_gib(self.resident_bytes)} stay)"
-        tiles = f"VAE in tiles of {placement.tile_side} pixels" if placement.tile_side else "VAE on whole frames"
-        doubt = "" if self.fits else ", more than is free"
         return (
-            f"denoiser {denoisers}, encoders {_ENCODERS[placement.encoders]}, {tiles}; about"
-            f" {_gib(self.peak_vram_bytes)} of GPU memory{doubt}, {_gib(self.ram_bytes)} of RAM"
+            f"denoiser {denoisers}, encoders {_ENCODERS[self.placement.encoders]},"
+            f" VAE {f'in tiles of {side} pixels' if side else 'on whole frames'}; about {_gib(self.peak_vram_bytes)}"
+            f" of GPU memory{'' if self.fits else ', more than is free'}, {_gib(self.ram_bytes)} of RAM"
         )
 
 
@@ -179,17 +162,17 @@ def plan(
 ) -> Plan:
     """The fastest plan that fits `machine` under `profile` (1 to 5 as in WanGP, 0: any).
 
-    `quantization` is a key of QUANTIZED, or "auto": 8-bit weights where they are faster. `parts` are the weights that
-    were found, by default the catalogue's. Where nothing fits, the plan that needs least memory is returned (`fits` is
-    False) if a profile was demanded or the estimate may be wrong; else EngineError says what is missing.
+    `quantization` is a key of QUANTIZED, or "auto": 8-bit weights where they are faster. `vae_config` is a key of
+    TILES, or 0: any. `parts` are the weights that were found, by default the catalogue's. Where nothing fits, the plan
+    that needs least memory is returned (`fits` is False) if a profile was demanded or the estimate may be wrong; else
+    EngineError says what is missing.
     """
     machine = machine if model.context_parallel else replace(machine, cards=1)
     in_ram = Placement("resident", "card", quantization=quantization if quantization in QUANTIZED else "none")
     choices = _placements(profile, quantization, vae_config) if machine.free_vram_bytes else (in_ram,)
     weights, shape = parts or Parts.of(model), Shape.of(model)
     plans = [_Costs(weights, shape, work, machine, choice).plan() for choice in choices]
-    fitting = [candidate for candidate in plans if candidate.fits]
-    if fitting:
+    if fitting := [candidate for candidate in plans if candidate.fits]:
         return min(fitting, key=lambda candidate: (candidate.job_s, candidate.peak_vram_bytes))
     least = min(plans, key=lambda candidate: (candidate.peak_vram_bytes, candidate.ram_bytes))
     too_large = max(least.peak_vram_bytes / machine.free_vram_bytes, least.ram_bytes / max(1, machine.free_ram_bytes))
@@ -199,7 +182,7 @@ def plan(
 
 
 def serves(current: Plan, model: Model, work: Work, parts: Parts | None = None) -> bool:
-    """True if a model that is placed as `current` says can run `work` too."""
+    """True if a model that is placed by the plan `current` can run `work` too."""
     machine = Machine(current.card_bytes, 0)
     costs = _Costs(parts or Parts.of(model), Shape.of(model), work, machine, current.placement)
     room_bytes = max(current.card_bytes, current.peak_vram_bytes)
@@ -225,13 +208,12 @@ class _Costs:
     placement: Placement
 
     def plan(self) -> Plan:
-        """The placement with its costs."""
-        card, resident = self.machine.free_vram_bytes, self.resident_bytes
-        peak, ram = (self.peak_bytes(resident) if card else 0), self._ram_bytes
+        card, ram = self.machine.free_vram_bytes, self._ram_bytes
+        peak = self.peak_bytes(self._resident_bytes) if card else 0
         return Plan(
             self.placement,
-            resident_bytes=resident,
-            streamed_bytes=self.streamed_bytes,
+            resident_bytes=self._resident_bytes,
+            streamed_bytes=self._streamed_bytes,
             peak_vram_bytes=peak,
             ram_bytes=ram,
             step_s=self._step_s,
@@ -241,21 +223,20 @@ class _Costs:
             cards=self.machine.cards,
         )
 
-    # ---- memory of the card
+    # ---- memory
 
     def peak_bytes(self, resident_bytes: int) -> int:
         """The most memory of the card at once, with `resident_bytes` of the denoisers there throughout."""
         return round(FRAGMENTATION * self._most_bytes(resident_bytes)) + RESERVE_BYTES
 
     def _most_bytes(self, resident_bytes: int) -> float:
-        """The largest sum of weights and of what is computed in: while encoding, denoising, decoding."""
+        """The largest sum of weights and activations: while encoding, denoising, decoding."""
         encoding, denoising, decoding = self._weights_bytes(resident_bytes)
-        activations, frames = self._activation_bytes(), self._decode_bytes()
-        return max(encoding + ENCODER_BYTES, denoising + activations, decoding + frames)
+        return max(encoding + ENCODER_BYTES, denoising + self._activation_bytes(), decoding + self._decode_bytes())
 
     def _weights_bytes(self, resident_bytes: int) -> tuple[float, float, float]:
         """Weights on the card while encoding, denoising, decoding."""
-        parts, one = self.parts, self.denoisers_bytes / self.parts.denoiser_count
+        parts, one = self.parts, self._denoisers_bytes / self.parts.denoiser_count
         if self.placement.denoisers == "swapped":
             return parts.encoders, one, parts.vae
         if self.placement.denoisers == "sequential":
@@ -263,37 +244,31 @@ class _Costs:
         resident = self.placement.encoders == "card"
         stays = resident_bytes + parts.vae + (parts.encoders if resident else 0)
         comes = 0 if resident else parts.encoders * STREAMED_SHARE
-        blocks = self._blocks_bytes(one) if self.placement.denoisers == "streamed" else 0
+        blocks = 0.0  # that are on the card only for a moment; layers, if they come from mapped files
+        if self.placement.pinned:
+            blocks = BLOCKS_AHEAD * one / max(FEWEST_BLOCKS, math.pow(parts.parameters, 1 / 3) / 60)
+        elif self.placement.denoisers == "streamed":
+            blocks = one * LAYER_SHARE
         return stays + comes, stays + blocks, stays + blocks / BLOCKS_AHEAD
 
     @cached_property
-    def denoisers_bytes(self) -> int:
-        """All denoisers, as this placement quantises them."""
+    def _denoisers_bytes(self) -> int:
         return round(self.parts.denoisers * QUANTIZED[self.placement.quantization] / QUANTIZED[self.parts.quantization])
 
     @cached_property
-    def resident_bytes(self) -> int:
-        """How much of the denoisers stays on the card."""
+    def _resident_bytes(self) -> int:
         if self.placement.denoisers == "resident":
-            return self.denoisers_bytes
+            return self._denoisers_bytes
         if not self.placement.fill:
             return 0
         room = (self.machine.free_vram_bytes - RESERVE_BYTES) / FRAGMENTATION - self._most_bytes(0)
-        return max(0, min(int(room), self.denoisers_bytes))
+        return max(0, min(int(room), self._denoisers_bytes))
 
     @property
-    def streamed_bytes(self) -> int:
-        """How much of the denoisers is copied for every forward."""
-        return self.denoisers_bytes - self.resident_bytes
-
-    def _blocks_bytes(self, denoiser_bytes: float) -> float:
-        """The blocks that are on the card only for a moment; layers, if they come from mapped files."""
-        if not self.placement.pinned:
-            return denoiser_bytes * LAYER_SHARE
-        return BLOCKS_AHEAD * denoiser_bytes / max(FEWEST_BLOCKS, math.pow(self.parts.parameters, 1 / 3) / 60)
+    def _streamed_bytes(self) -> int:
+        return self._denoisers_bytes - self._resident_bytes
 
     def _activation_bytes(self) -> float:
-        """The denoiser's activations."""
         tokens = self.work.tokens_at_once / self.machine.cards
         return ACTIVATION_BYTES * tokens * math.pow(self.parts.parameters, 1 / 3)
 
@@ -306,56 +281,50 @@ class _Costs:
         activations = self.parts.vae_width * pixels * (shape.frame_bytes + shape.voxel_bytes * work.frames)
         return activations + OUTPUT_BYTES * work.voxels
 
-    # ---- RAM
-
     @cached_property
     def _ram_bytes(self) -> int:
         """RAM that the worker can't give back; without a card everything is in it."""
         if not self.machine.free_vram_bytes:
-            weights = self.denoisers_bytes + self.parts.encoders + self.parts.vae
+            weights = self._denoisers_bytes + self.parts.encoders + self.parts.vae
             return PROCESS_RAM_BYTES + weights + round(max(self._activation_bytes(), self._decode_bytes()))
-        pinned = self.streamed_bytes * self.placement.pinned + self.parts.encoders * self.placement.encoders_pinned
+        pinned = self._streamed_bytes * self.placement.pinned + self.parts.encoders * self.placement.encoders_pinned
         changed = 0 if self.placement.pinned or not self.parts.changed else self.parts.denoisers
         return PROCESS_RAM_BYTES + max(round(PINNED_ROUNDING * pinned), changed)
+
+    # ---- time
 
     @cached_property
     def _mapped_rate(self) -> float:
         """Bytes a second from the mapped files, or from the disk itself where RAM does not hold them."""
         in_ram = self.placement.pinned or self.parts.changed
-        mapped = self.streamed_bytes * (not in_ram) + self.parts.encoders * (not self.placement.encoders_pinned)
+        mapped = self._streamed_bytes * (not in_ram) + self.parts.encoders * (not self.placement.encoders_pinned)
         if self._ram_bytes + mapped > self.machine.free_ram_bytes:
             return min(DISK_BYTES_PER_S, self.machine.link_bytes_per_s)
         most = PAGEABLE_BYTES_PER_S if self.placement.denoisers == "swapped" else MAPPED_BYTES_PER_S
         return min(most, self.machine.link_bytes_per_s / 3)
 
-    # ---- time
-
-    def _compute_s(self) -> float:
-        """Seconds of arithmetic of a denoising step."""
+    @cached_property
+    def _step_s(self) -> float:
+        """Seconds of a denoising step. Copies from pinned memory hide behind the arithmetic, others add to it."""
         speed = self.machine.flops_per_s * EFFICIENCY
         one = forward_flops(self.parts.parameters, self.work.tokens, self.shape.work) / speed
         slowdown = QUANTIZED_SLOWDOWN if self.placement.quantization != "none" else 1.0
         shared = 1 / (self.machine.cards * TEAM_EFFICIENCY) if self.machine.cards > 1 else 1.0
-        return one * self.work.passes * self.work.batch * slowdown * shared
-
-    @cached_property
-    def _step_s(self) -> float:
-        """Seconds of a denoising step. Copies from pinned memory hide behind the arithmetic, others add to it."""
-        compute_s = self._compute_s()
+        compute_s = one * self.work.passes * self.work.batch * slowdown * shared
         if self.placement.denoisers in ("resident", "swapped"):
             return compute_s
         forwards = 1 if self.work.joined else self.work.passes
-        moved = forwards * self.streamed_bytes / self.parts.denoiser_count
+        moved = forwards * self._streamed_bytes / self.parts.denoiser_count
         first, share = STREAM_OVERHEAD
         if self.placement.pinned:
-            overhead = 1 + first + share * self.streamed_bytes / max(1, self.denoisers_bytes)
+            overhead = 1 + first + share * self._streamed_bytes / max(1, self._denoisers_bytes)
             return max(compute_s, moved / self.machine.link_bytes_per_s) * overhead
         return compute_s * (1 + first + share) + moved / self._mapped_rate
 
     def _job_s(self) -> float:
         """Seconds of the whole job once the model is loaded."""
         work = self.work
-        swaps_s = 2 * self.denoisers_bytes / self._mapped_rate if self.placement.denoisers == "swapped" else 0
+        swaps_s = 2 * self._denoisers_bytes / self._mapped_rate if self.placement.denoisers == "swapped" else 0
         denoise_s = work.steps * work.sections * self._step_s
         save_s = work.voxels / SAVED_VOXELS_PER_S
         return work.runs * (self._encode_s() + swaps_s + denoise_s + self._decode_s() + save_s)

@@ -3,7 +3,7 @@
 Pure arithmetic; `engine.gpu.run.sliding` makes the windows and joins them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,17 +28,17 @@ def windows(job: Job, rule: FrameRule) -> list[Window]:
     They are about equally long: a last one of a few frames would be unlike anything that the model was trained on. The
     last may reach beyond the video's end by less than a step of `rule`.
     """
-    return list(_windows(job, rule)) if job.window_frames else [Window(0, job.frames, 0)]
-
-
-def _windows(job: Job, rule: FrameRule) -> Iterator[Window]:
+    if not job.window_frames:
+        return [Window(0, job.frames, 0)]
+    found: list[Window] = []
     known = done = job.window_overlap  # as if the first window began with known frames too
     while done < job.frames:
         missing = job.frames - done
         count = -(-missing // (job.window_frames - known))
         frames = rule.shortest_of(-(-missing // count) + known)
-        yield Window(done - known, frames, known if done > known else 0)
+        found.append(Window(done - known, frames, known if found else 0))
         done += frames - known
+    return found
 
 
 def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[str]) -> tuple[int, int]:
@@ -48,11 +48,9 @@ def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[st
     """
     continuation = model.continuation(task)
     size, overlap = values["sliding_window_size"], values["sliding_window_overlap"]
-    if continuation is None:
-        if size or overlap:
-            warnings.append(f"sliding_window_size: model '{model.id}' has no such setting, the value was ignored")
-        return 0, 0
-    if size == 0:
+    if continuation is None and (size or overlap):
+        warnings.append(f"sliding_window_size: model '{model.id}' has no such setting, the value was ignored")
+    if continuation is None or size == 0:
         return 0, 0
     shared = min(overlap or continuation.overlap, continuation.most)
     if shared != (overlap or shared):
@@ -66,6 +64,5 @@ def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[st
 
 def usual(model: Model) -> dict[str, int] | None:
     """Size and overlap of a window by default; None if the model makes every video at once."""
-    values = dict.fromkeys(SETTINGS) | {name: model.defaults[name] for name in SETTINGS if name in model.defaults}
-    size, overlap = chosen(model, model.tasks[0], values, [])
+    size, overlap = chosen(model, model.tasks[0], {name: model.defaults.get(name) for name in SETTINGS}, [])
     return {"size": size, "overlap": overlap} if size else None

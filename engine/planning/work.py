@@ -3,70 +3,38 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import rtoml
 
 from engine.catalog.defaults import default_settings
 from engine.catalog.models import Model
 from engine.job import Job
 from engine.planning.windows import windows
 
-NUMBER_BYTES = {"float32": 2.0}  # dtype → size against bf16
 ATTENTION_WIDTH = 28  # layers x width is the parameters to the power 2/3, divided by this: within 15% for ten families
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the sizes of a family count; a step of 0 follows a rule.
+    """How the sizes of a family count. The bytes are those of numbers of 2 bytes."""
 
-    A token is `pixel_step` pixels square (rule: the size step, between 16 and 32) and `frame_step` frames long (rule:
-    the length step). The VAE needs `frame_bytes` for a pixel of one frame however many there are, and `voxel_bytes` for
-    a pixel of each frame, both with numbers of 2 bytes. `work` is the share of the weights that a token passes
-    through, `encoder_runs` how often the encoders run for one prompt.
-    """
-
-    pixel_step: int = 0
-    frame_step: int = 0
-    frame_bytes: int = 0
-    voxel_bytes: int = 0
-    work: float = 1.0
-    encoder_runs: int = 1
+    pixel_step: int  # of a token, which is square; by default the model's size step, between 16 and 32
+    frame_step: int  # of a token; by default the model's length step
+    frame_bytes: int = 0  # that the VAE needs for a pixel of one frame, however many frames there are
+    voxel_bytes: int = 0  # that the VAE needs for a pixel of each frame
+    work: float = 1.0  # the share of the weights that a token passes through
+    encoder_runs: int = 1  # for one prompt
 
     @classmethod
     def of(cls, model: Model) -> "Shape":
         """The shape of the model's family, or that of its kind."""
-        shape = SHAPES.get(model.family) or SHAPES[model.kind]
-        pixel_step = shape.pixel_step or min(32, max(16, model.spatial_multiple))
-        return replace(shape, pixel_step=pixel_step, frame_step=shape.frame_step or model.frames.step)
+        rule = {"pixel_step": min(32, max(16, model.spatial_multiple)), "frame_step": model.frames.step}
+        return cls(**{**rule, **SHAPES.get(model.family, SHAPES[model.kind])})
 
 
-# The VAEs were counted on meta tensors at 480p to 720p: frame_bytes where the decoder goes through the frames in time.
-SHAPES: Mapping[str, Shape] = {
-    "video": Shape(frame_bytes=9_800),  # Wan's VAE, which most have
-    "image": Shape(voxel_bytes=1_550),  # Stable Diffusion's and Flux's
-    "audio": Shape(),
-    "allegro": Shape(frame_step=4, frame_bytes=9_800),
-    "animatediff": Shape(voxel_bytes=1_550, work=0.3),
-    "chrono_edit": Shape(frame_bytes=9_800),
-    "cogvideox": Shape(frame_step=4, frame_bytes=45_800),
-    "cogview": Shape(pixel_step=16, voxel_bytes=1_550),
-    "easyanimate": Shape(voxel_bytes=1_160),
-    "glm": Shape(pixel_step=16, voxel_bytes=1_550, encoder_runs=1_000),  # it writes the picture as tokens first
-    "helios": Shape(pixel_step=16, frame_step=4, frame_bytes=9_800),
-    "hunyuan": Shape(frame_step=4, frame_bytes=39_500),
-    "hunyuan_1_5": Shape(voxel_bytes=1_800),
-    "hunyuan_image": Shape(pixel_step=32, voxel_bytes=1_700),
-    "kandinsky5": Shape(pixel_step=16, frame_bytes=39_500),
-    "kandinsky6": Shape(frame_bytes=39_500),
-    "krea2": Shape(voxel_bytes=3_500),
-    "latte": Shape(voxel_bytes=1_550),
-    "ltx2": Shape(voxel_bytes=90),
-    "ltxv": Shape(voxel_bytes=100),
-    "mochi": Shape(voxel_bytes=2_050),
-    "qwen": Shape(voxel_bytes=3_500),
-    "sd1": Shape(voxel_bytes=1_550, work=0.3),
-    "sdxl": Shape(voxel_bytes=1_550, work=0.3),
-    "svd": Shape(voxel_bytes=1_550, work=0.3),
-    "wan": Shape(frame_step=4, frame_bytes=9_800),
-}
+SHAPES: Mapping[str, Mapping[str, Any]] = rtoml.load(Path(__file__).with_name("shapes.toml"))  # by family, or kind
 SOUND_TOKENS_PER_S = 25
 SOUND_S = 60.0  # where a job has no duration
 
@@ -87,7 +55,7 @@ class Parts:
     @classmethod
     def of(cls, model: Model) -> "Parts":
         """By the catalogue."""
-        wide = {name: NUMBER_BYTES.get(model.dtypes.get(name, ""), 1.0) for name in ("transformer", "vae")}
+        wide = {name: 2.0 if model.dtypes.get(name) == "float32" else 1.0 for name in ("transformer", "vae")}
         return cls(
             denoisers=round(model.transformer_bf16_bytes * wide["transformer"]),
             encoders=model.encoders_bf16_bytes,
@@ -101,30 +69,25 @@ class Parts:
 
 @dataclass(frozen=True)
 class Work:
-    """What one job asks for. `frames` is 0 for sound.
-
-    A run is one call of the pipeline, for a window if there are several, and makes `batch` results in `steps` denoising
-    steps for each of its `sections`; a step takes `passes` forwards, or one with everything twice if they are `joined`.
-    """
+    """What one job asks for. A run is one call of the pipeline: the job, or one of its windows."""
 
     width: int
     height: int
-    frames: int
-    steps: int
+    frames: int  # of a run; 0: sound
+    steps: int  # of denoising, for each of the sections
     tokens: int  # of one result in one forward
-    passes: int = 1
-    joined: bool = False
-    batch: int = 1
+    passes: int = 1  # forwards that a step takes
+    joined: bool = False  # they are one forward, with everything twice
+    batch: int = 1  # results of a run
     runs: int = 1
-    sections: int = 1
+    sections: int = 1  # of a run
 
     @classmethod
     def of(cls, model: Model, job: Job) -> "Work":
         """What `job` asks of `model`."""
-        size = (job.width, job.height, job.window_frames or job.frames)
-        run = cls._of_run(
-            model, job.task, size, steps=job.steps, guidance=job.guidance_scale, duration_s=job.duration_s
-        )
+        size = job.width, job.height, job.window_frames or job.frames
+        guidance = job.guidance_scale or 0
+        run = cls._of_run(model, job.task, size, job.steps, guidance=guidance, sound_s=job.duration_s)
         # A long video is made by itself: each of its windows continues the one before.
         batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
         runs = job.repeat_generation * job.batch_size // batch * len(windows(job, model.frames))
@@ -135,26 +98,24 @@ class Work:
         """What a request asks for that has only a prompt."""
         settings = default_settings(model)
         width, height = map(int, settings.get("resolution", "0x0").split("x"))
-        size = (width, height, settings.get("video_length", 1 if width else 0))
+        size = width, height, settings.get("video_length", 1 if width else 0)
         steps = settings.get("num_inference_steps") or model.fixed_steps or 1
-        guidance, duration_s = settings.get("guidance_scale"), settings.get("duration_seconds")
-        return cls._of_run(model, model.tasks[0], size, steps=steps, guidance=guidance, duration_s=duration_s)
+        guidance, sound_s = settings.get("guidance_scale", 0), settings.get("duration_seconds")
+        return cls._of_run(model, model.tasks[0], size, steps, guidance=guidance, sound_s=sound_s)
 
     @classmethod
     def _of_run(
-        cls, model: Model, task: str, size: tuple[int, int, int], *,
-        steps: int, guidance: float | None, duration_s: float | None,
-    ) -> "Work":  # fmt: skip
-        width, height, frames = size
-        pipeline = model.pipelines[task]
+        cls, model: Model, task: str, size: tuple[int, int, int], steps: int, *, guidance: float, sound_s: float | None
+    ) -> "Work":
+        (width, height, frames), pipeline = size, model.pipelines[task]
         section = min(pipeline.section_frames or frames, frames)
-        guided = (guidance or 0) > 1 and pipeline.cfg_passes != "single"
+        guided = guidance > 1 and pipeline.cfg_passes != "single"
         return cls(
             width=width,
             height=height,
             frames=frames,
             steps=pipeline.stages * steps,
-            tokens=tokens(model, width, height, section, duration_s),
+            tokens=tokens(model, width, height, section, sound_s),
             passes=1 + guided,
             joined=pipeline.cfg_passes.startswith("batched"),
             sections=math.ceil(frames / section) if section else 1,
