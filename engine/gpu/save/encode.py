@@ -62,6 +62,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "Disk quota exceeded": "raise the quota or delete old outputs, and retry the task",
     "Read-only file system": "make the output folder writable and retry the task",
     "Permission denied": "let the daemon's user write to the output folder and retry the task",
+    "ffmpeg can't be started": "reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name a working one",
 }
 
 
@@ -96,15 +97,18 @@ def write_video(
     """
     coming = iter(frames)
     first = next(coming)
-    height, width = (side + side % 2 for side in first.shape[:2])
-    picture = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0".split()
+    height, width, _ = first.shape
+    odd = ((0, height % 2), (0, width % 2), (0, 0))  # yuv420p needs even sides
+    size = f"{width + width % 2}x{height + height % 2}"
+    picture = f"-f rawvideo -pix_fmt rgb24 -video_size {size} -framerate {fps} -i pipe:0".split()
     codec = _CODECS[encoder].format(preset=preset, crf=crf).split()
     end = ["-map", "1:v", "-vf", _BT709, *codec, "-movflags", "+faststart", "-f", "mp4"]
     with ExitStack() as stack:
         if sound is not None:
             picture += [*_raw_sound(sound), "-i", stack.enter_context(_spooled(_bytes_of(sound)))]
             end = ["-map", "2:a", "-c:a", "aac", "-b:a", "192k", *end]
-        _encode(path, (_even(frame).tobytes() for frame in chain([first], coming)), settings, picture, end)
+        chunks = (np.pad(frame, odd, mode="edge").tobytes() for frame in chain([first], coming))
+        _encode(path, chunks, settings, picture, end)
 
 
 @cache
@@ -138,7 +142,9 @@ def _encode(
         # stderr goes to a file: a pipe that nobody reads while the frames are written would fill up and stop ffmpeg.
         with _started(command, complaints, path) as ffmpeg:
             os.setpriority(os.PRIO_PROCESS, ffmpeg.pid, _NICENESS)  # x264 alone would take every core
-            _feed(ffmpeg, chunks)
+            assert ffmpeg.stdin
+            with suppress(BrokenPipeError), ffmpeg.stdin as pipe:  # it may end early; its status then says why
+                pipe.writelines(chunks)
         if ffmpeg.returncode:
             raise _save_failed(path, _reason(ffmpeg.returncode, complaints))
 
@@ -169,7 +175,7 @@ def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, f
     """
     with _part_of(path) as part:
         buffer = io.BytesIO()  # Pillow hides why a write has failed ("encoder error -2"): the disk comes after it
-        comment = None if settings is None else _json(settings)
+        comment = None if settings is None else json.dumps(dict(settings))
         Image.fromarray(frame).save(buffer, format, **_image_options(format, comment))
         part.write_bytes(buffer.getbuffer())
 
@@ -209,15 +215,11 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
 
 
-def _json(settings: Mapping[str, Any]) -> str:
-    return json.dumps(dict(settings), ensure_ascii=True)
-
-
 def _ffmetadata(settings: Mapping[str, Any] | None) -> bytes:
     """FFmpeg's metadata file: one argument of a command line holds 128 KiB, which two long prompts can outgrow."""
     if settings is None:
         return b";FFMETADATA1\n"
-    escaped = re.sub(r"([\\=;#\n])", r"\\\1", _json(settings))
+    escaped = re.sub(r"([\\=;#\n])", r"\\\1", json.dumps(dict(settings)))
     return f";FFMETADATA1\ncomment={escaped}\n".encode("ascii")
 
 
@@ -232,24 +234,7 @@ def _started(command: list[str], complaints: IO[bytes], path: Path) -> "subproce
         )
     except (OSError, RuntimeError) as error:  # RuntimeError: imageio-ffmpeg found none at all
         log.error("ffmpeg can't be started: %s", error)
-        remedy = "reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name a working one"
-        raise EngineError(
-            f"'{path.name}' could not be saved: ffmpeg can't be started; {remedy}", "save_failed"
-        ) from None
-
-
-def _feed(ffmpeg: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
-    """Pipe the input in, a chunk at a time. An ffmpeg that ends early breaks the pipe; its status then says why."""
-    assert ffmpeg.stdin
-    with suppress(BrokenPipeError), ffmpeg.stdin as pipe:
-        for chunk in chunks:
-            pipe.write(chunk)
-
-
-def _even(frame: Pixels) -> Pixels:
-    """The frame with even sides, which yuv420p needs; the last column or row repeated where a side is odd."""
-    height, width, _ = frame.shape
-    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        raise _save_failed(path, "ffmpeg can't be started") from None
 
 
 def _reason(status: int, complaints: IO[bytes]) -> str:
