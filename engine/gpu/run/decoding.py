@@ -52,7 +52,7 @@ def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tens
     count = (frames - 1) // vae.config.scale_factor_temporal + 1
     z = _restored(vae, latents[:, :, -count:])
     try:
-        # In tiles, each goes through all frames.
+        # A tile goes through all frames at once, so that tiles can't be decoded frame by frame.
         for chunk in [vae.decode(z, return_dict=False)[0]] if _in_tiles(vae, z) else _chunks(vae, z):
             yield pixels(chunk[0].transpose(0, 1) * 0.5 + 0.5)
     finally:

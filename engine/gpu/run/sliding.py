@@ -17,12 +17,9 @@ from engine.planning.windows import Window, windows
 
 SEED_STRIDE = 2**32  # from window to window; the seeds of a job's files count up by one
 MOST_GAIN = 1.25  # of a correction: frames whose contrast differs by more show different things
-LEVELS = torch.arange(256, dtype=torch.float32)
-
-Make = Callable[[Call], torch.Tensor]
 
 
-def video(model: Model, job: Job, seed: int, make: Make) -> Iterator[torch.Tensor]:
+def video(model: Model, job: Job, seed: int, make: Callable[[Call], torch.Tensor]) -> Iterator[torch.Tensor]:
     """The frames of one video in pieces, (F, H, W, 3) uint8, as they are ready; at most two windows are in memory.
 
     `make` makes the frames of one call. Each window begins with the last frames of the one before: the call is
@@ -81,9 +78,10 @@ def _table(seen: torch.Tensor, wanted: torch.Tensor, strength: float) -> list[in
     """For each level of a channel, the level that it becomes."""
     gain = float(wanted.std() / seen.std().clamp(min=1e-6))
     gain = min(max(gain, 1 / MOST_GAIN), MOST_GAIN)
-    matched = (LEVELS - seen.mean()) * gain + wanted.mean()
-    levels: list[int] = LEVELS.lerp(matched, strength).round().clamp(0, 255).int().tolist()
-    return levels
+    levels = torch.arange(256, dtype=torch.float32)
+    matched = (levels - seen.mean()) * gain + wanted.mean()
+    table: list[int] = levels.lerp(matched, strength).round().clamp(0, 255).int().tolist()
+    return table
 
 
 def joined(end: torch.Tensor, made: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,6 @@ from engine.job import EngineError, Job
 log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
-Samples = NDArray[np.float32]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 _SLUG_CHARS: Final = 40
@@ -69,13 +68,18 @@ _REMEDIES: Final[Mapping[str, str]] = {
 class Sound(NamedTuple):
     """samples: (channels, N) in -1..1, at `sample_rate` a second."""
 
-    samples: Samples
+    samples: NDArray[np.float32]
     sample_rate: int
 
 
 def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: str) -> str:
-    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4"; `suffix` brings its dot."""
-    return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_{_slug(job.prompt)}_s{seed}{suffix}"
+    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4"; `suffix` brings its dot.
+
+    The prompt's start is in a-z, 0-9 and hyphens, so that no shell needs quotes.
+    """
+    plain = unicodedata.normalize("NFKD", job.prompt).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
+    return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_{slug}_s{seed}{suffix}"
 
 
 def write_video(
@@ -165,7 +169,7 @@ def _raw_sound(sound: Sound) -> list[str]:
 
 def _bytes_of(sound: Sound) -> bytes:
     """The samples, channels interleaved."""
-    return np.ascontiguousarray(sound.samples.T, dtype="<f4").tobytes()
+    return sound.samples.T.astype("<f4").tobytes()
 
 
 def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, format: ImageFormat) -> None:
@@ -175,8 +179,8 @@ def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, f
     """
     with _part_of(path) as part:
         buffer = io.BytesIO()  # Pillow hides why a write has failed ("encoder error -2"): the disk comes after it
-        comment = None if settings is None else json.dumps(dict(settings))
-        Image.fromarray(frame).save(buffer, format, **_image_options(format, comment))
+        comment = {} if settings is None else _comment_option(format, json.dumps(dict(settings)))
+        Image.fromarray(frame).save(buffer, format, quality=95, subsampling="4:4:4", **comment)
         part.write_bytes(buffer.getbuffer())
 
 
@@ -207,12 +211,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _slug(prompt: str) -> str:
-    """The prompt's start in a-z, 0-9 and hyphens, so that no shell needs quotes."""
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
 
 
 def _ffmetadata(settings: Mapping[str, Any] | None) -> bytes:
@@ -250,26 +248,16 @@ def _save_failed(path: Path, reason: str) -> EngineError:
     return EngineError(f"'{path.name}' could not be saved: {reason}; {remedy}", "save_failed")
 
 
-def _image_options(format: ImageFormat, comment: str | None) -> dict[str, Any]:
-    """Pillow's options for quality and for `comment`, which each format has in another place."""
+def _comment_option(format: ImageFormat, comment: str) -> dict[str, Any]:
+    """Pillow's option for `comment`, which each format has in another place."""
     if format == "png":
         text = PngImagePlugin.PngInfo()
-        if comment is not None:
-            text.add_text(PNG_KEYWORD, comment)
+        text.add_text(PNG_KEYWORD, comment)
         return {"pnginfo": text}
-    options = {"quality": 95, "subsampling": "4:4:4"}  # WebP has no such subsampling, and ignores it
-    if comment is None:
-        return options
-    exif = Image.Exif()
-    exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + comment.encode("ascii")}
-    data = exif.tobytes()
-    if format == "jpeg" and len(data) > _JPEG_SEGMENT_BYTES:
-        return options | {"extra": _comment_segments(comment)}
-    return options | {"exif": data}
-
-
-def _comment_segments(comment: str) -> bytes:
-    """A text too long for JPEG's one EXIF segment, in as many comment segments as it takes."""
-    data = comment.encode("ascii")
-    chunks = (data[at : at + _JPEG_SEGMENT_BYTES] for at in range(0, len(data), _JPEG_SEGMENT_BYTES))
-    return b"".join(b"\xff\xfe" + (len(chunk) + 2).to_bytes(2, "big") + chunk for chunk in chunks)
+    exif, data = Image.Exif(), comment.encode("ascii")
+    exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + data}
+    if format == "webp" or len(exif.tobytes()) <= _JPEG_SEGMENT_BYTES:
+        return {"exif": exif}
+    # Too long for JPEG's one EXIF segment: as many comment segments as it takes.
+    chunks = [data[at : at + _JPEG_SEGMENT_BYTES] for at in range(0, len(data), _JPEG_SEGMENT_BYTES)]
+    return {"extra": b"".join(b"\xff\xfe" + (len(chunk) + 2).to_bytes(2, "big") + chunk for chunk in chunks)}

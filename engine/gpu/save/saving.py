@@ -23,7 +23,6 @@ from engine.job import EngineConfig, Job, OutputFile
 log = logging.getLogger("wangpd.worker")
 RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
 IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-Pieces = Iterator[torch.Tensor]
 
 
 @dataclass
@@ -38,7 +37,7 @@ class _File:
     first: encode.Pixels | None = None
     count: int = 0  # frames that were made
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> Iterator[torch.Tensor]:
         for piece in self.clip.frames or ():
             if self.first is None:
                 self.first = piece[0].numpy()
@@ -94,7 +93,7 @@ class Saver:
         saved[-1].written.add_done_callback(lambda _: self._settled(_fault(saved)))  # the last: they are done in order
         return self._finished
 
-    def _write(self, file: _File, pieces: Pieces) -> None:
+    def _write(self, file: _File, pieces: Iterator[torch.Tensor]) -> None:
         config, clip = self._config, file.clip
         frames = (frame.numpy() for frame in chain.from_iterable(pieces))
         sound = None if clip.sound is None else encode.Sound(clip.sound.numpy(), clip.sample_rate)
