@@ -52,10 +52,14 @@ def render(
         meter.begin_run(next(numbers), work.runs, job.steps)
         return _run(pipe, model, call, meter, loras, together=together)
 
+    def make_window(call: Call) -> torch.Tensor:
+        (clip,) = run(call)
+        return torch.cat(list(clip.frames or ()))
+
     with _reported(pipe, meter, alone=together is None):
         for first in range(0, len(seeds), work.batch):
             if job.window_frames:
-                yield Clip(seeds[first], sliding.video(model, job, seeds[first], lambda call: _only_frames(run(call))))
+                yield Clip(seeds[first], sliding.video(model, job, seeds[first], make_window))
             else:
                 yield from run(Call(job, seeds[first : first + work.batch]))
 
@@ -88,13 +92,6 @@ def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[
     with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job), kernel:
         compiling.suit(pipe, job)
         yield pipe, set_strengths
-
-
-def _only_frames(clips: Iterator[Clip]) -> torch.Tensor:
-    """(F, H, W, 3) uint8 of a call that makes one video."""
-    (clip,) = clips
-    assert clip.frames is not None
-    return torch.cat(list(clip.frames))
 
 
 def _sample_rate(pipe: Any, pipeline: Pipeline) -> int:

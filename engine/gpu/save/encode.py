@@ -109,7 +109,8 @@ def write_video(
     end = ["-map", "1:v", "-vf", _BT709, *codec, "-movflags", "+faststart", "-f", "mp4"]
     with ExitStack() as stack:
         if sound is not None:
-            picture += [*_raw_sound(sound), "-i", stack.enter_context(_spooled(_bytes_of(sound)))]
+            options, samples = _pcm(sound)
+            picture += [*options, stack.enter_context(_spooled(samples))]
             end = ["-map", "2:a", "-c:a", "aac", "-b:a", "192k", *end]
         chunks = (np.pad(frame, odd, mode="edge").tobytes() for frame in chain([first], coming))
         _encode(path, chunks, settings, picture, end)
@@ -132,8 +133,8 @@ def write_sound(path: Path, sound: Sound, settings: Mapping[str, Any] | None) ->
 
     Raises EngineError with code "save_failed"; nothing is left in the folder then.
     """
-    end = ["-map", "1:a", *_SOUND_OPTIONS[path.suffix]]
-    _encode(path, [_bytes_of(sound)], settings, [*_raw_sound(sound), "-i", "pipe:0"], end)
+    options, samples = _pcm(sound)
+    _encode(path, [samples], settings, [*options, "pipe:0"], ["-map", "1:a", *_SOUND_OPTIONS[path.suffix]])
 
 
 def _encode(
@@ -163,13 +164,10 @@ def _spooled(data: bytes) -> Iterator[str]:
         yield f"{_HANDLE}{file.fileno()}"
 
 
-def _raw_sound(sound: Sound) -> list[str]:
-    return f"-f f32le -ar {sound.sample_rate} -ac {len(sound.samples)}".split()
-
-
-def _bytes_of(sound: Sound) -> bytes:
-    """The samples, channels interleaved."""
-    return sound.samples.T.astype("<f4").tobytes()
+def _pcm(sound: Sound) -> tuple[list[str], bytes]:
+    """The options before the name of a raw input, and its bytes: the samples, channels interleaved."""
+    options = f"-f f32le -ar {sound.sample_rate} -ac {len(sound.samples)} -i".split()
+    return options, sound.samples.T.astype("<f4").tobytes()
 
 
 def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, format: ImageFormat) -> None:
