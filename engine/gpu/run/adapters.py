@@ -35,45 +35,38 @@ class Adapters:
 
         Yields what to call after each step with the number of steps that are done.
         """
-        for lora in job.loras:
-            self._load(pipe, lora.path)
         if not job.loras:
             yield lambda _: None
             return
+        names = [self._loaded(pipe, lora.path) for lora in job.loras]
+        two = getattr(pipe, EXPERTS[1], None) is not None
+        current: list[dict[str, float]] = []
+
+        def set_strengths(step: int) -> None:
+            nonlocal current
+            if step == job.steps:  # the last is done
+                return
+            wanted = [strength(lora, step, job.steps) for lora in job.loras]
+            if wanted != current:
+                current = wanted
+                pipe.set_adapters(names, wanted if two else [each[EXPERTS[0]] for each in wanted])
+
         pipe.enable_lora()
-        strengths = _Strengths(pipe, job, [self._names[lora.path] for lora in job.loras])
         try:
-            strengths.set(0)
-            yield strengths.set
+            set_strengths(0)
+            yield set_strengths
         finally:
             pipe.disable_lora()
 
-    def _load(self, pipe: Any, path: Path) -> None:
-        if path in self._names:
-            return
-        name = f"lora_{len(self._names)}"
-        experts = [expert for expert in EXPERTS if getattr(pipe, expert, None) is not None]
-        for expert in experts or EXPERTS[:1]:
-            load_file(pipe, path, name, expert)
-        self._names[path] = name
-
-
-class _Strengths:
-    """The strength of each LoRA at each step; set again only where it changes."""
-
-    def __init__(self, pipe: Any, job: Job, names: list[str]) -> None:
-        self._pipe, self._job, self._names = pipe, job, names
-        self._now: list[dict[str, float]] = []
-
-    def set(self, step: int) -> None:
-        """Set the strengths for `step`, from 0; after the last step nothing happens."""
-        if step == self._job.steps:
-            return
-        wanted = [strength(lora, step, self._job.steps) for lora in self._job.loras]
-        if wanted != self._now:
-            self._now = wanted
-            two = getattr(self._pipe, EXPERTS[1], None) is not None
-            self._pipe.set_adapters(self._names, wanted if two else [each[EXPERTS[0]] for each in wanted])
+    def _loaded(self, pipe: Any, path: Path) -> str:
+        """The adapter's name; the file is loaded the first time."""
+        if path not in self._names:
+            name = f"lora_{len(self._names)}"
+            experts = [expert for expert in EXPERTS if getattr(pipe, expert, None) is not None]
+            for expert in experts or EXPERTS[:1]:
+                load_file(pipe, path, name, expert)
+            self._names[path] = name
+        return self._names[path]
 
 
 def strength(lora: Lora, step: int, steps: int) -> dict[str, float]:
@@ -81,5 +74,5 @@ def strength(lora: Lora, step: int, steps: int) -> dict[str, float]:
 
     Several values are spread evenly over the steps.
     """
-    first, last = lora.phases[0], lora.phases[-1]
-    return {expert: phase[step * len(phase) // steps] for expert, phase in zip(EXPERTS, (first, last), strict=True)}
+    phases = zip(EXPERTS, (lora.phases[0], lora.phases[-1]), strict=True)
+    return {expert: phase[step * len(phase) // steps] for expert, phase in phases}

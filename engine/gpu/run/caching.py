@@ -22,18 +22,16 @@ TRAIN_TIMESTEPS = 1000
 TAYLOR_WARM_STEPS = 3  # a tangent needs two points, and the first steps change too much
 COMPUTE, SKIP, BETWEEN = 2.0, 1.0, 0.5  # magnitude ratios whose errors, 1 and 0, are above and below a threshold
 
-Switch = Callable[[], None]
-
 
 @contextmanager
 def cached(pipe: Any, model: Model, job: Job) -> Iterator[None]:
     """Within the block, the denoisers of `pipe` skip steps as the job asks; afterwards they are as before."""
-    with ExitStack() as switched:
-        if job.skip_steps_cache_type:
-            enable = _CACHES[job.skip_steps_cache_type]
-            for denoiser, timesteps in _shares(pipe, model, job):
-                if len(timesteps):
-                    switched.callback(enable(denoiser, timesteps, model, job))
+    with ExitStack() as enabled:
+        for denoiser, timesteps in _shares(pipe, model, job) if job.skip_steps_cache_type else ():
+            if len(timesteps):
+                denoiser.enable_cache(_CONFIGS[job.skip_steps_cache_type](denoiser, timesteps, model, job))
+                enabled.callback(denoiser.disable_cache)
+                enabled.callback(denoiser._reset_stateful_cache)  # first; the pipeline does not after an exception
         yield
 
 
@@ -53,59 +51,39 @@ def _warm_steps(steps: int, job: Job) -> int:
     return max(1, round(steps * job.skip_steps_start_step_perc / 100))
 
 
-def _mag(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Switch:
+def _mag(_: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagCacheConfig:
     """MagCache, with this denoiser's share of the ratios."""
-    steps = len(timesteps)
+    steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
     whole = calibration.ratios(model.mag_calibration, job.steps)
-    ratios = whole[-steps:] if _is_second(model, timesteps) else whole[:steps]
-    warm = _warm_steps(steps, job)
+    ends_run = timesteps[0] < (model.boundary_ratio or 0) * TRAIN_TIMESTEPS  # as the low-noise expert does
+    ratios = whole[-steps:] if ends_run else whole[:steps]
     threshold = calibration.threshold_for(
         job.skip_steps_multiplier, lambda value: calibration.mag_schedule(ratios, value, warm)
     )
-    return _switched_on(
-        denoiser,
-        MagCacheConfig(
-            threshold=threshold,
-            max_skip_steps=calibration.MAX_SKIPS,
-            retention_ratio=warm / steps,
-            num_inference_steps=steps,
-            mag_ratios=ratios,
-        ),
+    return MagCacheConfig(
+        threshold=threshold,
+        max_skip_steps=calibration.MAX_SKIPS,
+        retention_ratio=warm / steps,
+        num_inference_steps=steps,
+        mag_ratios=ratios,
     )
 
 
-def _is_second(model: Model, timesteps: torch.Tensor) -> bool:
-    """True for the timesteps of the low-noise expert, which end the run."""
-    return model.boundary_ratio is not None and bool(timesteps[0] < model.boundary_ratio * TRAIN_TIMESTEPS)
-
-
-def _first_block(denoiser: Any, _t: torch.Tensor, _m: Model, job: Job) -> Switch:
+def _first_block(_d: Any, _t: torch.Tensor, _m: Model, job: Job) -> FirstBlockCacheConfig:
     nearest = min(FIRST_BLOCK_THRESHOLDS, key=lambda multiplier: abs(multiplier - job.skip_steps_multiplier))
-    return _switched_on(denoiser, FirstBlockCacheConfig(threshold=FIRST_BLOCK_THRESHOLDS[nearest]))
+    return FirstBlockCacheConfig(threshold=FIRST_BLOCK_THRESHOLDS[nearest])
 
 
-def _taylor(denoiser: Any, timesteps: torch.Tensor, _: Model, job: Job) -> Switch:
-    warm = max(TAYLOR_WARM_STEPS, _warm_steps(len(timesteps), job))
-    config = TaylorSeerCacheConfig(
+def _taylor(denoiser: Any, timesteps: torch.Tensor, _: Model, job: Job) -> TaylorSeerCacheConfig:
+    return TaylorSeerCacheConfig(
         cache_interval=max(2, round(job.skip_steps_multiplier)),
-        disable_cache_before_step=warm,
+        disable_cache_before_step=max(TAYLOR_WARM_STEPS, _warm_steps(len(timesteps), job)),
         cache_identifiers=TAYLOR_MODULES,
         taylor_factors_dtype=denoiser.dtype,
     )
-    return _switched_on(denoiser, config)
 
 
-def _switched_on(denoiser: Any, config: Any) -> Switch:
-    denoiser.enable_cache(config)
-
-    def off() -> None:
-        denoiser._reset_stateful_cache()  # which the pipeline does not do after an exception
-        denoiser.disable_cache()
-
-    return off
-
-
-def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Switch:
+def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagCacheConfig:
     """TeaCache (arXiv:2411.19108): the steps where the time embedding has hardly changed are skipped.
 
     The embedding depends on the timestep alone, so the steps to compute are known before the run; MagCache is given
@@ -119,14 +97,13 @@ def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> Swit
         return calibration.tea_schedule(coefficients, changes, threshold, warm)
 
     computed = schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule))
-    config = MagCacheConfig(
+    return MagCacheConfig(
         threshold=BETWEEN,
         max_skip_steps=steps,
         retention_ratio=0.0,
         num_inference_steps=steps,
         mag_ratios=[COMPUTE if compute else SKIP for compute in computed],
     )
-    return _switched_on(denoiser, config)
 
 
 @torch.no_grad()
@@ -135,11 +112,11 @@ def embedding_changes(denoiser: Any, timesteps: torch.Tensor) -> list[float]:
     embedder = denoiser.condition_embedder
     dtype = next(embedder.time_embedder.parameters()).dtype
     embedded = embedder.time_embedder(embedder.timesteps_proj(timesteps.float()).to(dtype)).float()  # (steps, D)
-    changes = (embedded.diff(dim=0).abs().mean(1) / embedded[:-1].abs().mean(1)).tolist()
-    return [float(change) for change in changes]
+    changes: list[float] = (embedded.diff(dim=0).abs().mean(1) / embedded[:-1].abs().mean(1)).tolist()
+    return changes
 
 
-_CACHES: Mapping[str, Callable[[Any, torch.Tensor, Model, Job], Switch]] = {
+_CONFIGS: Mapping[str, Callable[[Any, torch.Tensor, Model, Job], Any]] = {
     "mag": _mag,
     "tea": _tea,
     "fbc": _first_block,

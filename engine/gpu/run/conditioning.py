@@ -6,6 +6,8 @@ every other input has a parameter of its own.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,10 @@ def roles(pipeline: Pipeline, call: Call, sample_rate: int) -> dict[str, Any]:
 
     Sound comes at `sample_rate` samples a second.
     """
-    job = call.job
-    opened = {name: _opened(name, paths, call, sample_rate) for name, paths in job.inputs.items()}
+    job, opened = call.job, {}
+    for name, paths in job.inputs.items():
+        values = [_opened(path, name, call, sample_rate) for path in paths]
+        opened[name] = values if INPUTS[name].several else values[0]
     if pipeline.continues_from and "video_source" in opened:
         opened["video_source"] = _last_frames(job, pipeline.continues_from)
     return _FORMS[pipeline.start_image_as](pipeline, job, opened | _led(pipeline, call))
@@ -61,54 +65,42 @@ def _led(pipeline: Pipeline, call: Call) -> dict[str, Any]:
     return {"video_source": lead} if pipeline.continues_from else {"image_start": lead[0]}
 
 
-def _opened(name: str, paths: tuple[Path, ...], call: Call, sample_rate: int) -> Any:
-    values = [_OPENERS[INPUTS[name].kind](path, name, call, sample_rate) for path in paths]
-    return values if INPUTS[name].several else values[0]
-
-
-def _picture(path: Path, name: str, call: Call, _: int) -> Image.Image:
+def _opened(path: Path, name: str, call: Call, sample_rate: int) -> Any:
+    kind, job = INPUTS[name].kind, call.job
+    if kind == "audio":
+        return _sound(path, sample_rate)
+    if kind == "video":
+        return [_fitted(frame, name, job) for frame in footage.read_frames(path, job.fps, job.frames, call.start)]
     picture = media.open_image(path)
-    return picture if INPUTS[name].several else _fitted(picture, name, call.job)
-
-
-def _video(path: Path, name: str, call: Call, _: int) -> list[Image.Image]:
-    frames = footage.read_frames(path, call.job.fps, call.job.frames, call.start)
-    return [_fitted(frame, name, call.job) for frame in frames]
+    return picture if INPUTS[name].several else _fitted(picture, name, job)
 
 
 def _last_frames(job: Job, count: int) -> list[Image.Image]:
     """The end of the source video; it may be longer than what is made, and a short one begins with a held frame."""
     frames = footage.read_last_frames(job.inputs["video_source"][0], job.fps, count)
-    held = frames[:1] * (count - len(frames))
-    return [_fitted(frame, "video_source", job) for frame in held + frames]
+    return [_fitted(frame, "video_source", job) for frame in frames[:1] * (count - len(frames)) + frames]
 
 
-def _sound(path: Path, _name: str, _call: Call, sample_rate: int) -> torch.Tensor:
+def _sound(path: Path, sample_rate: int) -> torch.Tensor:
     """The whole sound, (2, N) float32 in -1..1, at `sample_rate` samples a second. Raises BadFootage."""
     resampler = av.AudioResampler("fltp", "stereo", sample_rate)
     with path.open("rb") as file, footage.opened(file, "audio") as container:
-        frames = container.decode(container.streams.audio[0])
+        frames = chain(container.decode(container.streams.audio[0]), [None])  # None: what the resampler still holds
         chunks = [part.to_ndarray() for frame in frames for part in resampler.resample(frame)]
-        chunks += [part.to_ndarray() for part in resampler.resample(None)]
     return torch.from_numpy(np.concatenate(chunks, axis=1))
 
 
 def _fitted(picture: Image.Image, name: str, job: Job) -> Image.Image:
-    size = (job.width, job.height)
     if INPUTS[name].role == "mask":  # a mask has no shades
-        return ImageOps.fit(picture.convert("L"), size, Image.Resampling.NEAREST)
-    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+        return ImageOps.fit(picture.convert("L"), (job.width, job.height), Image.Resampling.NEAREST)
+    return ImageOps.fit(picture, (job.width, job.height), Image.Resampling.LANCZOS)
 
 
-_OPENERS: Mapping[str, Callable[[Path, str, Call, int], Any]] = {"image": _picture, "video": _video, "audio": _sound}
-
-
-def _as_themselves(pipeline: Pipeline, _: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
-    return {pipeline.role(name): value for name, value in opened.items()}
-
-
-def _as_sound_batch(pipeline: Pipeline, _: Job, opened: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    return {pipeline.role(name): sound[None] for name, sound in opened.items()}  # (1, 2, N)
+def _each(
+    convert: Callable[[Any, Job], Any], pipeline: Pipeline, job: Job, opened: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Every input by itself, under its role."""
+    return {pipeline.role(name): convert(value, job) for name, value in opened.items()}
 
 
 def _as_masked_video(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,12 +109,11 @@ def _as_masked_video(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) ->
     A video without a mask guides the new one and is painted over everywhere.
     """
     taken = FORMS[pipeline.start_image_as] | {LEAD}
-    others = _as_themselves(pipeline, job, {name: value for name, value in opened.items() if name not in taken})
+    others = {pipeline.role(name): value for name, value in opened.items() if name not in taken}
     if len(others) == len(opened):
         return others
-    size = (job.width, job.height)
-    pictures = {0: opened.get("image_start"), job.frames - 1: opened.get("image_end")}
-    stills = {at: picture for at, picture in pictures.items() if picture} | dict(enumerate(opened.get(LEAD, ())))
+    size, places = (job.width, job.height), {"image_start": 0, "image_end": job.frames - 1}
+    stills = {i: opened[name] for name, i in places.items() if name in opened} | dict(enumerate(opened.get(LEAD, ())))
     video = opened.get("video_guide") or opened.get("video_source") or [Image.new("RGB", size, MID_GREY)]
     masks = opened.get("video_mask") or [Image.new("L", size, GENERATE)]
     keep = Image.new("L", size, KEEP)
@@ -135,10 +126,6 @@ def _as_masked_video(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) ->
 
 def _at(frames: list[Image.Image], i: int) -> Image.Image:
     return frames[min(i, len(frames) - 1)]
-
-
-def _as_rgba(pipeline: Pipeline, _: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
-    return {pipeline.role(name): picture.convert("RGBA") for name, picture in opened.items()}
 
 
 def _as_conditions(_: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,11 +151,6 @@ def _conditions(job: Job, opened: Mapping[str, Any], condition: Callable[[Any, i
     return {"conditions": made} if made else {}
 
 
-def _as_frame_tensors(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors with the frames before the colours: (1, F, C, H, W)."""
-    return {pipeline.role(name): _stacked(value, job).transpose(1, 2) for name, value in opened.items()}
-
-
 def _as_masked_tensors(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) -> dict[str, Any]:
     """A masked video in one tensor, with a mask of 0 and 255: if that is 255 everywhere the class ignores the video."""
     masked = _as_masked_video(pipeline, job, opened)
@@ -179,19 +161,19 @@ def _as_masked_tensors(pipeline: Pipeline, job: Job, opened: Mapping[str, Any]) 
 def _stacked(pictures: Image.Image | list[Image.Image], job: Job) -> torch.Tensor:
     """Pictures → (1, C, F, H, W) float32 in 0..1, cropped to the frame."""
     frames = pictures if isinstance(pictures, list) else [pictures]
-    size = (job.width, job.height)
-    arrays = [np.asarray(ImageOps.fit(frame, size, Image.Resampling.LANCZOS)) for frame in frames]
+    fitted = (ImageOps.fit(frame, (job.width, job.height), Image.Resampling.LANCZOS) for frame in frames)
+    arrays = [np.asarray(frame) for frame in fitted]
     video = torch.from_numpy(np.stack(arrays)).reshape(len(arrays), job.height, job.width, -1)
     return video.permute(3, 0, 1, 2)[None] / 255
 
 
 _FORMS: Mapping[str, Callable[[Pipeline, Job, Mapping[str, Any]], dict[str, Any]]] = {
-    "image": _as_themselves,
-    "sound_batch": _as_sound_batch,
+    "image": partial(_each, lambda value, _: value),
+    "sound_batch": partial(_each, lambda sound, _: sound[None]),  # (1, 2, N)
     "video_and_mask": _as_masked_video,
     "conditions": _as_conditions,
     "conditions_2": _as_conditions_2,
-    "frame_tensors": _as_frame_tensors,
-    "rgba": _as_rgba,
+    "frame_tensors": partial(_each, lambda pictures, job: _stacked(pictures, job).transpose(1, 2)),  # (1, F, C, H, W)
+    "rgba": partial(_each, lambda picture, _: picture.convert("RGBA")),
     "masked_tensors": _as_masked_tensors,
 }

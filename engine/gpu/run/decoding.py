@@ -8,30 +8,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
 from engine.gpu.run.results import pixels
 
-AUTO = "auto"
-# Classes whose decoder works in bfloat16 as well: 8 bits of mantissa distinguish all of its values.
-SAFE = frozenset({"AutoencoderKLWan"})
-
 
 def set_precision(pipe: Any, wanted: str, device: torch.device) -> None:
     """Let the VAE decode in 16 bits where that is safe; `wanted` is auto (16 on CUDA), 16 or 32.
 
-    Its inputs and outputs keep the dtype of its encoder.
+    Safe is Wan's: bfloat16's 8 bits of mantissa distinguish all levels. Inputs and outputs keep the encoder's dtype.
     """
     vae: Any = getattr(pipe, "vae", None)
-    halved = wanted == "16" or (wanted == AUTO and device.type == "cuda")
-    if not halved or type(vae).__name__ not in SAFE or vae.dtype != torch.float32:
+    halved = wanted == "16" or (wanted == "auto" and device.type == "cuda")
+    if not halved or not isinstance(vae, AutoencoderKLWan) or vae.dtype != torch.float32:
         return
     for part in (vae.post_quant_conv, vae.decoder):
         part.to(torch.bfloat16)
-        part.register_forward_pre_hook(_narrowed)
-    vae.decoder.register_forward_hook(_widened)
+        part.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
+    vae.decoder.register_forward_hook(lambda _module, _inputs, output: output.float())
 
 
 def width_of(pipe: Any) -> float:
@@ -40,17 +36,6 @@ def width_of(pipe: Any) -> float:
     decoder = getattr(vae, "decoder", vae)
     weight = next(decoder.parameters(), None) if isinstance(decoder, nn.Module) else None
     return 1.0 if weight is None else weight.element_size() / 2
-
-
-def _narrowed(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (inputs[0].to(torch.bfloat16), *inputs[1:])
-
-
-def _widened(_: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    return output.float()
-
-
-# ---- piece by piece
 
 
 @torch.no_grad()
@@ -67,7 +52,8 @@ def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tens
     count = (frames - 1) // vae.config.scale_factor_temporal + 1
     z = _restored(vae, latents[:, :, -count:])
     try:
-        for chunk in _tiled(vae, z) if _in_tiles(vae, z) else _chunks(vae, z):
+        # A tile goes through all frames at once, so that tiles can't be decoded frame by frame.
+        for chunk in [vae.decode(z, return_dict=False)[0]] if _in_tiles(vae, z) else _chunks(vae, z):
             yield pixels(chunk[0].transpose(0, 1) * 0.5 + 0.5)
     finally:
         vae.clear_cache()
@@ -85,12 +71,8 @@ def _restored(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 def _in_tiles(vae: Any, z: torch.Tensor) -> bool:
     ratio = vae.spatial_compression_ratio
-    sides = (vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio)
-    return bool(vae.use_tiling) and (z.shape[3] > sides[0] or z.shape[4] > sides[1])
-
-
-def _tiled(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield vae.decode(z, return_dict=False)[0]  # tile by tile, each through all frames
+    height, width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
+    return bool(vae.use_tiling) and (z.shape[3] > height or z.shape[4] > width)
 
 
 def _chunks(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -21,14 +21,13 @@ from engine.gpu.run.adapters import Adapters
 from engine.gpu.run.conditioning import Call
 from engine.gpu.run.meter import Meter
 from engine.gpu.run.results import Clip
-from engine.gpu.run.steps import StepCounter
+from engine.gpu.run.steps import counted_steps
 from engine.job import SEED_RANGE, Job, Phase
 from engine.planning.work import Work
 
 AfterStep = Callable[[int], None]  # called after each step with the number of steps that are done
 Together = Callable[[Any, Job, AfterStep], AbstractContextManager[AfterStep]]  # Team.together
 
-LATENT = "latent"
 CHECKS = 8  # for a cancel, within a call of a denoiser: a call takes up to a minute, and each check 0.01 ms
 
 
@@ -47,18 +46,23 @@ def render(
     other devices compute each call of a denoiser too.
     """
     work, numbers, loras = Work.of(model, job), count(), adapters or Adapters()
+    seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
 
     def run(call: Call) -> Iterator[Clip]:
         meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
         meter.begin_run(next(numbers), work.runs, job.steps)
         return _run(pipe, model, call, meter, loras, together=together)
 
+    def make_window(call: Call) -> torch.Tensor:
+        (clip,) = run(call)
+        return torch.cat(list(clip.frames or ()))
+
     with _reported(pipe, meter, alone=together is None):
-        for seeds in _seeds_of_calls(job, work.batch):
+        for first in range(0, len(seeds), work.batch):
             if job.window_frames:
-                yield Clip(seeds[0], sliding.video(model, job, seeds[0], lambda call: _only_frames(run(call))))
+                yield Clip(seeds[first], sliding.video(model, job, seeds[first], make_window))
             else:
-                yield from run(Call(job, seeds))
+                yield from run(Call(job, seeds[first : first + work.batch]))
 
 
 def _run(
@@ -69,13 +73,11 @@ def _run(
     with prepared(pipe, model, job, adapters) as (fitted, set_strengths):
         torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
         joint = together(fitted, job, set_strengths) if together else nullcontext(set_strengths)
-        with joint as after_step, StepCounter(fitted, job, pipeline, meter, after_step).counting() as callback:
+        with joint as after_step, counted_steps(fitted, job, pipeline, meter, after_step) as callback:
             output = fitted(**_call_arguments(fitted, model, call), **callback)
-    if pipeline.output_type == LATENT:  # Wan's, (B, C, F, H, W); their frames are decoded as they are iterated over
-        latents = output.frames.split(1)
-        return (
-            Clip(seed, decoding.pieces(fitted, one, job.frames)) for seed, one in zip(call.seeds, latents, strict=True)
-        )
+    if pipeline.output_type == "latent":  # Wan's, (B, C, F, H, W); their frames are decoded as they are iterated over
+        latents = zip(call.seeds, output.frames.split(1), strict=True)
+        return (Clip(seed, decoding.pieces(fitted, one, job.frames)) for seed, one in latents)
     return results.clips(output, pipeline, call.seeds, _sample_rate(fitted, pipeline), job.frames)
 
 
@@ -85,31 +87,12 @@ def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[
 
     Yields it with what sets the LoRAs' strengths after each step.
     """
-    pipeline = model.pipelines[job.task]
-    pipe = pipelines.sibling(pipe, pipeline)
-    if job.flow_shift is not None and "shift_param" in model.scheduler:
-        _shift(pipe, model.scheduler["shift_param"], job.flow_shift)
-    if pipeline.guider and job.guidance_scale is not None:
-        _guide(pipe, job.guidance_scale)
-    if pipeline.side_attribute:
-        setattr(pipe, pipeline.side_attribute, _latent_side(pipe, job))
+    pipe = pipelines.sibling(pipe, model.pipelines[job.task])
+    _adjust(pipe, model, job)
     kernel = attention_backend(model.attention_backend or kernels.NATIVE)
     with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job), kernel:
         compiling.suit(pipe, job)
         yield pipe, set_strengths
-
-
-def _only_frames(clips: Iterator[Clip]) -> torch.Tensor:
-    """(F, H, W, 3) uint8 of a call that makes one video."""
-    (clip,) = clips
-    assert clip.frames is not None
-    return torch.cat(list(clip.frames))
-
-
-def _seeds_of_calls(job: Job, size: int) -> list[list[int]]:
-    """The seeds of the job's files, `size` for each call."""
-    seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
-    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
 def _sample_rate(pipe: Any, pipeline: Pipeline) -> int:
@@ -117,23 +100,19 @@ def _sample_rate(pipe: Any, pipeline: Pipeline) -> int:
     return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
 
 
-def _shift(pipe: Any, parameter: str, value: float) -> None:
-    """Give the scheduler this shift; one that has it stays, and starts over when its timesteps are set."""
-    scheduler = pipe.scheduler
-    if scheduler.config[parameter] != value:
-        pipe.scheduler = type(scheduler).from_config(scheduler.config, **{parameter: value})
-
-
-def _guide(pipe: Any, scale: float) -> None:
-    """Set the scale of the guiders; some classes have a second one for prompts that ask for written text."""
-    for name in ("guider", "ocr_guider"):
-        if (guider := getattr(pipe, name, None)) is not None:
-            setattr(pipe, name, guider.new(guidance_scale=scale))
-
-
-def _latent_side(pipe: Any, job: Job) -> float:
-    """The side of a square of the job's area, in latent pixels; a touch longer, as sizes are rounded down."""
-    return float((job.width * job.height) ** 0.5 / pipe.vae_scale_factor * (1 + 1e-9))
+def _adjust(pipe: Any, model: Model, job: Job) -> None:
+    """Set what the job decides and the pipeline's call does not take."""
+    pipeline, shift = model.pipelines[job.task], model.scheduler.get("shift_param")
+    if shift and job.flow_shift is not None and pipe.scheduler.config[shift] != job.flow_shift:
+        # Else the scheduler stays: it starts over when its timesteps are set.
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{shift: job.flow_shift})
+    if pipeline.guider and job.guidance_scale is not None:
+        for name in ("guider", "ocr_guider"):  # some classes have a second one, for prompts that ask for written text
+            if (guider := getattr(pipe, name, None)) is not None:
+                setattr(pipe, name, guider.new(guidance_scale=job.guidance_scale))
+    if pipeline.side_attribute:
+        side = (job.width * job.height) ** 0.5 / pipe.vae_scale_factor  # in latent pixels, of a square of this area
+        setattr(pipe, pipeline.side_attribute, side * (1 + 1e-9))  # a touch longer, as sizes are rounded down
 
 
 def _call_arguments(pipe: Any, model: Model, call: Call) -> dict[str, Any]:

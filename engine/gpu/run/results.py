@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from engine.catalog.models import Pipeline
 
@@ -59,20 +60,13 @@ def pixels(item: Any) -> torch.Tensor:
 
     A tensor is (F, C, H, W) or (C, H, W), an array (F, H, W, C) or (H, W, C), both in 0..1; else pictures of Pillow.
     """
-    if isinstance(item, torch.Tensor):
-        video = item if item.ndim == 4 else item[None]
-        return _levels(video).permute(0, 2, 3, 1).contiguous().cpu()
-    if isinstance(item, np.ndarray):
-        return _levels(torch.from_numpy(item if item.ndim == 4 else item[None]))
-    frames = item if isinstance(item, list) else [item]
-    if isinstance(frames[0], np.ndarray | torch.Tensor):
-        return torch.cat([pixels(frame) for frame in frames])
-    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
-
-
-def _levels(video: torch.Tensor) -> torch.Tensor:
-    """0..1 → 0..255, rounded on the device, where it is cheap."""
-    return (video.clamp(0, 1) * 255).round().to(torch.uint8)
+    if isinstance(item, list):
+        return torch.cat([pixels(each) for each in item])
+    if isinstance(item, Image.Image):
+        return torch.from_numpy(np.array(item))[None]
+    video = torch.as_tensor(item)
+    levels = (video if video.ndim == 4 else video[None]).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return levels if isinstance(item, np.ndarray) else levels.permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def waveform(item: Any) -> torch.Tensor:

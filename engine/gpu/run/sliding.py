@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, zip_longest
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 
 from engine.catalog.abilities import TASKS
 from engine.catalog.models import MASKED_FORMS, Model
@@ -16,12 +17,9 @@ from engine.planning.windows import Window, windows
 
 SEED_STRIDE = 2**32  # from window to window; the seeds of a job's files count up by one
 MOST_GAIN = 1.25  # of a correction: frames whose contrast differs by more show different things
-LEVELS = torch.arange(256, dtype=torch.float32)
-
-Make = Callable[[Call], torch.Tensor]
 
 
-def video(model: Model, job: Job, seed: int, make: Make) -> Iterator[torch.Tensor]:
+def video(model: Model, job: Job, seed: int, make: Callable[[Call], torch.Tensor]) -> Iterator[torch.Tensor]:
     """The frames of one video in pieces, (F, H, W, 3) uint8, as they are ready; at most two windows are in memory.
 
     `make` makes the frames of one call. Each window begins with the last frames of the one before: the call is
@@ -29,28 +27,27 @@ def video(model: Model, job: Job, seed: int, make: Make) -> Iterator[torch.Tenso
     """
     pieces = windows(job, model.frames)
     end = torch.empty(0)  # of the window before: the last frame that was yielded, and those of the overlap
-    for number, window in enumerate(pieces):
-        overlaps = [piece.overlap for piece in pieces[number + 1 :]]
-        call = _call(model, job, window, end[1:], seed + number * SEED_STRIDE, last=not overlaps)
-        made = make(call)
+    for number, (window, following) in enumerate(zip_longest(pieces, pieces[1:])):
+        made = make(_call(model, job, window, end[1:], seed + number * SEED_STRIDE, last=following is None))
         if window.overlap:
             made = joined(end, recoloured(made, end[1:], job.color_correction))
         made = made[: job.frames - window.start]
-        done = len(made) - (overlaps[0] if overlaps else 0)
+        done = len(made) - (following.overlap if following else 0)
         yield made[:done]
         end = made[done - 1 :]
 
 
 def _call(model: Model, job: Job, window: Window, lead: torch.Tensor, seed: int, *, last: bool) -> Call:
     """The call that makes one window; `lead` are the frames that it begins with."""
-    kept = {name: paths for name, paths in job.inputs.items() if last or name != "image_end"}
-    task = _task(model, job, frozenset(kept), first=not window.overlap)
-    if window.overlap:
-        led = "image_start" if model.pipelines[task].start_image_as in MASKED_FORMS else "image_start video_source"
-        kept = {name: paths for name, paths in kept.items() if name not in led.split()}
-    usable = {name: paths for name, paths in kept.items() if name in model.inputs_of(task)}
-    part = replace(job, task=task, frames=window.frames, inputs=usable, window_frames=0)
-    return Call(part, [seed % SEED_RANGE], list(lead.numpy()) if window.overlap else [], window.start)
+    unused = set() if last else {"image_end"}
+    task = _task(model, job, frozenset(job.inputs.keys() - unused), first=not window.overlap)
+    if window.overlap:  # `lead` takes their place
+        masked = model.pipelines[task].start_image_as in MASKED_FORMS
+        unused |= {"image_start"} if masked else {"image_start", "video_source"}
+    names = model.inputs_of(task) - unused
+    inputs = {name: paths for name, paths in job.inputs.items() if name in names}
+    part = replace(job, task=task, frames=window.frames, inputs=inputs, window_frames=0)
+    return Call(part, [seed % SEED_RANGE], list(lead.numpy()), window.start)
 
 
 def _task(model: Model, job: Job, given: frozenset[str], *, first: bool) -> str:
@@ -71,23 +68,20 @@ def recoloured(made: torch.Tensor, known: torch.Tensor, strength: float) -> torc
     if not strength:
         return made
     tables = [
-        _table(made[: len(known), ..., channel].float(), known[..., channel].float(), strength)
-        for channel in range(made.shape[-1])
+        _table(made[: len(known), ..., channel].float(), known[..., channel].float(), strength) for channel in range(3)
     ]
-    return torch.from_numpy(np.stack([_looked_up(frame, tables) for frame in made.numpy()]))
+    levels = list(chain(*tables))
+    return torch.from_numpy(np.stack([np.asarray(Image.fromarray(frame).point(levels)) for frame in made.numpy()]))
 
 
-def _table(seen: torch.Tensor, wanted: torch.Tensor, strength: float) -> NDArray[np.uint8]:
+def _table(seen: torch.Tensor, wanted: torch.Tensor, strength: float) -> list[int]:
     """For each level of a channel, the level that it becomes."""
     gain = float(wanted.std() / seen.std().clamp(min=1e-6))
     gain = min(max(gain, 1 / MOST_GAIN), MOST_GAIN)
-    matched = (LEVELS - seen.mean()) * gain + wanted.mean()
-    levels: NDArray[np.uint8] = LEVELS.lerp(matched, strength).round().clamp(0, 255).to(torch.uint8).numpy()
-    return levels
-
-
-def _looked_up(frame: NDArray[np.uint8], tables: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    return np.stack([table[frame[..., channel]] for channel, table in enumerate(tables)], axis=-1)
+    levels = torch.arange(256, dtype=torch.float32)
+    matched = (levels - seen.mean()) * gain + wanted.mean()
+    table: list[int] = levels.lerp(matched, strength).round().clamp(0, 255).int().tolist()
+    return table
 
 
 def joined(end: torch.Tensor, made: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from engine.catalog.models import Pipeline
@@ -9,59 +10,54 @@ from engine.gpu.run.meter import Meter
 from engine.job import Job
 
 
-class StepCounter:
-    """Reports the steps of one call to the meter, as shares of the steps that the job names.
+@contextmanager
+def counted_steps(
+    pipe: Any, job: Job, pipeline: Pipeline, meter: Meter, after_step: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """Within the block the steps of one call are reported to `meter` and then to `after_step`.
 
-    A class may take more (each section of a long video is denoised again) or fewer (a source that is partly kept).
+    Yields the keyword arguments that the call needs for it. Steps are counted as shares of those that the job names: a
+    class may take more (each section of a long video is denoised again) or fewer (a source that is partly kept).
     """
+    numbers = count(1)
 
-    def __init__(
-        self, pipe: Any, job: Job, pipeline: Pipeline, meter: Meter, after_step: Callable[[int], None]
-    ) -> None:
-        self._pipe, self._job, self._pipeline, self._meter, self._after_step = pipe, job, pipeline, meter, after_step
-        self._count = 0
+    def step_done(*_: Any) -> None:
+        """Raises Cancelled: `pipe._interrupt` would still run the VAE."""
+        done = min(job.steps, next(numbers) * job.steps // _expected(pipe, job, pipeline))
+        meter.step_done(done)
+        after_step(done)
 
-    @contextmanager
-    def counting(self) -> Iterator[dict[str, Any]]:
-        """Within the block steps are counted; yields the keyword arguments that the call needs for it."""
-        if self._pipeline.progress == "callback_on_step_end":
-            yield {"callback_on_step_end": self._on_step_end}
-        elif self._pipeline.progress == "callback":  # older classes
-            yield {"callback": lambda *_: self._step(), "callback_steps": 1}
-        else:  # a class without a callback: each step of the scheduler is one
-            with self._counting_scheduler():
-                yield {}
-
-    def _on_step_end(self, _pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        self._step()
+    def on_step_end(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        step_done()
         return tensors
 
-    @contextmanager
-    def _counting_scheduler(self) -> Iterator[None]:
-        scheduler = self._pipe.scheduler
-        plain = scheduler.step
+    if pipeline.progress == "callback_on_step_end":
+        yield {"callback_on_step_end": on_step_end}
+    elif pipeline.progress == "callback":  # older classes
+        yield {"callback": step_done, "callback_steps": 1}
+    else:  # a class without a callback: each step of the scheduler is one
+        with _after_each_step(pipe.scheduler, step_done):
+            yield {}
 
-        def counted(*arguments: Any, **options: Any) -> Any:
-            result = plain(*arguments, **options)
-            self._step()
-            return result
 
-        scheduler.step = counted
-        try:
-            yield
-        finally:
-            del scheduler.step  # the instance's, which hides the class's
+@contextmanager
+def _after_each_step(scheduler: Any, step_done: Callable[[], None]) -> Iterator[None]:
+    plain = scheduler.step
 
-    def _step(self) -> None:
-        """One more step is done. Raises Cancelled: `pipe._interrupt` would still run the VAE."""
-        self._count += 1
-        done = min(self._job.steps, self._count * self._job.steps // self._expected())
-        self._meter.step_done(done)
-        self._after_step(done)
+    def step(*arguments: Any, **options: Any) -> Any:
+        result = plain(*arguments, **options)
+        step_done()
+        return result
 
-    def _expected(self) -> int:
-        """The steps of the whole call, as the pipeline knows them once it has begun."""
-        section_frames = self._pipeline.section_frames
-        sections = -(-self._job.frames // section_frames) if section_frames else 1
-        known = getattr(self._pipe, "num_timesteps", None) or self._job.steps
-        return int(known) * sections * self._pipeline.stages
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step  # the instance's, which hides the class's
+
+
+def _expected(pipe: Any, job: Job, pipeline: Pipeline) -> int:
+    """The steps of the whole call, as the pipeline knows them once it has begun."""
+    sections = -(-job.frames // pipeline.section_frames) if pipeline.section_frames else 1
+    known = getattr(pipe, "num_timesteps", None) or job.steps
+    return int(known) * sections * pipeline.stages

@@ -35,7 +35,6 @@ class _Handover(Generic[T]):
             return self._state != "left"
 
     def close(self, state: str) -> None:
-        """Enter the final `state`."""
         with self._changed:
             self._state = state
             self._changed.notify_all()
@@ -55,29 +54,23 @@ class _Handover(Generic[T]):
             yield piece
 
 
-class Background:
-    """Writes one file after the other in a thread of its own."""
+def feed(
+    thread: ThreadPoolExecutor, pieces: Iterable[T], write: Callable[[Iterator[T]], R], size_bytes: Callable[[T], int]
+) -> "Future[R]":
+    """Pass `pieces` to `write` in `thread`, each as soon as it is made; returns when the last one is made.
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "background")
-
-    def feed(
-        self, pieces: Iterable[T], write: Callable[[Iterator[T]], R], size_bytes: Callable[[T], int]
-    ) -> "Future[R]":
-        """Pass `pieces` to `write` in the thread, each as soon as it is made; returns when the last one is made.
-
-        Raises what making them or `write` raises, and then `write` has ended: with Broken, if making them failed.
-        """
-        handover = _Handover[T]()
-        written = self._thread.submit(write, handover.taken())
-        written.add_done_callback(lambda _: handover.close("left"))
-        try:
-            for piece in pieces:
-                if not handover.put(piece, size_bytes(piece)):
-                    written.result()
-        except BaseException:
-            handover.close("broken")
-            wait([written])
-            raise
-        handover.close("ended")
-        return written
+    Raises what making them or `write` raises, and then `write` has ended: with Broken, if making them failed.
+    """
+    handover = _Handover[T]()
+    written = thread.submit(write, handover.taken())
+    written.add_done_callback(lambda _: handover.close("left"))
+    try:
+        for piece in pieces:
+            if not handover.put(piece, size_bytes(piece)):
+                written.result()
+    except BaseException:
+        handover.close("broken")
+        wait([written])
+        raise
+    handover.close("ended")
+    return written

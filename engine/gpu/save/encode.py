@@ -30,7 +30,6 @@ from engine.job import EngineError, Job
 log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
-Samples = NDArray[np.float32]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 _SLUG_CHARS: Final = 40
@@ -62,19 +61,25 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "Disk quota exceeded": "raise the quota or delete old outputs, and retry the task",
     "Read-only file system": "make the output folder writable and retry the task",
     "Permission denied": "let the daemon's user write to the output folder and retry the task",
+    "ffmpeg can't be started": "reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name a working one",
 }
 
 
 class Sound(NamedTuple):
     """samples: (channels, N) in -1..1, at `sample_rate` a second."""
 
-    samples: Samples
+    samples: NDArray[np.float32]
     sample_rate: int
 
 
 def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: str) -> str:
-    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4"; `suffix` brings its dot."""
-    return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_{_slug(job.prompt)}_s{seed}{suffix}"
+    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4"; `suffix` brings its dot.
+
+    The prompt's start is in a-z, 0-9 and hyphens, so that no shell needs quotes.
+    """
+    plain = unicodedata.normalize("NFKD", job.prompt).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
+    return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_{slug}_s{seed}{suffix}"
 
 
 def write_video(
@@ -96,15 +101,19 @@ def write_video(
     """
     coming = iter(frames)
     first = next(coming)
-    height, width = (side + side % 2 for side in first.shape[:2])
-    picture = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0".split()
+    height, width, _ = first.shape
+    odd = ((0, height % 2), (0, width % 2), (0, 0))  # yuv420p needs even sides
+    size = f"{width + width % 2}x{height + height % 2}"
+    picture = f"-f rawvideo -pix_fmt rgb24 -video_size {size} -framerate {fps} -i pipe:0".split()
     codec = _CODECS[encoder].format(preset=preset, crf=crf).split()
     end = ["-map", "1:v", "-vf", _BT709, *codec, "-movflags", "+faststart", "-f", "mp4"]
     with ExitStack() as stack:
         if sound is not None:
-            picture += [*_raw_sound(sound), "-i", stack.enter_context(_spooled(_bytes_of(sound)))]
+            options, samples = _pcm(sound)
+            picture += [*options, stack.enter_context(_spooled(samples))]
             end = ["-map", "2:a", "-c:a", "aac", "-b:a", "192k", *end]
-        _encode(path, (_even(frame).tobytes() for frame in chain([first], coming)), settings, picture, end)
+        chunks = (np.pad(frame, odd, mode="edge").tobytes() for frame in chain([first], coming))
+        _encode(path, chunks, settings, picture, end)
 
 
 @cache
@@ -124,8 +133,8 @@ def write_sound(path: Path, sound: Sound, settings: Mapping[str, Any] | None) ->
 
     Raises EngineError with code "save_failed"; nothing is left in the folder then.
     """
-    end = ["-map", "1:a", *_SOUND_OPTIONS[path.suffix]]
-    _encode(path, [_bytes_of(sound)], settings, [*_raw_sound(sound), "-i", "pipe:0"], end)
+    options, samples = _pcm(sound)
+    _encode(path, [samples], settings, [*options, "pipe:0"], ["-map", "1:a", *_SOUND_OPTIONS[path.suffix]])
 
 
 def _encode(
@@ -137,8 +146,11 @@ def _encode(
         command += ["-map_metadata", "0", *end, f"file:{part}"]
         # stderr goes to a file: a pipe that nobody reads while the frames are written would fill up and stop ffmpeg.
         with _started(command, complaints, path) as ffmpeg:
-            os.setpriority(os.PRIO_PROCESS, ffmpeg.pid, _NICENESS)  # x264 alone would take every core
-            _feed(ffmpeg, chunks)
+            # x264 alone would take every core.
+            os.setpriority(os.PRIO_PROCESS, ffmpeg.pid, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
+            assert ffmpeg.stdin
+            with suppress(BrokenPipeError), ffmpeg.stdin as pipe:  # it may end early; its status then says why
+                pipe.writelines(chunks)
         if ffmpeg.returncode:
             raise _save_failed(path, _reason(ffmpeg.returncode, complaints))
 
@@ -153,13 +165,10 @@ def _spooled(data: bytes) -> Iterator[str]:
         yield f"{_HANDLE}{file.fileno()}"
 
 
-def _raw_sound(sound: Sound) -> list[str]:
-    return f"-f f32le -ar {sound.sample_rate} -ac {len(sound.samples)}".split()
-
-
-def _bytes_of(sound: Sound) -> bytes:
-    """The samples, channels interleaved."""
-    return np.ascontiguousarray(sound.samples.T, dtype="<f4").tobytes()
+def _pcm(sound: Sound) -> tuple[list[str], bytes]:
+    """The options before the name of a raw input, and its bytes: the samples, channels interleaved."""
+    options = f"-f f32le -ar {sound.sample_rate} -ac {len(sound.samples)} -i".split()
+    return options, sound.samples.T.astype("<f4").tobytes()
 
 
 def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, format: ImageFormat) -> None:
@@ -169,8 +178,8 @@ def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, f
     """
     with _part_of(path) as part:
         buffer = io.BytesIO()  # Pillow hides why a write has failed ("encoder error -2"): the disk comes after it
-        comment = None if settings is None else _json(settings)
-        Image.fromarray(frame).save(buffer, format, **_image_options(format, comment))
+        comment = {} if settings is None else _comment_option(format, json.dumps(dict(settings)))
+        Image.fromarray(frame).save(buffer, format, quality=95, subsampling="4:4:4", **comment)
         part.write_bytes(buffer.getbuffer())
 
 
@@ -203,21 +212,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _slug(prompt: str) -> str:
-    """The prompt's start in a-z, 0-9 and hyphens, so that no shell needs quotes."""
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
-
-
-def _json(settings: Mapping[str, Any]) -> str:
-    return json.dumps(dict(settings), ensure_ascii=True)
-
-
 def _ffmetadata(settings: Mapping[str, Any] | None) -> bytes:
     """FFmpeg's metadata file: one argument of a command line holds 128 KiB, which two long prompts can outgrow."""
     if settings is None:
         return b";FFMETADATA1\n"
-    escaped = re.sub(r"([\\=;#\n])", r"\\\1", _json(settings))
+    escaped = re.sub(r"([\\=;#\n])", r"\\\1", json.dumps(dict(settings)))
     return f";FFMETADATA1\ncomment={escaped}\n".encode("ascii")
 
 
@@ -232,24 +231,7 @@ def _started(command: list[str], complaints: IO[bytes], path: Path) -> "subproce
         )
     except (OSError, RuntimeError) as error:  # RuntimeError: imageio-ffmpeg found none at all
         log.error("ffmpeg can't be started: %s", error)
-        remedy = "reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name a working one"
-        raise EngineError(
-            f"'{path.name}' could not be saved: ffmpeg can't be started; {remedy}", "save_failed"
-        ) from None
-
-
-def _feed(ffmpeg: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
-    """Pipe the input in, a chunk at a time. An ffmpeg that ends early breaks the pipe; its status then says why."""
-    assert ffmpeg.stdin
-    with suppress(BrokenPipeError), ffmpeg.stdin as pipe:
-        for chunk in chunks:
-            pipe.write(chunk)
-
-
-def _even(frame: Pixels) -> Pixels:
-    """The frame with even sides, which yuv420p needs; the last column or row repeated where a side is odd."""
-    height, width, _ = frame.shape
-    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        raise _save_failed(path, "ffmpeg can't be started") from None
 
 
 def _reason(status: int, complaints: IO[bytes]) -> str:
@@ -265,26 +247,16 @@ def _save_failed(path: Path, reason: str) -> EngineError:
     return EngineError(f"'{path.name}' could not be saved: {reason}; {remedy}", "save_failed")
 
 
-def _image_options(format: ImageFormat, comment: str | None) -> dict[str, Any]:
-    """Pillow's options for quality and for `comment`, which each format has in another place."""
+def _comment_option(format: ImageFormat, comment: str) -> dict[str, Any]:
+    """Pillow's option for `comment`, which each format has in another place."""
     if format == "png":
         text = PngImagePlugin.PngInfo()
-        if comment is not None:
-            text.add_text(PNG_KEYWORD, comment)
+        text.add_text(PNG_KEYWORD, comment)
         return {"pnginfo": text}
-    options = {"quality": 95, "subsampling": "4:4:4"}  # WebP has no such subsampling, and ignores it
-    if comment is None:
-        return options
-    exif = Image.Exif()
-    exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + comment.encode("ascii")}
-    data = exif.tobytes()
-    if format == "jpeg" and len(data) > _JPEG_SEGMENT_BYTES:
-        return options | {"extra": _comment_segments(comment)}
-    return options | {"exif": data}
-
-
-def _comment_segments(comment: str) -> bytes:
-    """A text too long for JPEG's one EXIF segment, in as many comment segments as it takes."""
-    data = comment.encode("ascii")
-    chunks = (data[at : at + _JPEG_SEGMENT_BYTES] for at in range(0, len(data), _JPEG_SEGMENT_BYTES))
-    return b"".join(b"\xff\xfe" + (len(chunk) + 2).to_bytes(2, "big") + chunk for chunk in chunks)
+    exif, data = Image.Exif(), comment.encode("ascii")
+    exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + data}
+    if format == "webp" or len(exif.tobytes()) <= _JPEG_SEGMENT_BYTES:
+        return {"exif": exif}
+    # Too long for JPEG's one EXIF segment: as many comment segments as it takes.
+    chunks = [data[at : at + _JPEG_SEGMENT_BYTES] for at in range(0, len(data), _JPEG_SEGMENT_BYTES)]
+    return {"extra": b"".join(b"\xff\xfe" + (len(chunk) + 2).to_bytes(2, "big") + chunk for chunk in chunks)}

@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,12 @@ from engine import settings
 from engine.files import media
 from engine.files.thumbnails import PREVIEW_WIDTH, ThumbnailCache
 from engine.gpu.run.results import Clip
-from engine.gpu.save import encode
-from engine.gpu.save.background import Background
+from engine.gpu.save import background, encode
 from engine.job import EngineConfig, Job, OutputFile
 
 log = logging.getLogger("wangpd.worker")
 RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
 IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-Pieces = Iterator[torch.Tensor]
 
 
 @dataclass
@@ -39,8 +37,7 @@ class _File:
     first: encode.Pixels | None = None
     count: int = 0  # frames that were made
 
-    def pieces(self) -> Pieces:
-        """The pieces of the clip, their frames counted."""
+    def pieces(self) -> Iterator[torch.Tensor]:
         for piece in self.clip.frames or ():
             if self.first is None:
                 self.first = piece[0].numpy()
@@ -73,7 +70,7 @@ class Saver:
         """`settled` is called for each `finish`, with the reason if a file could not be written."""
         self._config, self._settled = config, settled
         self._finished = 0
-        self._background = Background()
+        self._thread = ThreadPoolExecutor(1, "background")
         self._posters = ThumbnailCache(config.state_path / "thumbnails")
 
     def save(self, task_id: int, clip: Clip, job: Job, started: datetime) -> Saved:
@@ -82,13 +79,12 @@ class Saver:
         Raises what making them raises, and then there is no file; or EngineError if it can't be written.
         """
         kind = "audio" if clip.frames is None else "video" if job.frames > 1 else "image"
-        suffix = f"_{clip.layer}{self._suffix(kind)}" if clip.layer else self._suffix(kind)
-        path = self._config.save_path / encode.output_name(job, clip.seed, task_id, started, suffix)
-        embedded = settings.echo(job, clip.seed) if self._config.embed_settings else None
+        config, layer = self._config, f"_{clip.layer}" if clip.layer else ""
+        suffix = {"audio": f".{config.audio_format}", "video": ".mp4", "image": IMAGE_SUFFIXES[config.image_format]}
+        path = config.save_path / encode.output_name(job, clip.seed, task_id, started, layer + suffix[kind])
+        embedded = settings.echo(job, clip.seed) if config.embed_settings else None
         file = _File(path, kind, clip, job, embedded)
-        written = self._background.feed(
-            file.pieces(), lambda pieces: self._write(file, pieces), lambda piece: piece.nbytes
-        )
+        written = background.feed(self._thread, file.pieces(), partial(self._write, file), lambda piece: piece.nbytes)
         return Saved(file.described(), written)
 
     def finish(self, saved: Sequence[Saved]) -> int:
@@ -97,11 +93,7 @@ class Saver:
         saved[-1].written.add_done_callback(lambda _: self._settled(_fault(saved)))  # the last: they are done in order
         return self._finished
 
-    def _suffix(self, kind: str) -> str:
-        suffixes = {"video": ".mp4", "image": IMAGE_SUFFIXES[self._config.image_format]}
-        return suffixes.get(kind, f".{self._config.audio_format}")
-
-    def _write(self, file: _File, pieces: Pieces) -> None:
+    def _write(self, file: _File, pieces: Iterator[torch.Tensor]) -> None:
         config, clip = self._config, file.clip
         frames = (frame.numpy() for frame in chain.from_iterable(pieces))
         sound = None if clip.sound is None else encode.Sound(clip.sound.numpy(), clip.sample_rate)
@@ -116,14 +108,12 @@ class Saver:
         elif sound:
             encode.write_sound(file.path, sound, file.settings)
         if file.first is not None and file.first.shape[-1] == RGB:
-            poster = media.reduced(Image.fromarray(file.first), PREVIEW_WIDTH)
-            self._posters.put_poster(file.path, poster)
+            self._posters.put_poster(file.path, media.reduced(Image.fromarray(file.first), PREVIEW_WIDTH))
 
 
 def _fault(saved: Sequence[Saved]) -> str:
     """Why one of these files could not be written; empty if all are."""
-    errors = (file.written.exception() for file in saved)
-    return next((str(error) for error in errors if error), "")
+    return next((str(error) for file in saved if (error := file.written.exception())), "")
 
 
 @cache
