@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from engine.catalog.weights import Weights
 
 # Components without a part in encoding a prompt. All others belong to the encoder's identity.
 _NO_ENCODER = re.compile(r"transformer|unet|vae|scheduler|vocoder")
 _PLAIN = (str, int, float, type(None))  # bool is an int
-
-
-class _Uncacheable(Exception):
-    """A value that can't be part of a key or of an entry."""
 
 
 @dataclass(frozen=True)
@@ -36,37 +33,28 @@ class _Copy:
     tensor: torch.Tensor
     was_on_cpu: bool
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Copy":
+        ram = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return cls(ram, tensor.device.type == "cpu")
+
 
 class Embeddings:
     """The result of one call of `encode_prompt`, with its tensors in RAM."""
 
     def __init__(self, result: Any) -> None:
-        """Raises _Uncacheable if there is more in the result than tensors, plain values, tuples and lists."""
-        self.size_bytes = 0
-        self._content = self._copied(result)
-
-    def _copied(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            tensor = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            self.size_bytes += tensor.nbytes
-            return _Copy(tensor, value.device.type == "cpu")
-        if type(value) in (tuple, list):
-            return type(value)(map(self._copied, value))
-        if isinstance(value, _PLAIN):
-            return value
-        raise _Uncacheable
+        """Raises TypeError if there is more in the result than tensors and plain values, in containers or not."""
+        leaves = tree_leaves(result)
+        if not all(isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
+            raise TypeError
+        self.size_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        self._content = tree_map_only(torch.Tensor, _Copy.of, result)
 
     def on(self, device: torch.device) -> Any:
         """The result with its tensors on `device`: copies, as a pipeline may write into what it gets."""
-        return _restored(self._content, device)
-
-
-def _restored(content: Any, device: torch.device) -> Any:
-    if isinstance(content, _Copy):
-        return content.tensor.to("cpu" if content.was_on_cpu else device, copy=True)
-    if isinstance(content, tuple | list):
-        return type(content)(_restored(part, device) for part in content)
-    return content
+        return tree_map_only(
+            _Copy, lambda copy: copy.tensor.to("cpu" if copy.was_on_cpu else device, copy=True), self._content
+        )
 
 
 class PromptCache:
@@ -158,23 +146,18 @@ def _key(pipe: Any, encode: Callable[..., Any], encoder: list[str], arguments: A
     bound.apply_defaults()
     settings = {name: value for name, value in pipe.config.items() if isinstance(value, _PLAIN)}
     settings.pop("_name_or_path", None)  # where it is, not what it is
+    parts = [*encoder, type(pipe).__name__, settings, bound.arguments]
     try:
-        return json.dumps([*encoder, type(pipe).__name__, settings, _plain(bound.arguments)], sort_keys=True)
-    except _Uncacheable:
+        return json.dumps(parts, sort_keys=True, default=_plain)
+    except TypeError:
         return None
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON can have it. Raises _Uncacheable."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if type(value) in (tuple, list):
-        return [_plain(each) for each in value]
+def _plain(value: Any) -> str:
+    """What JSON does not know but a key may have. Raises TypeError for anything else."""
     if isinstance(value, torch.dtype | torch.device):
         return str(value).partition(":")[0]  # cards of a machine compute alike, whatever their number
-    if isinstance(value, _PLAIN):
-        return value
-    raise _Uncacheable
+    raise TypeError
 
 
 def _has_lora(pipe: Any) -> bool:
@@ -194,7 +177,7 @@ def _observed(pipe: Any, device: torch.device, encode: Callable[[], Any]) -> tup
         return result, None
     try:
         return result, Embeddings(result)
-    except _Uncacheable:
+    except TypeError:
         return result, None
 
 
