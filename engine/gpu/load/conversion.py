@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ LAYOUT = 1  # raise it when copies are made otherwise
 WORTH = 0.1  # least share of float32 in a component's bytes: below it, a copy saves next to nothing
 
 WIDE = (torch.float32, torch.float64)
-NARROW = (torch.bfloat16, torch.float16)
 
 
 def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.dtype], models_dir: Path) -> Weights:
@@ -44,7 +44,7 @@ def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.
     copies = {
         name: copy
         for name, folder in folders.items()
-        if has_weights(name) and name not in from_files and dtype_of(name) in NARROW and folder.is_dir()
+        if has_weights(name) and name not in from_files and dtype_of(name) not in WIDE and folder.is_dir()
         if (copy := _copy(Component(folder, variant, dtype_of(name), index.get(name)), models_dir))
     }
     return replace(weights, parts={**weights.parts, **copies})
@@ -72,27 +72,23 @@ class Component:
                     for name in file.keys():  # noqa: SIM118  # no mapping
                         yield name, file.get_tensor(name)
 
-    def entry(self, models_dir: Path) -> Path:
-        """The folder of its copy."""
-        what = f"{self.folder.parent.name}.{self.folder.name}.{str(self.dtype).removeprefix('torch.')}"
-        return prepared.entry(models_dir, what, self.files(), ["conversion", LAYOUT, self.indexed])
-
 
 def _copy(component: Component, models_dir: Path) -> Path | None:
     """The folder of the component's copy, made if it is not there; None if it needs none or can't have one."""
+    folder, dtype = component.folder, component.dtype
     try:
-        copy = component.entry(models_dir)
+        what = f"{folder.parent.name}.{folder.name}.{str(dtype).removeprefix('torch.')}"
+        copy = prepared.entry(models_dir, what, component.files(), ["conversion", LAYOUT, component.indexed])
         if copy.is_dir():
             return copy
         sizes = [(tensor.nbytes, tensor.dtype in WIDE) for _, tensor in component.tensors()]
         before, wide = sum(size for size, _ in sizes), sum(size for size, is_wide in sizes if is_wide)
-        if wide <= WORTH * before or (cls := pipelines.component_class(component.folder, component.indexed)) is None:
+        if wide <= WORTH * before or (cls := pipelines.component_class(folder, component.indexed)) is None:
             return None
-        after = before - wide // 2
-        log.info("rewriting %s in %s once: %.2f GiB", component.folder, component.dtype, before / GIB)
-        return copy if prepared.publish(copy, after, lambda part: _write(component, cls, part)) else None
+        log.info("rewriting %s in %s once: %.2f GiB", folder, dtype, before / GIB)
+        return copy if prepared.publish(copy, before - wide // 2, partial(_write, component, cls)) else None
     except Exception as error:  # a class of a library fails in its own ways, and the weights load without this
-        log.warning("float32 weights in %s are not rewritten: %s", component.folder, error)
+        log.warning("float32 weights in %s are not rewritten: %s", folder, error)
         return None
 
 
@@ -128,17 +124,12 @@ def _shards(component: Component, kept: re.Pattern[str]) -> Iterator[dict[str, t
 def _kept_in_float32(cls: Any, component: Component) -> re.Pattern[str]:
     """Matches the names of tensors that the class computes in float32, whatever dtype it is loaded in."""
     if issubclass(cls, diffusers.ModelMixin):
-        kept = cls._keep_in_fp32_modules or []
-    else:
-        kept = _kept_by_transformers(cls, component)
-    patterns = [pattern.replace("*", ".*") for pattern in ([kept] if isinstance(kept, str) else kept)]
-    return re.compile("|".join(patterns) or r"$^")
-
-
-def _kept_by_transformers(cls: Any, component: Component) -> list[str]:
-    """The patterns of the class and of those inside it, and what is made in float32."""
-    with accelerate.init_empty_weights():
-        empty = cls._from_config(cls.config_class.from_pretrained(component.folder), dtype=component.dtype)
-    made = [re.escape(name) for name, tensor in empty.state_dict().items() if tensor.dtype == torch.float32]
-    loosely = empty._keep_in_fp32_modules if component.dtype == torch.float16 else ()
-    return [*made, *(loosely or ()), *(empty._keep_in_fp32_modules_strict or ())]
+        named = cls._keep_in_fp32_modules or []
+        kept = [named] if isinstance(named, str) else named
+    else:  # transformers': the patterns of the class and of those inside it, and what is made in float32
+        with accelerate.init_empty_weights():
+            empty = cls._from_config(cls.config_class.from_pretrained(component.folder), dtype=component.dtype)
+        made = [re.escape(name) for name, tensor in empty.state_dict().items() if tensor.dtype == torch.float32]
+        loosely = empty._keep_in_fp32_modules if component.dtype == torch.float16 else ()
+        kept = [*made, *(loosely or ()), *(empty._keep_in_fp32_modules_strict or ())]
+    return re.compile("|".join(pattern.replace("*", ".*") for pattern in kept) or r"$^")

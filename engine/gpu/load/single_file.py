@@ -1,7 +1,6 @@
 """Checkpoints in a single file, as people share them: a denoiser (safetensors or GGUF), or a whole pipeline."""
 
-import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import diffusers
 import torch
 from safetensors import safe_open
 
-from engine.catalog.weights import DENOISER, INDEX, Weights
+from engine.catalog.weights import DENOISER, Weights
 from engine.job import EngineError
 
 # How the original layouts name what is not the denoiser: a file that has any of it is a whole checkpoint.
@@ -17,16 +16,19 @@ NOT_OF_A_DENOISER = ("first_stage_model.", "vae.", "cond_stage_model.", "conditi
 
 
 def components(
-    cls: Any, weights: Weights, dtype_of: Callable[[str], torch.dtype], besides: Collection[str] = ()
+    cls: Any,
+    index: Mapping[str, Any],
+    weights: Weights,
+    dtype_of: Callable[[str], torch.dtype],
+    besides: Collection[str],
 ) -> dict[str, Any]:
-    """The components whose weights come from single files, each in its dtype; `cls` is the pipeline's class.
+    """The components whose weights come from single files, each in its dtype.
 
-    Their configurations come from the folder of the weights. GGUF weights stay quantised. Files of the components
-    `besides` these are not read, but that of a whole checkpoint is. Raises EngineError.
+    `cls` and `index` are the pipeline's; the configurations are in the weights' folder. GGUF weights stay quantised.
+    Files of the components `besides` these are not read, but that of a whole checkpoint is. Raises EngineError.
     """
     if is_whole(weights.files.get("")):
         return _of_pipeline(cls, weights, dtype_of)
-    index = json.loads((weights.folder / INDEX).read_text())
     denoiser = next(iter(sorted(DENOISER & index.keys())), "transformer")
     files = {name or denoiser: path for name, path in weights.files.items()}
     return {
@@ -46,10 +48,7 @@ def is_whole(file: Path | None) -> bool:
 
 def _of_pipeline(cls: Any, weights: Weights, dtype_of: Callable[[str], torch.dtype]) -> dict[str, Any]:
     """Every component: what the file lacks comes from the folder."""
-    file = weights.files[""]
-    if not hasattr(cls, "from_single_file"):
-        raise _cannot(cls.__name__, file)
-    pipe = cls.from_single_file(str(file), config=str(weights.folder), local_files_only=True)
+    pipe = _read(cls, cls.__name__, weights.files[""], config=str(weights.folder))
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
@@ -57,17 +56,14 @@ def _of_pipeline(cls: Any, weights: Weights, dtype_of: Callable[[str], torch.dty
     return parts
 
 
-def _component(name: str, file: Path, folder: Path, index: dict[str, Any], dtype: torch.dtype) -> Any:
+def _component(name: str, file: Path, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
     cls = getattr(diffusers, index[name][1], None) if name in index else None
-    if cls is None or not hasattr(cls, "from_single_file"):
-        raise _cannot(name, file)
-    options: dict[str, Any] = {}
-    if file.suffix == ".gguf":
-        options["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
-    return cls.from_single_file(
-        str(file), config=str(folder), subfolder=name, dtype=dtype, local_files_only=True, **options
-    )
+    is_gguf = file.suffix == ".gguf"
+    packed = {"quantization_config": diffusers.GGUFQuantizationConfig(compute_dtype=dtype)} if is_gguf else {}
+    return _read(cls, name, file, config=str(folder), subfolder=name, dtype=dtype, **packed)
 
 
-def _cannot(what: str, file: Path) -> EngineError:
-    return EngineError(f"single_file: diffusers can't load {what} from {file.name}.", "no_single_file")
+def _read(cls: Any, what: str, file: Path, **options: Any) -> Any:
+    if not hasattr(cls, "from_single_file"):
+        raise EngineError(f"single_file: diffusers can't load {what} from {file.name}.", "no_single_file")
+    return cls.from_single_file(str(file), local_files_only=True, **options)

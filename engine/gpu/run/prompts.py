@@ -10,14 +10,12 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from engine.catalog.weights import Weights
 
@@ -26,35 +24,30 @@ _NO_ENCODER = re.compile(r"transformer|unet|vae|scheduler|vocoder")
 _PLAIN = (str, int, float, type(None))  # bool is an int
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """A tensor in RAM, and whether it was there in the first place."""
-
-    tensor: torch.Tensor
-    was_on_cpu: bool
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "_Copy":
-        ram = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return cls(ram, tensor.device.type == "cpu")
-
-
 class Embeddings:
     """The result of one call of `encode_prompt`, with its tensors in RAM."""
 
     def __init__(self, result: Any) -> None:
-        """Raises TypeError if there is more in the result than tensors and plain values, in containers or not."""
-        leaves = tree_leaves(result)
+        """Raises TypeError if there is more in the result than tensors and plain values."""
+        leaves, self._structure = tree_flatten(result)
         if not all(isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
             raise TypeError
         self.size_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
-        self._content = tree_map_only(torch.Tensor, _Copy.of, result)
+        self._leaves = [_to(leaf, "cpu", memory_format=torch.contiguous_format) for leaf in leaves]
+        self._were_on_cpu = [isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves]
 
     def on(self, device: torch.device) -> Any:
-        """The result with its tensors on `device`: copies, as a pipeline may write into what it gets."""
-        return tree_map_only(
-            _Copy, lambda copy: copy.tensor.to("cpu" if copy.was_on_cpu else device, copy=True), self._content
-        )
+        """The result with its tensors on `device`: copies, as a pipeline may write into what it gets.
+
+        Those that were on the CPU in the first place are there again.
+        """
+        pairs = zip(self._leaves, self._were_on_cpu, strict=True)
+        return tree_unflatten([_to(leaf, "cpu" if on_cpu else device) for leaf, on_cpu in pairs], self._structure)
+
+
+def _to(leaf: Any, device: torch.device | str, **layout: Any) -> Any:
+    """A copy of a tensor on `device`, or the plain value."""
+    return leaf.detach().to(device, copy=True, **layout) if isinstance(leaf, torch.Tensor) else leaf
 
 
 class PromptCache:
@@ -72,10 +65,9 @@ class PromptCache:
 
     def get(self, key: str) -> Embeddings | None:
         """The entry under this key, or None."""
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key]
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
 
     def put(self, key: str, entry: Embeddings) -> None:
         """Keep the entry, as long as there is room."""
@@ -124,15 +116,15 @@ def encoder_of(pipe: Any, weights: Weights) -> str:
         if isinstance(part, torch.nn.Module) and not _NO_ENCODER.search(name)
     ]
     own = {path.name: path for path in weights.folder.iterdir() if path.is_dir()}
-    named = {**own, **weights.parts, **weights.files}
-    files = [_files(root) for name, root in sorted(named.items()) if not _NO_ENCODER.search(name)]
+    roots = {**own, **weights.parts, **weights.files}
+    files = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for name, root in sorted(roots.items())
+        if not _NO_ENCODER.search(name)
+        for path in sorted([root, *root.rglob("*")])
+        if path.is_file()
+    ]
     return json.dumps([sorted(parts), files])
-
-
-def _files(root: Path) -> list[tuple[str, int, int]]:
-    """Path, size and time of each file at or below `root`."""
-    paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
-    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def _key(pipe: Any, encode: Callable[..., Any], encoder: list[str], arguments: Any, named: Any) -> str | None:
