@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from engine.catalog.weights import DENOISER, INDEX, Weights, component_files, has_weights, named_parts
-from engine.gpu.load import pipelines, prepared, single_file
+from engine.gpu.load import pipelines, prepared
 from engine.planning.machine import GIB
 
 log = logging.getLogger("wangpd.worker")
@@ -36,7 +36,7 @@ def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.
     `dtype_of` a component is what it is computed in. Copies that are missing are made first; where that can't be, the
     component stays as it is, and the log says why.
     """
-    if single_file.is_whole(weights.files.get("")):
+    if pipelines.is_whole(weights):
         return weights
     from_files = {*weights.files, *(DENOISER if "" in weights.files else ())}
     index = json.loads((weights.folder / INDEX).read_text())

@@ -15,7 +15,6 @@ from engine.job import EngineError
 log = logging.getLogger("wangpd.worker")
 NATIVE = "native"
 MOST_TOKENS = 32_768  # a longer sequence is not measured at its length: the order of the kernels does not change
-DENOISERS = ("transformer", "transformer_2")
 # Kernels that round to 8 bits are taken by name only: nobody asked `auto` for other pictures.
 EXACT = ("sdpa", "cudnn", "flash", "flash3", "xformers")
 
@@ -26,7 +25,7 @@ def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, toget
     `tokens` is the length of the job's sequence, which several devices share if they compute it `together`. Raises
     EngineError if the card can't run a kernel that was named.
     """
-    parts = [getattr(pipe, name, None) for name in DENOISERS]
+    parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     sized = {part: size for part in parts if hasattr(part, "set_attention_backend") and (size := _heads(part))}
     if not sized or device.type != "cuda":
         return "sdpa"  # diffusers' own default

@@ -1,8 +1,11 @@
-"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names."""
+"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names.
+
+Checkpoints in a single file, as people share them, have a denoiser (safetensors or GGUF) or a whole pipeline.
+"""
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,17 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors import safe_open
 
 from engine.catalog.models import Model, Pipeline
-from engine.catalog.weights import INDEX, Weights, named_parts
-from engine.gpu.load import kernels, offloading, single_file
+from engine.catalog.weights import DENOISER, INDEX, Weights, named_parts
+from engine.gpu.load import kernels, offloading
 from engine.gpu.run import prompts
 from engine.gpu.run.adapters import load_file
 from engine.job import EngineError
 
+# How the original layouts name what is not the denoiser: a file that has any of it is a whole checkpoint.
+NOT_OF_A_DENOISER = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
 # The meter reports progress, and a fault is an exception: bars and hints would only fill the log.
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
@@ -39,15 +45,17 @@ def load(
     nothing but them and a scheduler. Only safetensors are read: a pickled checkpoint could run code.
     """
     cls, index = _class_of(pipeline), json.loads((weights.folder / INDEX).read_text())
+    dtype, whole = partial(dtype_of, model, device), is_whole(weights)
     named = named_parts(index) if denoisers_only else ()
     without = [name for name in named if name != "scheduler" and not offloading.is_denoiser(name)]
-    given = {**(ready or {}), **dict.fromkeys(without)}
-    dtype = partial(dtype_of, model, device)
-    if weights.files:
-        given = {**single_file.components(cls, index, weights, dtype, given), **given}
-    for name, folder in weights.parts.items():
-        if name not in given:
-            given[name] = component(name, folder, dtype(name), index.get(name))
+    given = {**(_of_checkpoint(cls, weights, dtype) if whole else {}), **(ready or {}), **dict.fromkeys(without)}
+    denoiser = next(iter(sorted(DENOISER & index.keys())), "transformer")
+    files = {} if whole else {name or denoiser: file for name, file in weights.files.items()}
+    for name, place in {**weights.parts, **files}.items():
+        if name in files and name not in given:
+            given[name] = _of_file(name, place, dtype(name), index.get(name), weights.folder)
+        elif name not in given:
+            given[name] = component(name, place, dtype(name), index.get(name))
     pipe = cls.from_pretrained(
         weights.folder, dtype={name: dtype(name) for name in index}, variant=model.variant, use_safetensors=True,
         local_files_only=True, **given,
@@ -62,6 +70,40 @@ def load(
     if model.recipe_loras and not ready:
         _fuse_recipe(pipe, model, weights)
     return pipe
+
+
+def is_whole(weights: Weights) -> bool:
+    """Whether there is a single file that holds more than a denoiser. A GGUF file never does."""
+    file = weights.files.get("")
+    if file is None or file.suffix == ".gguf":
+        return False
+    with safe_open(file, framework="pt") as tensors:
+        return any(name.startswith(NOT_OF_A_DENOISER) for name in tensors.keys())  # noqa: SIM118  # no mapping
+
+
+def _of_checkpoint(cls: Any, weights: Weights, dtype: Callable[[str], torch.dtype]) -> dict[str, Any]:
+    """Every component of a whole checkpoint: what the file lacks comes from the folder."""
+    pipe = _from_single_file(cls, cls.__name__, weights.files[""], weights.folder)
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype(name))
+    return parts
+
+
+def _of_file(name: str, file: Path, dtype: torch.dtype, indexed: Any, folder: Path) -> Any:
+    """The component in a single file, with its configuration from the pipeline's folder. GGUF stays quantised."""
+    options: dict[str, Any] = {"subfolder": name, "dtype": dtype}
+    if file.suffix == ".gguf":
+        options["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+    cls = getattr(diffusers, indexed[1], None) if indexed else None
+    return _from_single_file(cls, name, file, folder, **options)
+
+
+def _from_single_file(cls: Any, what: str, file: Path, folder: Path, **options: Any) -> Any:
+    if not hasattr(cls, "from_single_file"):
+        raise EngineError(f"single_file: diffusers can't load {what} from {file.name}.", "no_single_file")
+    return cls.from_single_file(str(file), config=str(folder), local_files_only=True, **options)
 
 
 def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:

@@ -37,10 +37,7 @@ class Embeddings:
         self._were_on_cpu = [isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves]
 
     def on(self, device: torch.device) -> Any:
-        """The result with its tensors on `device`: copies, as a pipeline may write into what it gets.
-
-        Those that were on the CPU in the first place are there again.
-        """
+        """The result: copies on `device`, or on the CPU if they were there, as a pipeline may write into them."""
         pairs = zip(self._leaves, self._were_on_cpu, strict=True)
         return tree_unflatten([_to(leaf, "cpu" if on_cpu else device) for leaf, on_cpu in pairs], self._structure)
 
@@ -128,10 +125,7 @@ def encoder_of(pipe: Any, weights: Weights) -> str:
 
 
 def _key(pipe: Any, encode: Callable[..., Any], encoder: list[str], arguments: Any, named: Any) -> str | None:
-    """The key of this call, or None if its result depends on more than plain values.
-
-    `encoder` says which one it is, and on what kind of device.
-    """
+    """The key of this call, or None if its result depends on more than plain values."""
     if _has_lora(pipe):
         return None
     bound = inspect.signature(encode).bind(*arguments, **named)
