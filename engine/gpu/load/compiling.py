@@ -38,7 +38,8 @@ class Block:
     def hooked_inside(self) -> bool:
         """True while diffusers hooks a part of the block, which compiled code would not see."""
         _, *inside = self.module.modules()
-        return any(part._diffusers_hook.hooks for part in inside if hasattr(part, "_diffusers_hook"))
+        registries = [vars(part).get("_diffusers_hook") for part in inside]
+        return any(registry.hooks for registry in registries if registry)
 
 
 def compile_blocks(pipe: Any) -> int:

@@ -138,7 +138,7 @@ def dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:
     """The dtype in which the component `name` is computed."""
     if device.type == "cpu":
         return torch.float32
-    dtype: torch.dtype = getattr(torch, model.dtypes.get(name) or model.dtypes.get("transformer", "bfloat16"))
+    dtype: torch.dtype = getattr(torch, model.dtypes.get(name, model.dtypes.get("transformer", "bfloat16")))
     return dtype
 
 
