@@ -154,10 +154,9 @@ class ModelSession:
         return self._team.least(own) if self._team else own
 
     def _kind_of_weights(self, model: Model, work: Work) -> str:
+        configured = self._config.transformer_quantization
         return quantization.kind_for(
-            model,
-            self._config.transformer_quantization,
-            lambda: self._planned(model, work, self.machine(), AUTO).placement.quantization,
+            model, configured, lambda: self._planned(model, work, self.machine(), AUTO).placement.quantization
         )
 
     def _planned(self, model: Model, work: Work, machine: Machine, kind: str, parts: Parts | None = None) -> plans.Plan:

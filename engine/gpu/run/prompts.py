@@ -10,6 +10,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -133,10 +134,9 @@ def _key(pipe: Any, encode: Callable[..., Any], encoder: list[str], arguments: A
     settings = {name: value for name, value in pipe.config.items() if isinstance(value, _PLAIN)}
     settings.pop("_name_or_path", None)  # where it is, not what it is
     parts = [*encoder, type(pipe).__name__, settings, bound.arguments]
-    try:
+    with suppress(TypeError):
         return json.dumps(parts, sort_keys=True, default=_plain)
-    except TypeError:
-        return None
+    return None
 
 
 def _plain(value: Any) -> str:
@@ -159,12 +159,10 @@ def _observed(pipe: Any, device: torch.device, encode: Callable[[], Any]) -> tup
     result = encode()
     now = vars(pipe)
     changed = attributes.keys() != now.keys() or any(now[name] is not value for name, value in attributes.items())
-    if changed or not all(map(torch.equal, states, _random_states(device))):
-        return result, None
-    try:
-        return result, Embeddings(result)
-    except TypeError:
-        return result, None
+    with suppress(TypeError):
+        if not changed and all(map(torch.equal, states, _random_states(device))):
+            return result, Embeddings(result)
+    return result, None
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
