@@ -1,5 +1,6 @@
 """Attention kernels: named ones are there or stop the start, and `auto` takes the fastest that gives exact results."""
 
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +105,7 @@ def test_a_named_kernel_that_the_card_refuses_is_an_error_with_its_name() -> Non
 
 def test_the_measurement_is_made_once_for_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    monkeypatch.setattr(kernels, "_fastest", {})
+    monkeypatch.setattr(kernels, "_measured", cache(kernels._measured.__wrapped__))
     monkeypatch.setattr(kernels.torch, "randn", lambda *shape, **_: measured.append(shape[1]) or QUERY)
     monkeypatch.setattr(kernels, "fastest", lambda *_: "cudnn")
     for tokens in (1000, 1010, 5000):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.capabilities import NONE
+from engine.capabilities import AUTO, NONE
 from engine.catalog import fetch, weights
 from engine.catalog.models import Model
 from engine.catalog.weights import Weights
@@ -78,7 +78,8 @@ class ModelSession:
             self._profile, self._tiled = self._config.profile, False
 
     def _attempt(self, task_id: int, job: Job, model: Model, meter: Meter, started: datetime) -> Result:
-        self._reset_peak()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         meter.enter(Phase.LOADING)
         pipe = self.load(model, job.task, job)
         saved: list[Saved] = []
@@ -106,7 +107,11 @@ class ModelSession:
             )
             self._prompts.attach(pipe, prompts.encoder_of(pipe, found))
             self._fit(pipe, parts, ModelSource(model, task, cast, kind), work)
-            self._keep(model, pipe)
+            self.model_id, self._pipe = model.id, pipe
+            # The garbage collector no longer searches the model and the libraries: half a million objects, a third of
+            # a second after each task.
+            gc.collect()
+            gc.freeze()
             log.info("loaded model %s on %s", model.id, self._device)
         return self._pipe
 
@@ -122,33 +127,21 @@ class ModelSession:
         machine = machine if shared else replace(machine, cards=1)
         self._plan = self._planned(model, work, machine, source.kind, self._parts)
         log.info("model %s: %s", model.id, self.plan)
-        kernel = model.attention_backend  # which was set when the model was loaded
-        if not kernel:
-            mode = self._config.attention_mode
-            kernel = kernels.set_kernel(pipe, mode, self._device, work.tokens, together=shared)
+        kernel = model.attention_backend or kernels.set_kernel(  # a model's own was set when it was loaded
+            pipe, self._config.attention_mode, self._device, work.tokens, together=shared
+        )
         log.info("attention: %s", kernel)
         with self._helping.loading(source, self._plan, kernel) if self._helping else nullcontext():
             offloading.carry_out(pipe, self._plan, self._device)
         if self._tiled:
-            offloading.tile_vae(pipe, offloading.SMALLEST_TILE)
+            offloading.tile_vae(pipe, min(plans.TILES.values()))
 
     def _serves(self, model: Model, work: Work) -> bool:
         """True if `model` is loaded, by the whole team if it is made together, and placed well for `work`."""
         if self.model_id != model.id or not self._plan:
             return False
-        if self._helping and not self._helping.holds(model):
-            return False  # its followers were ended
-        return plans.serves(self._plan, model, work, self._parts)
-
-    def _keep(self, model: Model, pipe: Any) -> None:
-        """Hold `pipe` from now on.
-
-        The garbage collector no longer searches it and the libraries: half a million objects, a third of a second
-        after each task.
-        """
-        self.model_id, self._pipe = model.id, pipe
-        gc.collect()
-        gc.freeze()
+        followed = not self._helping or self._helping.holds(model)  # False once its followers were ended
+        return followed and plans.serves(self._plan, model, work, self._parts)
 
     @property
     def plan(self) -> str:
@@ -161,10 +154,10 @@ class ModelSession:
         return self._team.least(own) if self._team else own
 
     def _kind_of_weights(self, model: Model, work: Work) -> str:
-        def planned() -> str:
-            return self._planned(model, work, self.machine(), "auto").placement.quantization
-
-        return quantization.kind_for(model, self._config.transformer_quantization, planned)
+        configured = self._config.transformer_quantization
+        return quantization.kind_for(
+            model, configured, lambda: self._planned(model, work, self.machine(), AUTO).placement.quantization
+        )
 
     def _planned(self, model: Model, work: Work, machine: Machine, kind: str, parts: Parts | None = None) -> plans.Plan:
         """Where the model is to be for `work`, as configured. Raises EngineError if it fits nowhere."""
@@ -192,14 +185,12 @@ class ModelSession:
             raise EngineError(f"Model '{model.id}' could not be downloaded: {error}", "no_weights") from error
 
     def _cast(self, found: Weights, model: Model, kind: str) -> Weights:
-        """The same weights, without float32 where the device computes in less.
-
-        Denoisers of a quantised `kind` are left as they are: they have an entry of their own in the store.
-        """
+        """The same weights, without float32 where the device computes in less."""
 
         def dtype_of(name: str) -> torch.dtype:
-            quantised = kind != NONE and offloading.is_denoiser(name)
-            return torch.float32 if quantised else pipelines.dtype_of(model, self._device, name)
+            if kind != NONE and offloading.is_denoiser(name):
+                return torch.float32  # as it is: it has a quantised entry of its own in the store
+            return pipelines.dtype_of(model, self._device, name)
 
         if not self._config.convert_float32:
             return found
@@ -208,10 +199,6 @@ class ModelSession:
     def give_back(self) -> None:
         """Return what no tensor holds any more to the card; after a fault too."""
         give_back(self._device)
-
-    def _reset_peak(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
 
     def _peak_bytes(self) -> int:
         """The most memory in use at once: of the card, or on a CPU of this process since it started."""

@@ -1,8 +1,7 @@
 """The denoisers' repeated blocks, compiled by TorchInductor at their first call; all blocks of a kind share the result.
 
-Only a block's own forward is compiled. What surrounds it stays as it is: step caches and offloading hook blocks from
-outside, and work as they do on plain ones. Where something is hooked in inside a block, or a LoRA is, the blocks run
-uncompiled for that task.
+Only a block's own forward is compiled: step caches and offloading hook blocks from outside, and work as they do on
+plain ones. Where something inside a block is hooked, or a LoRA is there, the blocks run uncompiled for that task.
 """
 
 import logging
@@ -17,8 +16,6 @@ from engine.gpu.load import offloading
 from engine.job import Job
 
 log = logging.getLogger("wangpd.worker")
-# Each new shape and kind of call of a block is one. Beyond torch's own 8, a block would run uncompiled from then on.
-MOST_KINDS = 64
 BLOCKS = "_wangpd_blocks"  # where a denoiser keeps them
 
 
@@ -40,8 +37,9 @@ class Block:
     @property
     def hooked_inside(self) -> bool:
         """True while diffusers hooks a part of the block, which compiled code would not see."""
-        registries = (vars(part).get("_diffusers_hook") for part in self.module.modules() if part is not self.module)
-        return any(registry is not None and registry.hooks for registry in registries)
+        _, *inside = self.module.modules()
+        registries = [vars(part).get("_diffusers_hook") for part in inside]
+        return any(registry.hooks for registry in registries if registry)
 
 
 def compile_blocks(pipe: Any) -> int:
@@ -49,8 +47,9 @@ def compile_blocks(pipe: Any) -> int:
 
     To be called before anything hooks them. A class that names no such blocks stays as it is.
     """
-    torch._dynamo.config.recompile_limit = MOST_KINDS
-    torch._dynamo.config.accumulated_recompile_limit = MOST_KINDS * 16
+    # Each new shape and kind of call of a block counts. Beyond torch's own 8, it would run uncompiled from then on.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.accumulated_recompile_limit = 1024
     torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is, and the log says so
     count = 0
     for denoiser in offloading.denoisers(pipe).values():

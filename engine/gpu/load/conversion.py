@@ -8,7 +8,8 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from engine.catalog.weights import DENOISER, INDEX, Weights, component_files, has_weights, named_parts
-from engine.gpu.load import pipelines, prepared, single_file
+from engine.gpu.load import pipelines, prepared
 from engine.planning.machine import GIB
 
 log = logging.getLogger("wangpd.worker")
 LAYOUT = 1  # raise it when copies are made otherwise
 WORTH = 0.1  # least share of float32 in a component's bytes: below it, a copy saves next to nothing
-
 WIDE = (torch.float32, torch.float64)
-NARROW = (torch.bfloat16, torch.float16)
 
 
 def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.dtype], models_dir: Path) -> Weights:
@@ -36,7 +35,7 @@ def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.
     `dtype_of` a component is what it is computed in. Copies that are missing are made first; where that can't be, the
     component stays as it is, and the log says why.
     """
-    if single_file.is_whole(weights.files.get("")):
+    if pipelines.is_whole(weights):
         return weights
     from_files = {*weights.files, *(DENOISER if "" in weights.files else ())}
     index = json.loads((weights.folder / INDEX).read_text())
@@ -44,78 +43,64 @@ def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.
     copies = {
         name: copy
         for name, folder in folders.items()
-        if has_weights(name) and name not in from_files and dtype_of(name) in NARROW and folder.is_dir()
-        if (copy := _copy(Component(folder, variant, dtype_of(name), index.get(name)), models_dir))
+        if has_weights(name) and name not in from_files and dtype_of(name) not in WIDE and folder.is_dir()
+        if (copy := _copy(folder, variant, dtype_of(name), index.get(name), models_dir))
     }
     return replace(weights, parts={**weights.parts, **copies})
 
 
-@dataclass(frozen=True)
-class Component:
-    """A folder with a configuration and safetensors, the dtype that it is wanted in, and its entry in the index."""
+def _copy(folder: Path, variant: str | None, dtype: torch.dtype, indexed: Any, models_dir: Path) -> Path | None:
+    """The copy in `dtype` of the component in `folder`, made if it is not there; `indexed` is its entry in the index.
 
-    folder: Path
-    variant: str | None
-    dtype: torch.dtype
-    indexed: Any = None
-
-    def files(self) -> list[Path]:
-        """The files that a load reads."""
-        names = [path.name for path in self.folder.iterdir() if path.is_file()]
-        return [self.folder / name for name in sorted(component_files(names, self.variant))]
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor, mapped from the files: not read before it is used."""
-        for path in self.files():
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118  # no mapping
-                        yield name, file.get_tensor(name)
-
-    def entry(self, models_dir: Path) -> Path:
-        """The folder of its copy."""
-        what = f"{self.folder.parent.name}.{self.folder.name}.{str(self.dtype).removeprefix('torch.')}"
-        return prepared.entry(models_dir, what, self.files(), ["conversion", LAYOUT, self.indexed])
-
-
-def _copy(component: Component, models_dir: Path) -> Path | None:
-    """The folder of the component's copy, made if it is not there; None if it needs none or can't have one."""
+    None if it needs none or can't have one.
+    """
     try:
-        copy = component.entry(models_dir)
+        names = component_files([path.name for path in folder.iterdir() if path.is_file()], variant)
+        files = [folder / name for name in sorted(names)]
+        what = f"{folder.parent.name}.{folder.name}.{str(dtype).removeprefix('torch.')}"
+        copy = prepared.entry(models_dir, what, files, ["conversion", LAYOUT, indexed])
         if copy.is_dir():
             return copy
-        sizes = [(tensor.nbytes, tensor.dtype in WIDE) for _, tensor in component.tensors()]
+        sizes = [(tensor.nbytes, tensor.dtype in WIDE) for _, tensor in _tensors(files)]
         before, wide = sum(size for size, _ in sizes), sum(size for size, is_wide in sizes if is_wide)
-        if wide <= WORTH * before or (cls := pipelines.component_class(component.folder, component.indexed)) is None:
+        if wide <= WORTH * before or (cls := pipelines.component_class(folder, indexed)) is None:
             return None
-        after = before - wide // 2
-        log.info("rewriting %s in %s once: %.2f GiB", component.folder, component.dtype, before / GIB)
-        return copy if prepared.publish(copy, after, lambda part: _write(component, cls, part)) else None
+        log.info("rewriting %s in %s once: %.2f GiB", folder, dtype, before / GIB)
+        return copy if prepared.publish(copy, before - wide // 2, partial(_write, cls, files, dtype)) else None
     except Exception as error:  # a class of a library fails in its own ways, and the weights load without this
-        log.warning("float32 weights in %s are not rewritten: %s", component.folder, error)
+        log.warning("float32 weights in %s are not rewritten: %s", folder, error)
         return None
 
 
-def _write(component: Component, cls: Any, folder: Path) -> None:
+def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, mapped from the files: not read before it is used."""
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # no mapping
+                    yield name, file.get_tensor(name)
+
+
+def _write(cls: Any, files: list[Path], dtype: torch.dtype, folder: Path) -> None:
     """Write the copy, of which no more than a shard is in memory; `save_pretrained` would need all of it there."""
-    for path in component.files():
+    for path in files:
         if path.suffix != ".safetensors" and ".index." not in path.name:
             shutil.copyfile(path, folder / path.name)
     stem = "diffusion_pytorch_model" if issubclass(cls, diffusers.ModelMixin) else "model"
     places: dict[str, str] = {}
-    for number, shard in enumerate(_shards(component, _kept_in_float32(cls, component))):
+    for number, shard in enumerate(_shards(files, dtype, _kept_in_float32(cls, files[0].parent, dtype))):
         file = f"{stem}-{number:05}.safetensors"
         save_file(shard, folder / file, {"format": "pt"})
         places |= dict.fromkeys(shard, file)
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
-def _shards(component: Component, kept: re.Pattern[str]) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(files: list[Path], dtype: torch.dtype, kept: re.Pattern[str]) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of the copy, as many at a time as fit a file."""
     shard: dict[str, torch.Tensor] = {}
     size_bytes = 0
-    for name, stored in component.tensors():
-        tensor = stored.to(component.dtype) if stored.dtype in WIDE and not kept.search(name) else stored
+    for name, stored in _tensors(files):
+        tensor = stored.to(dtype) if stored.dtype in WIDE and not kept.search(name) else stored
         if shard and size_bytes + tensor.nbytes > prepared.SHARD_BYTES:
             yield shard
             shard.clear()  # whoever got it still refers to it
@@ -125,20 +110,15 @@ def _shards(component: Component, kept: re.Pattern[str]) -> Iterator[dict[str, t
     yield shard
 
 
-def _kept_in_float32(cls: Any, component: Component) -> re.Pattern[str]:
+def _kept_in_float32(cls: Any, folder: Path, dtype: torch.dtype) -> re.Pattern[str]:
     """Matches the names of tensors that the class computes in float32, whatever dtype it is loaded in."""
     if issubclass(cls, diffusers.ModelMixin):
-        kept = cls._keep_in_fp32_modules or []
-    else:
-        kept = _kept_by_transformers(cls, component)
-    patterns = [pattern.replace("*", ".*") for pattern in ([kept] if isinstance(kept, str) else kept)]
-    return re.compile("|".join(patterns) or r"$^")
-
-
-def _kept_by_transformers(cls: Any, component: Component) -> list[str]:
-    """The patterns of the class and of those inside it, and what is made in float32."""
-    with accelerate.init_empty_weights():
-        empty = cls._from_config(cls.config_class.from_pretrained(component.folder), dtype=component.dtype)
-    made = [re.escape(name) for name, tensor in empty.state_dict().items() if tensor.dtype == torch.float32]
-    loosely = empty._keep_in_fp32_modules if component.dtype == torch.float16 else ()
-    return [*made, *(loosely or ()), *(empty._keep_in_fp32_modules_strict or ())]
+        named = cls._keep_in_fp32_modules or []
+        kept = [named] if isinstance(named, str) else named
+    else:  # transformers': the patterns of the class and of those inside it, and what is made in float32
+        with accelerate.init_empty_weights():
+            empty = cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
+        made = [re.escape(name) for name, tensor in empty.state_dict().items() if tensor.dtype == torch.float32]
+        loosely = empty._keep_in_fp32_modules if dtype == torch.float16 else ()
+        kept = [*made, *(loosely or ()), *(empty._keep_in_fp32_modules_strict or ())]
+    return re.compile("|".join(pattern.replace("*", ".*") for pattern in kept) or r"$^")

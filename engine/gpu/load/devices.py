@@ -24,24 +24,16 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(kind)
 
 
-def shortest_s(work: Callable[[], object], device: torch.device, count: int) -> float:
-    """The shortest time of `count` runs of some work on the device, after one that starts its libraries."""
+def shortest_s(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest time of three runs of some work on the device, after one that starts its libraries."""
     times = []
-    for _ in range(1 + count):
-        _wait(device)
+    for _ in range(4):
         started = time.perf_counter()
         work()
-        _wait(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def give_back(device: torch.device) -> None:

@@ -1,10 +1,8 @@
-"""Which attention kernel the denoisers run with: the configured one, or the fastest of those that work here.
-
-The fastest is found by a short measurement at the size of the job, once for each size of denoiser and job.
-"""
+"""Which attention kernel the denoisers run with: the configured one, or the fastest of those that work here."""
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,14 +15,8 @@ from engine.job import EngineError
 log = logging.getLogger("wangpd.worker")
 NATIVE = "native"
 MOST_TOKENS = 32_768  # a longer sequence is not measured at its length: the order of the kernels does not change
-RUNS = 3
-DENOISERS = ("transformer", "transformer_2")
 # Kernels that round to 8 bits are taken by name only: nobody asked `auto` for other pictures.
 EXACT = ("sdpa", "cudnn", "flash", "flash3", "xformers")
-EXACT_SHAREABLE_KERNELS = tuple(name for name in EXACT if name in SHAREABLE_KERNELS)
-
-Clock = Callable[[str, torch.Tensor], float]
-_fastest: dict[tuple[int, int, int, tuple[str, ...]], str] = {}
 
 
 def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, together: bool = False) -> str:
@@ -33,12 +25,13 @@ def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, toget
     `tokens` is the length of the job's sequence, which several devices share if they compute it `together`. Raises
     EngineError if the card can't run a kernel that was named.
     """
-    parts = [getattr(pipe, name, None) for name in DENOISERS]
+    parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     sized = {part: size for part in parts if hasattr(part, "set_attention_backend") and (size := _heads(part))}
     if not sized or device.type != "cuda":
         return "sdpa"  # diffusers' own default
-    names = EXACT_SHAREABLE_KERNELS if together else EXACT
-    name = mode if mode != AUTO else _measured(*next(iter(sized.values())), tokens, device, names)
+    names = tuple(name for name in EXACT if not together or name in SHAREABLE_KERNELS)
+    length = min(MOST_TOKENS, 1 << max(8, tokens.bit_length() - 1))
+    name = mode if mode != AUTO else _measured(*next(iter(sized.values())), length, device, names)
     for part in sized:
         try:
             set_backend(part, KERNELS[name].backend)
@@ -60,25 +53,22 @@ def _heads(denoiser: Any) -> tuple[int, int] | None:
     return (count, width) if isinstance(count, int) and isinstance(width, int) else None
 
 
-def _measured(count: int, width: int, tokens: int, device: torch.device, names: tuple[str, ...]) -> str:
-    """The fastest of the kernels for so many heads of this width; it is measured once for a size."""
-    length = min(MOST_TOKENS, 1 << max(8, tokens.bit_length() - 1))
-    key = (count, width, length, names)
-    if key not in _fastest:
-        query = torch.randn(1, length, count, width, device=device, dtype=torch.bfloat16)
-        _fastest[key] = fastest(query, seconds, names)
-        log.info("attention: %s is the fastest of those here, at %d tokens", _fastest[key], length)
-    return _fastest[key]
+@cache
+def _measured(count: int, width: int, length: int, device: torch.device, names: tuple[str, ...]) -> str:
+    """The fastest of the kernels for `count` heads of this width and `length` tokens, measured once."""
+    query = torch.randn(1, length, count, width, device=device, dtype=torch.bfloat16)
+    name = fastest(query, seconds, names)
+    log.info("attention: %s is the fastest of those here, at %d tokens", name, length)
+    return name
 
 
-def fastest(query: torch.Tensor, clock: Clock, names: tuple[str, ...] = EXACT) -> str:
+def fastest(query: torch.Tensor, clock: Callable[[str, torch.Tensor], float], names: tuple[str, ...] = EXACT) -> str:
     """Which of the kernels `clock` finds fastest; those that fail are left out. query: (1, tokens, heads, width)"""
     times: dict[str, float] = {}
     for name in names:
-        if not KERNELS[name].installed:
-            continue
         try:
-            times[name] = clock(KERNELS[name].backend, query)
+            if KERNELS[name].installed:
+                times[name] = clock(KERNELS[name].backend, query)
         except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
             log.debug("attention: %s does not run here: %s", name, error)
     return min(times, key=times.__getitem__, default="sdpa")
@@ -87,4 +77,4 @@ def fastest(query: torch.Tensor, clock: Clock, names: tuple[str, ...] = EXACT) -
 @torch.no_grad()
 def seconds(backend: str, query: torch.Tensor) -> float:
     """The shortest of some calls of a kernel."""
-    return shortest_s(lambda: dispatch_attention_fn(query, query, query, backend=backend), query.device, RUNS)
+    return shortest_s(lambda: dispatch_attention_fn(query, query, query, backend=backend), query.device)

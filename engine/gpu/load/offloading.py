@@ -1,7 +1,7 @@
 """Carry out a memory plan: put a pipeline's parts where it says, and measure what plans are made from."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,47 +15,30 @@ from engine.catalog.models import Model
 from engine.gpu.load.devices import shortest_s
 from engine.gpu.run import decoding
 from engine.job import Job
-from engine.planning import placement
 from engine.planning.machine import Machine, free_ram_bytes
-from engine.planning.placement import Plan
+from engine.planning.placement import Plan, streamed_blocks
 from engine.planning.work import Parts
-
-SMALLEST_TILE = min(placement.TILES.values())
-FEW_BLOCKS = 8  # with fewer (a U-Net's), each is too large a piece to have twice on the card
-LINK_PROBE_BYTES = 2**26
-PRODUCT_SIDE = {"cuda": 4096}  # device → side of the matrices whose product is timed
-SMALL_PRODUCT_SIDE = 512
-PROBES = 3
-
 
 # ---- what is there
 
 
 def measure(device: torch.device) -> Machine:
     """What is free now, and how fast the device is; it is timed once in a process, for some tenths of a second."""
-    link_bytes_per_s, flops_per_s = _speeds(device)
+    speeds = _speeds(device)  # first: what it leaves on the card is not free
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return Machine(free_bytes, free_ram_bytes(), link_bytes_per_s, flops_per_s)
+    return Machine(free_bytes, free_ram_bytes(), *speeds)
 
 
 @cache
 def _speeds(device: torch.device) -> tuple[float, float]:
-    if device.type != "cuda":
-        return math.inf, _product_flops(device, torch.float32)  # nothing has to be copied
-    return _link_bytes_per_s(device), _product_flops(device, torch.bfloat16)
-
-
-def _product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product."""
-    side = PRODUCT_SIDE.get(device.type, SMALL_PRODUCT_SIDE)
+    """Bytes a second from pinned RAM to the card, and operations a second of a large matrix product."""
+    side, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     matrix = torch.ones(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / shortest_s(lambda: matrix @ matrix, device, PROBES)
-
-
-def _link_bytes_per_s(device: torch.device) -> float:
-    """Bytes a second from pinned RAM to the card."""
-    source = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
-    return LINK_PROBE_BYTES / shortest_s(lambda: source.to(device), device, PROBES)
+    flops_per_s = 2 * side**3 / shortest_s(lambda: matrix @ matrix, device)
+    if device.type != "cuda":
+        return math.inf, flops_per_s  # nothing has to be copied
+    source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    return source.nbytes / shortest_s(lambda: source.to(device), device), flops_per_s
 
 
 def parts_of(pipe: Any, model: Model) -> Parts:
@@ -74,21 +57,19 @@ def parts_of(pipe: Any, model: Model) -> Parts:
 
 def size_bytes(module: nn.Module) -> int:
     """Bytes of the module's weights as they are stored."""
-    return sum(map(_stored_bytes, (*module.parameters(), *module.buffers())))
-
-
-def _stored_bytes(tensor: Any) -> int:
-    """Bytes of a tensor as it is stored: one of torchao's reports the dtype that it widens to."""
-    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    return sum(part.nbytes for part in [getattr(tensor, name) for name in names] or [tensor])
+    total = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        # One of torchao's reports the dtype that it widens to; what it stores are its parts.
+        names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+        total += sum(getattr(tensor, name).nbytes for name in names) or tensor.nbytes
+    return total
 
 
 def _parameters(module: nn.Module) -> int:
     """Numbers of the module's weights. Packed ones, several in a byte, are all of linear layers."""
     wide = sum(weight.numel() for weight in module.parameters() if weight.is_floating_point())
-    linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    weights = ((part, part._parameters.get("weight")) for part in linear)
-    packed = [part for part, weight in weights if weight is None or not weight.is_floating_point()]
+    linear = [(part, part._parameters.get("weight")) for part in module.modules() if isinstance(part, nn.Linear)]
+    packed = [part for part, weight in linear if weight is None or not weight.is_floating_point()]
     return wide + sum(part.in_features * part.out_features for part in packed)
 
 
@@ -115,15 +96,12 @@ def _by_role(pipe: Any) -> tuple[list[nn.Module], list[nn.Module], list[nn.Modul
 
 def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
     """Put the parts, which are in RAM, where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
-    if plan.placement.denoisers == "swapped":
+    where = plan.placement
+    tile_vae(pipe, where.tile_side)
+    if where.denoisers == "swapped":
         pipe.enable_model_cpu_offload(device=device)
-    else:
-        _place(pipe, plan, device)
-    tile_vae(pipe, plan.placement.tile_side)
-
-
-def _place(pipe: Any, plan: Plan, device: torch.device) -> None:
-    where, (steps, encoders, others) = plan.placement, _by_role(pipe)
+        return
+    steps, encoders, others = _by_role(pipe)
     share = plan.resident_bytes / max(1, plan.resident_bytes + plan.streamed_bytes)
     for part in others:
         if where.denoisers == "sequential":
@@ -137,59 +115,60 @@ def _place(pipe: Any, plan: Plan, device: torch.device) -> None:
         elif where.denoisers == "streamed":
             _stream_blocks(denoiser, round(share * size_bytes(denoiser)), device, where.pinned)
         else:
-            _stream_layers(denoiser, device, where.pinned)
+            _stream(denoiser, device, where.pinned)
     for encoder in encoders:
         if where.encoders == "streamed":
-            _stream_layers(encoder, device, where.encoders_pinned)
+            _stream(encoder, device, where.encoders_pinned)
         else:
             encoder.to(device)
 
 
-def _stream_layers(part: nn.Module, device: torch.device, pinned: bool) -> None:
-    """Bring each layer when it is its turn. (An encoder's blocks are nested too deep for diffusers to find.)"""
-    apply_group_offloading(part, device, offload_type="leaf_level", **_stream(device, pinned))
+def _stream(part: nn.Module, device: torch.device, pinned: bool, level: str = "leaf_level") -> None:
+    """Copy each layer when it is its turn, or block. (An encoder's are nested too deep for diffusers to find.)"""
+    apply_group_offloading(  # without `record_stream`: with it, blocks that came early pile up on the card
+        part,
+        device,
+        offload_type=level,
+        num_blocks_per_group=1,
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=not pinned,
+    )
 
 
 def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pinned: bool) -> None:
     """Keep `resident_bytes` of the denoiser on the device and stream the rest of its blocks."""
-    lists = {name: list(part) for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
-    blocks = [block for blocks in lists.values() for block in blocks]
+    blocks = [block for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
     sizes = [size_bytes(block) for block in blocks]
-    places = placement.streamed_blocks(sizes, resident_bytes - (size_bytes(denoiser) - sum(sizes)))
+    places = streamed_blocks(sizes, resident_bytes - (size_bytes(denoiser) - sum(sizes)))
     streamed = {blocks[place] for place in places}
-    with _showing(denoiser, {name: [b for b in blocks if b not in streamed] for name, blocks in lists.items()}):
+    with _showing(denoiser, set(blocks) - streamed):
         denoiser.to(device)
     if not streamed:
         return
-    # Diffusers prefetches one block ahead. From memory that is not pinned, layers are quicker: it would copy twice.
-    kind = "block_level" if pinned and len(blocks) >= FEW_BLOCKS else "leaf_level"
-    shown = {name: [b for b in blocks if b in streamed] for name, blocks in lists.items()}
-    with _showing(denoiser, shown, alone=True):
-        denoiser.enable_group_offload(device, offload_type=kind, num_blocks_per_group=1, **_stream(device, pinned))
-
-
-def _stream(device: torch.device, pinned: bool) -> dict[str, bool]:
-    """How to copy. Without `record_stream`: with it, blocks that came early pile up on the card."""
-    return {"use_stream": device.type == "cuda", "low_cpu_mem_usage": not pinned}
+    # Diffusers prefetches one block ahead: a U-Net's few are too large to have two of them on the card. From memory
+    # that is not pinned, layers are quicker: it would copy twice.
+    level = "block_level" if pinned and len(blocks) >= 8 else "leaf_level"
+    with _showing(denoiser, streamed, alone=True):
+        _stream(denoiser, device, pinned, level)
 
 
 @contextmanager
-def _showing(module: nn.Module, lists: Mapping[str, list[nn.Module]], alone: bool = False) -> Iterator[None]:
-    """Within, the block lists of `module` hold only these; `alone`, it has nothing else.
+def _showing(module: nn.Module, shown: Collection[nn.Module], alone: bool = False) -> Iterator[None]:
+    """Within, the block lists of `module` hold only the blocks `shown`; `alone`, it has nothing else.
 
     So what is done to a whole module can be done to a part of it. The empty buffer is there because diffusers
     prefetches only if a module has something of its own to move.
     """
-    whole = {name: module._modules[name] for name in lists}
     own = module._modules, module._parameters, module._buffers
+    lists = {name: part for name, part in module.named_children() if isinstance(part, nn.ModuleList)}
+    fewer = {name: nn.ModuleList(block for block in blocks if block in shown) for name, blocks in lists.items()}
+    module._modules = {**({} if alone else own[0]), **fewer}
     if alone:
-        module._modules, module._parameters, module._buffers = {}, {}, {"nothing": torch.empty(0)}
-    module._modules.update({name: nn.ModuleList(blocks) for name, blocks in lists.items()})
+        module._parameters, module._buffers = {}, {"nothing": torch.empty(0)}
     try:
         yield
     finally:
         module._modules, module._parameters, module._buffers = own
-        module._modules.update(whole)
 
 
 def tile_vae(pipe: Any, side: int) -> None:
@@ -200,19 +179,13 @@ def tile_vae(pipe: Any, side: int) -> None:
     vae: Any = getattr(pipe, "vae", None)
     if not side or not hasattr(vae, "use_tiling"):
         return
-    sizes = {name: size for name, size in _tile_sizes(vae, side) if hasattr(vae, name)}
     vae.enable_tiling()
-    for name, size in sizes.items():  # not as arguments: half of the classes take none
-        setattr(vae, name, size)
-
-
-def _tile_sizes(vae: Any, side: int) -> Iterator[tuple[str, int]]:
     for edge in ("height", "width", "size"):
-        yield f"tile_sample_min_{edge}", side
-        yield f"tile_sample_stride_{edge}", side * 3 // 4
         latent, sample = (getattr(vae, f"tile_{kind}_min_{edge}", 0) for kind in ("latent", "sample"))
-        if latent and sample:
-            yield f"tile_latent_min_{edge}", round(side * latent / sample)
+        shrunk = round(side * latent / sample) if latent and sample else latent
+        for kind, size in (("sample_min", side), ("sample_stride", side * 3 // 4), ("latent_min", shrunk)):
+            if hasattr(vae, f"tile_{kind}_{edge}"):  # not as arguments: half of the classes take none
+                setattr(vae, f"tile_{kind}_{edge}", size)
 
 
 # ---- when it was too much

@@ -1,29 +1,33 @@
-"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names."""
+"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names.
+
+Checkpoints in a single file, as people share them, have a denoiser (safetensors or GGUF) or a whole pipeline.
+"""
 
 import inspect
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from safetensors import safe_open
 
 from engine.catalog.models import Model, Pipeline
-from engine.catalog.weights import INDEX, Weights, named_parts
-from engine.gpu.load import kernels, offloading, single_file
+from engine.catalog.weights import DENOISER, INDEX, Weights, named_parts
+from engine.gpu.load import kernels, offloading
 from engine.gpu.run import prompts
 from engine.gpu.run.adapters import load_file
 from engine.job import EngineError
 
+# How the original layouts name what is not the denoiser: a file that has any of it is a whole checkpoint.
+NOT_OF_A_DENOISER = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
 # The meter reports progress, and a fault is an exception: bars and hints would only fill the log.
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def load(
@@ -31,35 +35,31 @@ def load(
     pipeline: Pipeline,
     weights: Weights,
     device: torch.device,
-    ready: Mapping[str, Any] = NOTHING,
+    ready: Mapping[str, Any] | None = None,
     *,
-    without: Collection[str] = (),
+    denoisers_only: bool = False,
 ) -> Any:
     """The model's pipeline in RAM, in the catalogue's dtypes for a GPU and in float32 for a CPU.
 
-    `ready` are denoisers that are there already, with the recipe in them; their weights are not read. Nor are those of
-    the components `without` which the pipeline is to be.
-    Only safetensors are read: a pickled checkpoint could run code.
+    `ready` are denoisers that are there already, with the recipe in them. With `denoisers_only` the pipeline has
+    nothing but them and a scheduler. Only safetensors are read: a pickled checkpoint could run code.
     """
-    cls, index = class_of(pipeline), json.loads((weights.folder / INDEX).read_text())
-    given = {**ready, **dict.fromkeys(without)}
-    if weights.files:
-        given = {**single_file.components(cls, weights, partial(dtype_of, model, device), given), **given}
-    for name, folder in weights.parts.items():
-        if name not in given:
-            given[name] = _part(folder, index.get(name), name, dtype_of(model, device, name))
+    cls, index = _class_of(pipeline), json.loads((weights.folder / INDEX).read_text())
+    dtype, whole = partial(dtype_of, model, device), is_whole(weights)
+    named = named_parts(index) if denoisers_only else ()
+    without = [name for name in named if name != "scheduler" and not offloading.is_denoiser(name)]
+    given = {**(_of_checkpoint(cls, weights, dtype) if whole else {}), **(ready or {}), **dict.fromkeys(without)}
+    denoiser = next(iter(sorted(DENOISER & index.keys())), "transformer")
+    files = {} if whole else {name or denoiser: file for name, file in weights.files.items()}
+    for name, place in {**weights.parts, **files}.items():
+        if name in files and name not in given:
+            given[name] = _of_file(name, place, dtype(name), index.get(name), weights.folder)
+        elif name not in given:
+            given[name] = component(name, place, dtype(name), index.get(name))
     pipe = cls.from_pretrained(
-        weights.folder, dtype=_dtypes(model, device), variant=model.variant, use_safetensors=True,
+        weights.folder, dtype={name: dtype(name) for name in index}, variant=model.variant, use_safetensors=True,
         local_files_only=True, **given,
     )  # fmt: skip
-    _set_up(pipe, model, pipeline)
-    if not ready:
-        _fuse_recipe(pipe, model, weights)
-    return pipe
-
-
-def _set_up(pipe: Any, model: Model, pipeline: Pipeline) -> None:
-    """What the catalogue says that a fresh pipeline needs."""
     pipe.set_progress_bar_config(disable=True)
     if pipeline.tiled_vae and pipe.vae:
         pipe.vae.enable_tiling()
@@ -67,27 +67,56 @@ def _set_up(pipe: Any, model: Model, pipeline: Pipeline) -> None:
         kernels.set_backend(pipe.transformer, model.attention_backend)
     if model.schedule:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **model.schedule)
+    if model.recipe_loras and not ready:
+        _fuse_recipe(pipe, model, weights)
+    return pipe
 
 
-def others(weights: Weights) -> list[str]:
-    """The components that are neither denoisers nor the scheduler."""
-    named = named_parts(json.loads((weights.folder / INDEX).read_text()))
-    return [name for name in named if name != "scheduler" and not offloading.is_denoiser(name)]
+def is_whole(weights: Weights) -> bool:
+    """Whether there is a single file that holds more than a denoiser. A GGUF file never does."""
+    file = weights.files.get("")
+    if file is None or file.suffix == ".gguf":
+        return False
+    with safe_open(file, framework="pt") as tensors:
+        return any(name.startswith(NOT_OF_A_DENOISER) for name in tensors.keys())  # noqa: SIM118  # no mapping
+
+
+def _of_checkpoint(cls: Any, weights: Weights, dtype: Callable[[str], torch.dtype]) -> dict[str, Any]:
+    """Every component of a whole checkpoint: what the file lacks comes from the folder."""
+    pipe = _from_single_file(cls, cls.__name__, weights.files[""], weights.folder)
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype(name))
+    return parts
+
+
+def _of_file(name: str, file: Path, dtype: torch.dtype, indexed: Any, folder: Path) -> Any:
+    """The component in a single file, with its configuration from the pipeline's folder. GGUF stays quantised."""
+    options: dict[str, Any] = {"subfolder": name, "dtype": dtype}
+    if file.suffix == ".gguf":
+        options["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+    cls = getattr(diffusers, indexed[1], None) if indexed else None
+    return _from_single_file(cls, name, file, folder, **options)
+
+
+def _from_single_file(cls: Any, what: str, file: Path, folder: Path, **options: Any) -> Any:
+    if not hasattr(cls, "from_single_file"):
+        raise EngineError(f"single_file: diffusers can't load {what} from {file.name}.", "no_single_file")
+    return cls.from_single_file(str(file), config=str(folder), local_files_only=True, **options)
 
 
 def _fuse_recipe(pipe: Any, model: Model, weights: Weights) -> None:
     """Add the LoRAs that make this model out of its base to the weights themselves: they cost nothing at run time."""
-    recipe = list(zip(model.recipe_loras, weights.loras, strict=True))
-    if not recipe:
-        return
-    for lora, path in recipe:
+    recipe = model.recipe_loras
+    for lora, path in zip(recipe, weights.loras, strict=True):
         load_file(pipe, path, lora["adapter"], lora["target"])
-    pipe.set_adapters([lora["adapter"] for lora, _ in recipe], [lora["weight"] for lora, _ in recipe])
-    pipe.fuse_lora(components=sorted({lora["target"] for lora, _ in recipe}))
+    pipe.set_adapters([lora["adapter"] for lora in recipe], [lora["weight"] for lora in recipe])
+    pipe.fuse_lora(components=sorted({lora["target"] for lora in recipe}))
     pipe.unload_lora_weights()
 
 
-def _part(folder: Path, indexed: Any, name: str, dtype: torch.dtype) -> Any:
+def component(name: str, folder: Path, dtype: torch.dtype, indexed: Any = None) -> Any:
     """The component in a folder outside the pipeline's; `indexed` is its entry in the pipeline's index."""
     if name.startswith("tokenizer"):  # it may be beside its model, whose configuration says nothing of it
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -106,27 +135,23 @@ def component_class(folder: Path, indexed: Any = None) -> Any:
 
 
 def dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:
-    dtypes = _dtypes(model, device)
-    return dtypes.get(name, dtypes["default"]) if isinstance(dtypes, dict) else dtypes
+    """The dtype in which the component `name` is computed."""
+    if device.type == "cpu":
+        return torch.float32
+    dtype: torch.dtype = getattr(torch, model.dtypes.get(name, model.dtypes.get("transformer", "bfloat16")))
+    return dtype
 
 
-def class_of(pipeline: Pipeline) -> Any:
+def _class_of(pipeline: Pipeline) -> Any:
     try:
         return getattr(diffusers, pipeline.cls)
     except AttributeError:
         raise EngineError(f"This diffusers ({diffusers.__version__}) has no {pipeline.cls}.", "no_such_class") from None
 
 
-def _dtypes(model: Model, device: torch.device) -> torch.dtype | dict[str, torch.dtype]:
-    if device.type == "cpu":
-        return torch.float32
-    by_component = {name: getattr(torch, dtype) for name, dtype in model.dtypes.items()}
-    return {"default": by_component.get("transformer", torch.bfloat16), **by_component}
-
-
 def sibling(pipe: Any, pipeline: Pipeline) -> Any:
     """The components of `pipe` behind another class. (`from_pipe` would cast them all to one dtype.)"""
-    cls = class_of(pipeline)
+    cls = _class_of(pipeline)
     if type(pipe) is cls:
         return pipe
     known = {**pipe.config, **pipe.components}

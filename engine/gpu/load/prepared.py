@@ -1,8 +1,7 @@
-"""The store of prepared weights: what was made of the installed ones once, and is read back from then on.
+"""The store of prepared weights: made from the installed ones once, and read back from then on.
 
 Each entry is a folder in `models_dir/.prepared`. Its name says what it is and ends with a digest of what it was made
-from, so weights that change get another entry, which takes the place of the outdated one. The store can be deleted at
-any time, and the user's own files are never touched.
+from, so weights that change get another entry, which replaces the outdated one. The store can be deleted at any time.
 """
 
 import fcntl
@@ -57,7 +56,7 @@ def publish(folder: Path, size_bytes: int, write: Callable[[Path], None]) -> boo
             finally:
                 shutil.rmtree(part, ignore_errors=True)  # there only after a failure, as when the disk is full
             for other in folder.parent.iterdir():
-                if other != folder and other.name.rpartition(".")[0] == folder.name.rpartition(".")[0]:
+                if other != folder and other.stem == folder.stem:
                     shutil.rmtree(other)
             return True
     except (OSError, SafetensorError) as error:
@@ -78,7 +77,6 @@ def _alone(store: Path) -> Iterator[None]:
 
 def _sync(folder: Path) -> None:
     """Wait until all bytes are on the disk: the folder's name must not outlive them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Quantised denoisers: made once of the weights that are installed, and read back from then on.
+"""Quantised denoisers: made once from the weights that are installed, and read back from then on.
 
 The linear layers of the blocks are nearly all of a denoiser's weights, and the only ones that are quantised: an error
 in an embedding or in the last projection is seen everywhere. `int8` and `fp8` are tensors of torchao, which diffusers
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_utils import local_torch_dtype
 
-from engine.capabilities import AUTO, GGUF, KINDS, is_gguf, quantization_fault, quantization_refusal
+from engine.capabilities import AUTO, GGUF, KINDS, NONE, is_gguf, quantization_fault, quantization_refusal
 from engine.catalog.models import Model
 from engine.catalog.weights import Weights
 from engine.gpu.load import offloading, pipelines, prepared
@@ -33,7 +33,6 @@ from engine.planning.work import Parts
 log = logging.getLogger("wangpd.worker")
 LAYOUT = 1  # raise it when other layers are quantised, or they are written otherwise
 FOUR_BIT_BLOCK = 64  # numbers that share a scale
-NOT_OF_A_BLOCK = "embed"  # in the name of a layer: some embeddings are in lists as blocks are
 
 
 def kind_for(model: Model, configured: str, planned: Callable[[], str]) -> str:
@@ -58,28 +57,29 @@ def load(
     models_dir: Path,
     denoisers_only: bool = False,
 ) -> tuple[Any, Parts]:
-    """The pipeline for `task` in RAM, with its denoisers in `kind`, and what its parts weigh.
+    """The pipeline for `task` in RAM (see `pipelines.load`), with its denoisers in `kind`, and what its parts weigh.
 
-    With `denoisers_only` it has nothing but them and a scheduler. Raises EngineError if the device can't compute with
-    that kind.
+    Raises EngineError if the device can't compute with that kind.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if sentence := quantization_fault(kind, device.type, capability):
         raise EngineError(sentence, "no_device")
-    without = pipelines.others(weights) if denoisers_only else []
-    load_pipeline = partial(pipelines.load, model, model.pipelines[task], weights, device, without=without)
-    if kind not in _METHODS:
-        pipe = load_pipeline()
+    pipeline = model.pipelines[task]
+    if kind in (NONE, GGUF):
+        pipe = pipelines.load(model, pipeline, weights, device, denoisers_only=denoisers_only)
         return pipe, replace(offloading.parts_of(pipe, model), quantization=kind)
     dtype_of = partial(pipelines.dtype_of, model, device)
     what = f"{model.id}.{kind}.{str(dtype_of('transformer')).removeprefix('torch.')}"
     method = ["quantization", LAYOUT, version(KINDS[kind].package), str(model.recipe_loras)]
     folder = prepared.entry(models_dir, what, _sources(weights), method)
     ready = _read(folder, kind, dtype_of)
-    pipe = load_pipeline(ready)
+    pipe = pipelines.load(model, pipeline, weights, device, ready, denoisers_only=denoisers_only)
     denoisers = offloading.denoisers(pipe)
     if not ready:
-        _quantize(model, denoisers, kind, device)
+        started = time.monotonic()
+        for denoiser in denoisers.values():
+            quantize(denoiser, kind, device)
+        log.info("model %s: denoiser quantized to %s in %.0f s", model.id, kind, time.monotonic() - started)
     parts = replace(offloading.parts_of(pipe, model), quantization=kind, changed=not ready)
     if not ready:
         prepared.publish(folder, parts.denoisers, partial(_write, denoisers))
@@ -98,23 +98,22 @@ def _sources(weights: Weights) -> list[Path]:
 
 
 @torch.no_grad()
-def _quantize(model: Model, denoisers: Mapping[str, Any], kind: str, device: torch.device) -> None:
-    """Quantise the denoisers in RAM, layer by layer on `device`, which is faster than the CPU."""
-    started = time.monotonic()
-    for denoiser in denoisers.values():
-        quantize(denoiser, kind, device)
-    log.info("model %s: denoiser quantized to %s in %.0f s", model.id, kind, time.monotonic() - started)
-
-
 def quantize(denoiser: Any, kind: str, device: torch.device) -> None:
     """Quantise the linear layers of the denoiser's blocks, each on `device`; afterwards they are in RAM."""
-    for name, layer in layers(denoiser).items():
-        denoiser.set_submodule(name, _METHODS[kind](layer.to(device)).to("cpu"))
-    if KINDS[kind].package == "torchao":  # leave what diffusers leaves: peft and `save_pretrained` ask it
-        config = diffusers.TorchAoConfig(_torchao_config(kind))
-        denoiser.hf_quantizer = diffusers.quantizers.DiffusersAutoQuantizer.from_config(config)
-        denoiser.hf_quantizer.validate_environment()
-        denoiser.register_to_config(quantization_config=config)
+    if kind == "nf4":
+        for name in list(layers(denoiser)):  # names alone, so that none of the wide layers stays on the device
+            denoiser.set_submodule(name, FourBit.of(denoiser.get_submodule(name).to(device)).to("cpu"))
+        return
+    from torchao.quantization import quantize_
+
+    recipe = _torchao_config(kind)
+    for layer in layers(denoiser).values():
+        quantize_(layer.to(device), recipe)
+        layer.to("cpu")
+    config = diffusers.TorchAoConfig(recipe)  # leave what diffusers leaves: peft and `save_pretrained` ask it
+    denoiser.hf_quantizer = diffusers.quantizers.DiffusersAutoQuantizer.from_config(config)
+    denoiser.hf_quantizer.validate_environment()
+    denoiser.register_to_config(quantization_config=config)
 
 
 def layers(denoiser: Any) -> dict[str, nn.Linear]:
@@ -125,7 +124,7 @@ def layers(denoiser: Any) -> dict[str, nn.Linear]:
         for name, part in denoiser.named_modules()
         if isinstance(part, nn.Linear)
         and name.startswith(tuple(lists))
-        and NOT_OF_A_BLOCK not in name
+        and "embed" not in name  # some embeddings are in lists as blocks are
         and part.weight.dtype == denoiser.dtype
     }
 
@@ -143,13 +142,6 @@ def _torchao_config(kind: str) -> Any:
     )
 
 
-def _in_eight_bits(kind: str, layer: nn.Linear) -> nn.Linear:
-    from torchao.quantization import quantize_
-
-    quantize_(layer, _torchao_config(kind))
-    return layer
-
-
 class FourBit(nn.Linear):
     """A linear layer whose weight is stored in 4-bit NormalFloat numbers, 64 of which share a scale.
 
@@ -157,12 +149,12 @@ class FourBit(nn.Linear):
     has keeps the scales where group offload does not move them, and diffusers would not load it without a GPU.
     """
 
-    def __init__(self, layer: nn.Linear, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
-        """packed: (out·in/2, 1) uint8, scales: (out·in/64,) float32, both rounded up; `dtype` is the weight's."""
+    def __init__(self, layer: nn.Linear, packed: torch.Tensor, scales: torch.Tensor) -> None:
+        """`layer` in 4 bits. packed: (out·in/2, 1) uint8, scales: (out·in/64,) float32, both rounded up."""
         nn.Module.__init__(self)  # not Linear's: it would make a weight
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
         self.packed, self.scales = nn.Buffer(packed), nn.Buffer(scales)
-        self.widened = dtype
+        self.widened = layer.weight.dtype
 
     @classmethod
     def of(cls, layer: nn.Linear) -> "FourBit":
@@ -170,7 +162,7 @@ class FourBit(nn.Linear):
         from bitsandbytes.functional import quantize_4bit
 
         packed, state = quantize_4bit(layer.weight, blocksize=FOUR_BIT_BLOCK, quant_type="nf4")
-        return cls(layer, packed, state.absmax, layer.weight.dtype)
+        return cls(layer, packed, state.absmax)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -181,13 +173,6 @@ class FourBit(nn.Linear):
         state = QuantState(self.scales, shape, blocksize=FOUR_BIT_BLOCK, quant_type="nf4", dtype=self.widened)
         wide: torch.Tensor = dequantize_4bit(self.packed, state)
         return wide
-
-
-_METHODS: Mapping[str, Callable[[nn.Linear], nn.Linear]] = {
-    "int8": partial(_in_eight_bits, "int8"),
-    "fp8": partial(_in_eight_bits, "fp8"),
-    "nf4": FourBit.of,
-}
 
 
 # ---- in files
@@ -212,15 +197,15 @@ def _read(folder: Path, kind: str, dtype_of: Callable[[str], torch.dtype]) -> di
 
 def _denoiser(folder: Path, kind: str, dtype: torch.dtype) -> Any:
     """Raises what is caught above."""
-    cls = pipelines.component_class(folder)
     if KINDS[kind].package == "torchao":
-        return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        return pipelines.component(folder.name, folder, dtype)
     # Diffusers has no quantizer for layers of ours: `from_pretrained` would look for the weights that they replace.
     with local_torch_dtype(dtype), accelerate.init_empty_weights():  # in it, what the class computes for itself
+        cls = pipelines.component_class(folder)
         denoiser = cls.from_config(cls.load_config(folder))
     state = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     for name in [name.removesuffix(".packed") for name in state if name.endswith(".packed")]:
         packed, scales = state[f"{name}.packed"], state[f"{name}.scales"]
-        denoiser.set_submodule(name, FourBit(denoiser.get_submodule(name), packed, scales, dtype))
+        denoiser.set_submodule(name, FourBit(denoiser.get_submodule(name), packed, scales))
     denoiser.requires_grad_(False).load_state_dict(state, assign=True)
     return denoiser.eval()

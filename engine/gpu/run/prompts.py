@@ -9,14 +9,14 @@ import inspect
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from engine.catalog.weights import Weights
 
@@ -25,48 +25,27 @@ _NO_ENCODER = re.compile(r"transformer|unet|vae|scheduler|vocoder")
 _PLAIN = (str, int, float, type(None))  # bool is an int
 
 
-class _Uncacheable(Exception):
-    """A value that can't be part of a key or of an entry."""
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A tensor in RAM, and whether it was there in the first place."""
-
-    tensor: torch.Tensor
-    was_on_cpu: bool
-
-
 class Embeddings:
     """The result of one call of `encode_prompt`, with its tensors in RAM."""
 
     def __init__(self, result: Any) -> None:
-        """Raises _Uncacheable if there is more in the result than tensors, plain values, tuples and lists."""
-        self.size_bytes = 0
-        self._content = self._copied(result)
-
-    def _copied(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            tensor = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            self.size_bytes += tensor.nbytes
-            return _Copy(tensor, value.device.type == "cpu")
-        if type(value) in (tuple, list):
-            return type(value)(map(self._copied, value))
-        if isinstance(value, _PLAIN):
-            return value
-        raise _Uncacheable
+        """Raises TypeError if there is more in the result than tensors and plain values."""
+        leaves, self._structure = tree_flatten(result)
+        if not all(isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
+            raise TypeError
+        self.size_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        self._leaves = [_to(leaf, "cpu", memory_format=torch.contiguous_format) for leaf in leaves]
+        self._were_on_cpu = [isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves]
 
     def on(self, device: torch.device) -> Any:
-        """The result with its tensors on `device`: copies, as a pipeline may write into what it gets."""
-        return _restored(self._content, device)
+        """The result: copies on `device`, or on the CPU if they were there, as a pipeline may write into them."""
+        pairs = zip(self._leaves, self._were_on_cpu, strict=True)
+        return tree_unflatten([_to(leaf, "cpu" if on_cpu else device) for leaf, on_cpu in pairs], self._structure)
 
 
-def _restored(content: Any, device: torch.device) -> Any:
-    if isinstance(content, _Copy):
-        return content.tensor.to("cpu" if content.was_on_cpu else device, copy=True)
-    if isinstance(content, tuple | list):
-        return type(content)(_restored(part, device) for part in content)
-    return content
+def _to(leaf: Any, device: torch.device | str, **layout: Any) -> Any:
+    """A copy of a tensor on `device`, or the plain value."""
+    return leaf.detach().to(device, copy=True, **layout) if isinstance(leaf, torch.Tensor) else leaf
 
 
 class PromptCache:
@@ -84,10 +63,9 @@ class PromptCache:
 
     def get(self, key: str) -> Embeddings | None:
         """The entry under this key, or None."""
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key]
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
 
     def put(self, key: str, entry: Embeddings) -> None:
         """Keep the entry, as long as there is room."""
@@ -136,45 +114,36 @@ def encoder_of(pipe: Any, weights: Weights) -> str:
         if isinstance(part, torch.nn.Module) and not _NO_ENCODER.search(name)
     ]
     own = {path.name: path for path in weights.folder.iterdir() if path.is_dir()}
-    named = {**own, **weights.parts, **weights.files}
-    files = [_files(root) for name, root in sorted(named.items()) if not _NO_ENCODER.search(name)]
+    roots = {**own, **weights.parts, **weights.files}
+    files = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for name, root in sorted(roots.items())
+        if not _NO_ENCODER.search(name)
+        for path in sorted([root, *root.rglob("*")])
+        if path.is_file()
+    ]
     return json.dumps([sorted(parts), files])
 
 
-def _files(root: Path) -> list[tuple[str, int, int]]:
-    """Path, size and time of each file at or below `root`."""
-    paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
-    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
 def _key(pipe: Any, encode: Callable[..., Any], encoder: list[str], arguments: Any, named: Any) -> str | None:
-    """The key of this call, or None if its result depends on more than plain values.
-
-    `encoder` says which one it is, and on what kind of device.
-    """
+    """The key of this call, or None if its result depends on more than plain values."""
     if _has_lora(pipe):
         return None
     bound = inspect.signature(encode).bind(*arguments, **named)
     bound.apply_defaults()
     settings = {name: value for name, value in pipe.config.items() if isinstance(value, _PLAIN)}
     settings.pop("_name_or_path", None)  # where it is, not what it is
-    try:
-        return json.dumps([*encoder, type(pipe).__name__, settings, _plain(bound.arguments)], sort_keys=True)
-    except _Uncacheable:
-        return None
+    parts = [*encoder, type(pipe).__name__, settings, bound.arguments]
+    with suppress(TypeError):
+        return json.dumps(parts, sort_keys=True, default=_plain)
+    return None
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON can have it. Raises _Uncacheable."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if type(value) in (tuple, list):
-        return [_plain(each) for each in value]
+def _plain(value: Any) -> str:
+    """What JSON does not know but a key may have. Raises TypeError for anything else."""
     if isinstance(value, torch.dtype | torch.device):
         return str(value).partition(":")[0]  # cards of a machine compute alike, whatever their number
-    if isinstance(value, _PLAIN):
-        return value
-    raise _Uncacheable
+    raise TypeError
 
 
 def _has_lora(pipe: Any) -> bool:
@@ -190,12 +159,10 @@ def _observed(pipe: Any, device: torch.device, encode: Callable[[], Any]) -> tup
     result = encode()
     now = vars(pipe)
     changed = attributes.keys() != now.keys() or any(now[name] is not value for name, value in attributes.items())
-    if changed or not all(map(torch.equal, states, _random_states(device))):
-        return result, None
-    try:
-        return result, Embeddings(result)
-    except _Uncacheable:
-        return result, None
+    with suppress(TypeError):
+        if not changed and all(map(torch.equal, states, _random_states(device))):
+            return result, Embeddings(result)
+    return result, None
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
