@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -123,10 +123,13 @@ def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
             encoder.to(device)
 
 
-def _stream(part: nn.Module, device: torch.device, pinned: bool, level: str = "leaf_level") -> None:
-    """Copy each layer when it is its turn, or block. (An encoder's are nested too deep for diffusers to find.)"""
-    apply_group_offloading(  # without `record_stream`: with it, blocks that came early pile up on the card
-        part,
+def _stream(part: Any, device: torch.device, pinned: bool, level: str = "leaf_level", *, checked: bool = False) -> None:
+    """Copy each layer when it is its turn, or block. (An encoder's are nested too deep for diffusers to find.)
+
+    `checked` raises ValueError for a class that diffusers knows to fail with this.
+    """
+    offload = part.enable_group_offload if checked else partial(apply_group_offloading, part)
+    offload(  # without `record_stream`: with it, blocks that came early pile up on the card
         device,
         offload_type=level,
         num_blocks_per_group=1,
@@ -149,7 +152,7 @@ def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pin
     # that is not pinned, layers are quicker: it would copy twice.
     level = "block_level" if pinned and len(blocks) >= 8 else "leaf_level"
     with _showing(denoiser, streamed, alone=True):
-        _stream(denoiser, device, pinned, level)
+        _stream(denoiser, device, pinned, level, checked=True)
 
 
 @contextmanager
