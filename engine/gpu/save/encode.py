@@ -22,9 +22,8 @@ from typing import IO, Any, Final, Literal, NamedTuple
 import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
-from engine.files.media import EXIF_ASCII, EXIF_IFD, EXIF_USER_COMMENT, PNG_KEYWORD
 from engine.job import EngineError, Job
 
 log = logging.getLogger(__name__)
@@ -270,13 +269,13 @@ def _image_options(format: ImageFormat, comment: str | None) -> dict[str, Any]:
     if format == "png":
         text = PngImagePlugin.PngInfo()
         if comment is not None:
-            text.add_text(PNG_KEYWORD, comment)
+            text.add_text("Comment", comment)  # the keyword that the PNG standard registers for free text
         return {"pnginfo": text}
     options = {"quality": 95, "subsampling": "4:4:4"}  # WebP has no such subsampling, and ignores it
     if comment is None:
         return options
     exif = Image.Exif()
-    exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + comment.encode("ascii")}
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: b"ASCII\0\0\0" + comment.encode("ascii")}
     data = exif.tobytes()
     if format == "jpeg" and len(data) > _JPEG_SEGMENT_BYTES:
         return options | {"extra": _comment_segments(comment)}
