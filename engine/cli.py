@@ -33,7 +33,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _daemon_parser() -> CommandLine:
-    """The options of the daemon itself."""
     parser = CommandLine("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
     parser.add_argument("--config", type=Path, help=CONFIG_HELP)
     parser.add_argument("--host", help="address to listen on")
@@ -50,7 +49,6 @@ def _daemon_parser() -> CommandLine:
 
 
 def _models_parser() -> CommandLine:
-    """The options of `wangpd models`."""
     parser = CommandLine("wangpd models", description="The models, or with download, the weights of one.")
     parser.add_argument("--config", type=Path, help=CONFIG_HELP)
     parser.add_argument("--family", help="only models of this family")

@@ -5,7 +5,7 @@ together they cost 26 MiB and a tenth of a second, which a daemon that only queu
 """
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -67,11 +67,11 @@ def thumbnail(path: Path, width: int) -> bytes:
     The aspect is kept. Raises NoPreview for audio and for what can't be decoded, FileNotFoundError for no file.
     """
     kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("of an unknown type", ""))
-    if kind not in _PICTURES:
+    if kind not in ("image", "video"):
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")
     try:
         with path.open("rb") as file:
-            return reduced(_PICTURES[kind](file, width), width)
+            return reduced(_drafted_image(file, width) if kind == "image" else _first_frame(file), width)
     except FileNotFoundError:
         raise
     except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
@@ -144,9 +144,6 @@ def _drafted_image(file: BinaryIO, width: int) -> "Image":
         return _flattened(_upright(image))
 
 
-def _first_frame(file: BinaryIO, _width: int) -> "Image":
+def _first_frame(file: BinaryIO) -> "Image":
     with footage.opened(file, "video") as container:
         return footage.picture(footage.first_frame(container, _MAX_PREVIEW_PIXELS))
-
-
-_PICTURES: Final[Mapping[str, Callable[[BinaryIO, int], "Image"]]] = {"image": _drafted_image, "video": _first_frame}

@@ -77,9 +77,8 @@ class Outputs:
     def fresh(self) -> bool:
         """Whether `listing` would answer from memory. Costs one stat, so that the event loop may ask."""
         known = self._snapshot
-        if not known.settled or time.monotonic() - known.read_at > _MAX_AGE_S:
-            return False
-        return known.folder_mtime_ns == _mtime_ns(self._folder)
+        valid = known.settled and time.monotonic() - known.read_at <= _MAX_AGE_S
+        return valid and known.folder_mtime_ns == _mtime_ns(self._folder)
 
     def listing(self, file_type: str | None = None) -> Sequence[Entry]:
         """Return the media files, all or of one type, newest modification first, ties by name.
@@ -122,13 +121,10 @@ class Outputs:
         """
         return self._remove(rf"\.?\d{{8}}-\d{{6}}_t{task_id:06d}_.+")
 
-    def remove_parts(self, task_id: int) -> int:
-        """Delete the partial files of a task, and return how many there were. Raises OSError."""
-        return self._remove(rf"\.\d{{8}}-\d{{6}}_t{task_id:06d}_.+\.part")
-
-    def remove_all_parts(self) -> int:
-        """Delete all partial files, of forgotten tasks too. Call it while no worker runs."""
-        return self._remove(r"\.\d{8}-\d{6}_t\d{6,}_.+\.part")
+    def remove_parts(self, task_id: int | None = None) -> int:
+        """Delete the partial files of a task, or while no worker runs of all; returns how many. Raises OSError."""
+        number = r"\d{6,}" if task_id is None else f"{task_id:06d}"
+        return self._remove(rf"\.\d{{8}}-\d{{6}}_t{number}_.+\.part")
 
     def _remove(self, pattern: str) -> int:
         left = [item.name for item in scan(self._folder) if re.fullmatch(pattern, item.name)]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from engine.files.folders import stats
+from engine.files.folders import trim
 
 THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
 PREVIEW_WIDTH: Final = 320  # of a thumbnail where the request names no width
@@ -59,16 +59,7 @@ class ThumbnailCache:
             self.put(key_of(path.name, path.lstat(), PREVIEW_WIDTH), jpeg)
 
     def _make_room(self, added_bytes: int) -> None:
-        """Count the bytes; above the limit, remove the oldest files until three quarters of it are left."""
         with self._counting:
             self._size_bytes += added_bytes
-            if self._size_bytes <= self._limit_bytes:
-                return
-            files = sorted(stats(self._folder), key=lambda file: file[1].st_mtime_ns)
-            self._size_bytes = sum(about.st_size for _, about in files)  # other processes add files too
-            goal_bytes = self._limit_bytes * 3 // 4 if self._size_bytes > self._limit_bytes else math.inf
-            for name, about in files:
-                if self._size_bytes <= goal_bytes:
-                    return
-                (self._folder / name).unlink(missing_ok=True)
-                self._size_bytes -= about.st_size
+            if self._size_bytes > self._limit_bytes:
+                self._size_bytes = trim(self._folder, self._limit_bytes, self._limit_bytes * 3 // 4)

@@ -14,7 +14,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.catalog.weights import Weights
+from engine.files import folders
 
 log = logging.getLogger("wangpd.worker")
 MEMORY_BYTES = 256 * 2**20  # of RAM: some dozens of prompts of the largest encoders
@@ -157,21 +157,7 @@ class Prompts:
             part.replace(self._path(key))
         finally:
             part.unlink(missing_ok=True)
-        self._trim()
-
-    def _trim(self) -> None:
-        """Remove the files that were not used for longest, until the rest is small enough."""
-        found = []
-        for path in self._folder.glob(f"*{SUFFIX}"):
-            with suppress(FileNotFoundError):  # another process trims too
-                about = path.stat()
-                found.append((about.st_mtime_ns, about.st_size, path))
-        total_bytes = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total_bytes <= self._disk_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total_bytes -= size
+        folders.trim(self._folder, self._disk_bytes, self._disk_bytes)
 
 
 class _Door:
