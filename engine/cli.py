@@ -95,7 +95,10 @@ def _download_model(model: Model, config: Config) -> int:
     try:
         for message in messages(model.id, config.models_dir, config.min_free_mb * 2**20):
             download.note(message)
-            if download.total_bytes is not None and (line := _progress_line(download)) != shown:
+            done_gb, total_gb = download.done_bytes / 1e9, (download.total_bytes or 0) / 1e9
+            # Always as long as the one before, which it covers on a terminal.
+            line = f"{download.percent:5.1f} %  {done_gb:8.3f} of {total_gb:.3f} GB  {download.file[-60:]:60}"
+            if download.total_bytes is not None and line != shown:
                 print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
                 shown = line
     except KeyboardInterrupt:
@@ -106,9 +109,3 @@ def _download_model(model: Model, config: Config) -> int:
         return 1
     print(f"wangpd: model '{model.id}' is installed")
     return 0
-
-
-def _progress_line(download: Download) -> str:
-    """The progress of a download, always in the same number of characters."""
-    done, total = download.done_bytes / 1e9, (download.total_bytes or 0) / 1e9
-    return f"{download.percent:5.1f} %  {done:8.3f} of {total:.3f} GB  {download.file[-60:]:60}"

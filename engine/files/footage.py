@@ -7,7 +7,7 @@ daemon that only queues must not pay for it.
 import io
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 
 MAX_S: Final = 3600  # of an input; nothing that is generated comes near
 # The demuxer is named by the first bytes, never guessed: a playlist could make FFmpeg open other files and addresses.
-_DEMUXERS: Final[Mapping[str, Mapping[bytes, str]]] = {
+_DEMUXERS: Final = {
     "video": {rb".{4}ftyp": "mov", rb"\x1a\x45\xdf\xa3": "matroska"},
     "audio": {rb".{8}WAVE": "wav", b"fLaC": "flac", b"OggS": "ogg", rb"ID3|\xff[\xf3\xfb]": "mp3", rb".{4}ftyp": "mov"},
 }
-_FORMATS: Final[Mapping[str, str]] = {
-    "video": "an MP4, MOV, WebM or MKV video",
-    "audio": "a WAV, FLAC, MP3 or OGG sound",
-}
+_FORMATS: Final = {"video": "an MP4, MOV, WebM or MKV video", "audio": "a WAV, FLAC, MP3 or OGG sound"}
 
 
 class BadFootage(Exception):
@@ -57,7 +54,7 @@ def first_frame(container: "InputContainer", max_pixels: int) -> "VideoFrame":
     if stream.width * stream.height > max_pixels:
         size = f"{stream.width}x{stream.height}"
         raise BadFootage(f"is {size}, more than the limit of {max_pixels} pixels a frame; send a smaller one")
-    stream.codec_context.thread_count = 1  # threads would decode frames that nobody looks at
+    stream.codec_context.thread_count = 1  # threads would decode frames that are not used
     return next(container.decode(stream))
 
 
@@ -86,7 +83,7 @@ def _at_rate(container: "InputContainer", fps: int) -> "Iterator[VideoFrame]":
     """The frame that is shown at each tick of `fps`: some come more than once, some never."""
     stream: Any = container.streams.video[0]
     starts_s = float((stream.start_time or 0) * stream.time_base)
-    shown_s = 1 / float(stream.average_rate or 25) - 1e-3  # a hair less: times are rounded to the stream's time base
+    shown_s = 1 / float(stream.average_rate or 25) - 1e-3  # slightly less: times are rounded to the time base
     ticks = 0
     for frame in container.decode(stream):
         while ticks / fps < (frame.time or 0) - starts_s + shown_s:

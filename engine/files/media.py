@@ -55,7 +55,7 @@ def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
 def open_image(path: Path) -> "Image":
     """Return the picture, or the first frame of an animated one: mode RGB, upright, transparency on white.
 
-    The content decides on the format, not the suffix. Raises BadImage, or FileNotFoundError where there is no file.
+    The content decides the format, not the suffix. Raises BadImage, or FileNotFoundError where there is no file.
     """
     with path.open("rb") as file, _opened(file) as image:
         return _flattened(_upright(image))
@@ -71,7 +71,13 @@ def thumbnail(path: Path, width: int) -> bytes:
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")
     try:
         with path.open("rb") as file:
-            return reduced(_drafted_image(file, width) if kind == "image" else _first_frame(file), width)
+            if kind == "video":
+                with footage.opened(file, "video") as container:
+                    return reduced(footage.picture(footage.first_frame(container, _MAX_PREVIEW_PIXELS)), width)
+            with _opened(file) as image:
+                # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as EXIF may turn the picture later.
+                image.draft("RGB", (width, width))
+                return reduced(_flattened(_upright(image)), width)
     except FileNotFoundError:
         raise
     except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
@@ -134,16 +140,3 @@ def _flattened(image: "Image") -> "Image":
     coloured = image.convert("RGBA")
     white = Image.new("RGBA", coloured.size, "white")
     return Image.alpha_composite(white, coloured).convert("RGB")
-
-
-def _drafted_image(file: BinaryIO, width: int) -> "Image":
-    """The picture, both of its sides still at least `width`, or whole where they never were."""
-    with _opened(file) as image:
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as orientation may turn the picture later.
-        image.draft("RGB", (width, width))
-        return _flattened(_upright(image))
-
-
-def _first_frame(file: BinaryIO) -> "Image":
-    with footage.opened(file, "video") as container:
-        return footage.picture(footage.first_frame(container, _MAX_PREVIEW_PIXELS))

@@ -26,7 +26,7 @@ _UNSETTLED_S: Final = 2.0
 _MAX_AGE_S: Final = 30.0
 
 # A leading dot (`..`, hidden files, unpublished parts), separators of any system, control characters, and the lone
-# surrogates that stand for bytes which are no UTF-8 and could not be sent as JSON.
+# surrogates that stand for bytes that are not UTF-8 and can't be sent as JSON.
 _UNSAFE_NAME: Final = re.compile(r"^\.|[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]")
 
 

@@ -30,7 +30,7 @@ GRACE_S = 5.0  # in which the lead notices by itself that a follower is gone
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What the lead has found and a follower loads too: the weights of `model`, as those of `kind`."""
+    """What the lead loads and a follower too: the weights of `model`, as those of `kind`."""
 
     model: Model
     task: str
@@ -52,7 +52,7 @@ class Follower:
         self.step: Callable[[int], None]  # the order after each denoising step, with how many are done
 
     def serve(self) -> None:
-        """Answer what this device can do, then follow until the lead ends this process, or itself."""
+        """Report what this device can do, then carry out orders until the lead ends this process, or itself."""
         with suppress(EOFError), torch.no_grad():
             self._carry_out("measure", ())
             while True:
@@ -124,8 +124,8 @@ class Follower:
 
 
 def _plain(fault: Exception) -> Exception:
-    """An exception that the lead can unpickle, whatever it has imported."""
+    """The fault as an exception that can be pickled, whatever it holds."""
     if isinstance(fault, EngineError):
         return fault
-    sentence = f"{type(fault).__name__}: {fault}"
-    return MemoryError(sentence) if isinstance(fault, torch.OutOfMemoryError) else EngineError(sentence)
+    kind = torch.OutOfMemoryError if isinstance(fault, torch.OutOfMemoryError) else EngineError
+    return kind(f"{type(fault).__name__}: {fault}")

@@ -96,7 +96,7 @@ class Team:
     # ---- what they hold
 
     def least(self, machine: Machine) -> Machine:
-        """What every process of the team can use, as they share the RAM. `machine` is the lead's."""
+        """What every process of the team can use; they share the RAM. `machine` is the lead's."""
         self._joined()
         count = 1 + len(self._machines)
         least = Machine(*map(min, astuple(machine), *map(astuple, self._machines)))
@@ -207,12 +207,10 @@ class Team:
             raise EngineError("A process of the team has died.", "worker_died") from None
 
     def _answers(self) -> list[Any]:
-        """What each follower answers to the last order that has an answer. Raises the fault that one answers."""
+        """Each follower's answer to the last order that has one. Raises the fault that one answers."""
         with self._reaching():
             answers = [connection.recv() for _, connection in self._followers]
         for answer in answers:
-            if isinstance(answer, MemoryError):
-                raise torch.OutOfMemoryError(str(answer))
             if isinstance(answer, Exception):
                 raise answer
         return answers
