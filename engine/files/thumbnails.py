@@ -10,7 +10,6 @@ from typing import Final
 
 from engine.files.folders import trim
 
-THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
 PREVIEW_WIDTH: Final = 320  # of a thumbnail where the request names no width
 
 
@@ -26,7 +25,7 @@ class ThumbnailCache:
     A cache that can't be read or written only costs time: no method raises OSError.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int = THUMBNAIL_CACHE_BYTES) -> None:
+    def __init__(self, folder: Path, limit_bytes: int = 256 * 2**20) -> None:
         self._folder = folder
         self._limit_bytes = limit_bytes
         self._size_bytes = math.inf  # not counted yet
@@ -46,7 +45,10 @@ class ThumbnailCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             part.write_bytes(data)
-            self._make_room(len(data))  # before it can be found: what it removes is older
+            with self._counting:  # before it can be found: what is removed is older
+                self._size_bytes += len(data)
+                if self._size_bytes > self._limit_bytes:
+                    self._size_bytes = trim(self._folder, self._limit_bytes, self._limit_bytes * 3 // 4)
             return part.replace(path)
         except OSError:
             with suppress(OSError):
@@ -57,9 +59,3 @@ class ThumbnailCache:
         """Keep the thumbnail of a file that is whole, in the default width of a preview."""
         with suppress(OSError):
             self.put(key_of(path.name, path.lstat(), PREVIEW_WIDTH), jpeg)
-
-    def _make_room(self, added_bytes: int) -> None:
-        with self._counting:
-            self._size_bytes += added_bytes
-            if self._size_bytes > self._limit_bytes:
-                self._size_bytes = trim(self._folder, self._limit_bytes, self._limit_bytes * 3 // 4)
