@@ -584,7 +584,7 @@ async def downloads_lifetime(app: web.Application) -> AsyncIterator[None]:
 
 async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
     """The journal is open, and its tasks run."""
-    await asyncio.to_thread(app[OUTPUTS].remove_all_parts)
+    await asyncio.to_thread(app[OUTPUTS].remove_parts)
     await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
     if app[JOURNAL].set_aside:
         log.error("the journal could not be read and was moved to %s; the queue starts empty", app[JOURNAL].set_aside)

@@ -23,6 +23,7 @@ from engine.files import media
 from engine.files.outputs import Outputs
 from engine.gpu.save import encode
 from engine.job import EngineError, Job
+from tests.embedded import read_settings
 from tests.processes import children, command
 
 STARTED = datetime(2026, 11, 22, 21, 5, 33, tzinfo=UTC)
@@ -241,7 +242,7 @@ def test_a_png_keeps_every_pixel(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", SETTINGS)
 def test_settings_survive_in_a_video(tmp_path: Path, case: str) -> None:
     encode.write_video(tmp_path / "x.mp4", plain_frames((1, 2, 3)), 16, SETTINGS[case])
-    assert media.read_settings(tmp_path / "x.mp4") == SETTINGS[case]
+    assert read_settings(tmp_path / "x.mp4") == SETTINGS[case]
     assert len(decoded(tmp_path / "x.mp4")) == 5
 
 
@@ -250,7 +251,7 @@ def test_settings_survive_in_a_video(tmp_path: Path, case: str) -> None:
 def test_settings_survive_in_a_picture(tmp_path: Path, case: str, format: encode.ImageFormat, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     encode.write_image(path, noise_frames(1)[0], SETTINGS[case], format)
-    assert media.read_settings(path) == SETTINGS[case]
+    assert read_settings(path) == SETTINGS[case]
     assert media.check_image(path.read_bytes(), 10_000) == (64, 64)
 
 
@@ -275,7 +276,7 @@ def test_without_settings_nothing_is_told(tmp_path: Path) -> None:
     encode.write_video(tmp_path / "x.mp4", plain_frames((1, 2, 3)), 16, None)
     for format, suffix in IMAGES:
         encode.write_image(tmp_path / f"x{suffix}", noise_frames(1)[0], None, format)
-    assert [media.read_settings(path) for path in tmp_path.iterdir()] == [None] * 4
+    assert [read_settings(path) for path in tmp_path.iterdir()] == [None] * 4
 
 
 # -------------------------------------------------------------------------------------------------------- failures

@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw
 from engine.catalog.defaults import default_settings
 from engine.catalog.models import PACKAGE, Catalog
 from engine.catalog.weights import Weights
-from engine.files import media
 from engine.gpu.load import pipelines
 from engine.gpu.run import render
 from engine.gpu.run.meter import Meter
@@ -30,6 +29,7 @@ from engine.queue.progress import percent
 from engine.workers.lanes import Progress
 from tests import stand_ins
 from tests.daemon import Daemon
+from tests.embedded import read_settings
 from tests.frames import read_video
 from tests.processes import workers
 
@@ -414,7 +414,7 @@ def test_the_file_tells_when_which_task_what_and_which_seed(daemon: Daemon) -> N
 def test_each_file_carries_its_settings_and_its_own_seed(daemon: Daemon) -> None:
     state = daemon.run(**QUICK, seed=5, repeat_generation=2, negative_prompt="blurred")
     for number in range(2):
-        found = media.read_settings(daemon.made(state, number))
+        found = read_settings(daemon.made(state, number))
         assert found == {**state["settings"], "seed": 5 + number}
 
 
@@ -439,7 +439,7 @@ def test_any_prompt_makes_a_file_with_a_plain_name_that_tells_it_word_for_word(d
     path = daemon.made(state)
     assert re.fullmatch(r"[0-9]{8}-[0-9]{6}_t[0-9]{6}_[a-z0-9-]{1,40}_s[0-9]+\.mp4", path.name)
     assert state["prompt"] == PROMPTS[case]
-    assert (media.read_settings(path) or {})["prompt"] == PROMPTS[case]
+    assert (read_settings(path) or {})["prompt"] == PROMPTS[case]
     assert daemon.get(f"/download/{path.name}").content == path.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""engine/files/media.py: what an input picture may be, the thumbnails of files, and the settings inside them."""
+"""engine/files/media.py: what an input picture may be, and the thumbnails of files."""
 
 import io
 import struct
@@ -348,28 +348,6 @@ def test_a_bomb_in_the_folder_has_no_preview(tmp_path: Path) -> None:
 def test_the_thumbnail_of_a_missing_file_says_so(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError):
         media.thumbnail(tmp_path / name, 64)
-
-
-# -------------------------------------------------------------------------------------------------------- settings
-
-
-@pytest.mark.parametrize("comment", ["hello", "[1, 2]", "{", "null", '"text"', "[" * 100_000])
-def test_a_comment_that_is_no_json_object_is_no_settings(tmp_path: Path, comment: str) -> None:
-    text = PngImagePlugin.PngInfo()
-    text.add_text(media.PNG_KEYWORD, comment)
-    assert media.read_settings(stored(tmp_path, "x.png", encoded(noise(8, 8), pnginfo=text))) is None
-
-
-def test_files_without_a_comment_have_no_settings(video: Path) -> None:
-    assert media.read_settings(video) is None
-    for name, format in (("x.png", "PNG"), ("x.jpg", "JPEG"), ("x.webp", "WEBP")):
-        assert media.read_settings(stored(video.parent, name, encoded(noise(8, 8), format))) is None
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.png", "a.jpg", "a.webp", "a.wav", "a.txt", "a"])
-def test_reading_the_settings_of_junk_raises_nothing(tmp_path: Path, name: str) -> None:
-    assert media.read_settings(tmp_path / name) is None
-    assert media.read_settings(stored(tmp_path, name, b"junk" * 50)) is None
 
 
 # ---------------------------------------------------------------------------------------------------- what it costs

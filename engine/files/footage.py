@@ -5,8 +5,9 @@ daemon that only queues must not pay for it.
 """
 
 import io
+import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,23 +19,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_S: Final = 3600  # of an input; nothing that is generated comes near
-HEAD_BYTES: Final = 16
 # The demuxer is named by the first bytes, never guessed: a playlist could make FFmpeg open other files and addresses.
-_VIDEO_MARKS: Final = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"))
-_SOUND_MARKS: Final = (
-    (8, b"WAVE", "wav"),
-    (0, b"fLaC", "flac"),
-    (0, b"OggS", "ogg"),
-    (0, b"ID3", "mp3"),
-    (0, b"\xff\xfb", "mp3"),
-    (0, b"\xff\xf3", "mp3"),
-    (4, b"ftyp", "mov"),
-)
-_MARKS: Final[Mapping[str, tuple[tuple[int, bytes, str], ...]]] = {"video": _VIDEO_MARKS, "audio": _SOUND_MARKS}
-_FORMATS: Final[Mapping[str, str]] = {
-    "video": "an MP4, MOV, WebM or MKV video",
-    "audio": "a WAV, FLAC, MP3 or OGG sound",
+_DEMUXERS: Final = {
+    "video": {rb".{4}ftyp": "mov", rb"\x1a\x45\xdf\xa3": "matroska"},
+    "audio": {rb".{8}WAVE": "wav", b"fLaC": "flac", b"OggS": "ogg", rb"ID3|\xff[\xf3\xfb]": "mp3", rb".{4}ftyp": "mov"},
 }
+_FORMATS: Final = {"video": "an MP4, MOV, WebM or MKV video", "audio": "a WAV, FLAC, MP3 or OGG sound"}
 
 
 class BadFootage(Exception):
@@ -64,7 +54,7 @@ def first_frame(container: "InputContainer", max_pixels: int) -> "VideoFrame":
     if stream.width * stream.height > max_pixels:
         size = f"{stream.width}x{stream.height}"
         raise BadFootage(f"is {size}, more than the limit of {max_pixels} pixels a frame; send a smaller one")
-    stream.codec_context.thread_count = 1  # threads would decode frames that nobody looks at
+    stream.codec_context.thread_count = 1  # threads would decode frames that are not used
     return next(container.decode(stream))
 
 
@@ -91,19 +81,14 @@ def read_last_frames(path: Path, fps: int, count: int) -> "list[Image]":
 
 def _at_rate(container: "InputContainer", fps: int) -> "Iterator[VideoFrame]":
     """The frame that is shown at each tick of `fps`: some come more than once, some never."""
-    stream = container.streams.video[0]
+    stream: Any = container.streams.video[0]
+    starts_s = float((stream.start_time or 0) * stream.time_base)
+    shown_s = 1 / float(stream.average_rate or 25) - 1e-3  # slightly less: times are rounded to the time base
     ticks = 0
     for frame in container.decode(stream):
-        ends_s = _shown_until(frame, stream)
-        while ticks / fps < ends_s:
+        while ticks / fps < (frame.time or 0) - starts_s + shown_s:
             yield frame
             ticks += 1
-
-
-def _shown_until(frame: Any, stream: Any) -> float:
-    """When the next frame follows, in seconds, a hair early: times are rounded to the stream's time base."""
-    rate = float(stream.average_rate or 25)
-    return float((frame.time or 0) - (stream.start_time or 0) * stream.time_base + 1 / rate - 1e-3)
 
 
 def _seconds(container: "InputContainer", stream: Any) -> float:
@@ -119,9 +104,9 @@ def opened(file: BinaryIO, kind: str) -> "Iterator[InputContainer]":
     """The container; whatever FFmpeg raises, here or inside the block, leaves as BadFootage."""
     import av
 
-    head = file.read(HEAD_BYTES)
+    head = file.read(16)
     file.seek(0)
-    demuxer = next((name for at, mark, name in _MARKS[kind] if head[at : at + len(mark)] == mark), None)
+    demuxer = next((name for mark, name in _DEMUXERS[kind].items() if re.match(mark, head, re.DOTALL)), None)
     if demuxer is None:
         raise BadFootage(f"is not {_FORMATS[kind]}")
     try:

@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from engine.files.folders import stats
+
 SAFE_AGE_S = 3600  # a younger file may belong to a request that has no row yet
 
 
@@ -35,10 +37,8 @@ class Inputs:
 
     def sweep(self, needed: set[str]) -> int:
         """Remove the files that no task needs any more, and return how many there were."""
-        if not self._folder.is_dir():
-            return 0
         before = time.time() - SAFE_AGE_S
-        stale = [path for path in self._folder.iterdir() if path.name not in needed and path.stat().st_mtime < before]
-        for path in stale:
-            path.unlink(missing_ok=True)
+        stale = [name for name, about in stats(self._folder) if name not in needed and about.st_mtime < before]
+        for name in stale:
+            (self._folder / name).unlink(missing_ok=True)
         return len(stale)

@@ -1,48 +1,37 @@
-"""Picture and video files for the daemon: whether an input is whole, a thumbnail, the settings inside a file.
+"""Picture and video files for the daemon: whether an input is whole, and a thumbnail.
 
 Everything here is synchronous: call it through `asyncio.to_thread`. Pillow and PyAV are imported inside the functions:
 together they cost 26 MiB and a tenth of a second, which a daemon that only queues must not pay at its start.
 """
 
 import io
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from engine.files import footage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MEDIA_TYPES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
-    {
-        ".mp4": ("video", "video/mp4"),
-        ".webm": ("video", "video/webm"),
-        ".mkv": ("video", "video/x-matroska"),
-        ".mov": ("video", "video/quicktime"),
-        ".png": ("image", "image/png"),
-        ".jpg": ("image", "image/jpeg"),
-        ".jpeg": ("image", "image/jpeg"),
-        ".webp": ("image", "image/webp"),
-        ".wav": ("audio", "audio/wav"),
-        ".flac": ("audio", "audio/flac"),
-        ".mp3": ("audio", "audio/mpeg"),
-        ".ogg": ("audio", "audio/ogg"),
-    }
-)
+MEDIA_TYPES: Final[Mapping[str, tuple[str, str]]] = {
+    ".mp4": ("video", "video/mp4"),
+    ".webm": ("video", "video/webm"),
+    ".mkv": ("video", "video/x-matroska"),
+    ".mov": ("video", "video/quicktime"),
+    ".png": ("image", "image/png"),
+    ".jpg": ("image", "image/jpeg"),
+    ".jpeg": ("image", "image/jpeg"),
+    ".webp": ("image", "image/webp"),
+    ".wav": ("audio", "audio/wav"),
+    ".flac": ("audio", "audio/flac"),
+    ".mp3": ("audio", "audio/mpeg"),
+    ".ogg": ("audio", "audio/ogg"),
+}
 """Lower-case suffix → (kind, content type). A file with any other suffix is no media file."""
 
-PNG_KEYWORD: Final = "Comment"  # the keyword that the PNG standard registers for free text
-EXIF_IFD: Final = 0x8769
-EXIF_USER_COMMENT: Final = 0x9286
-EXIF_ASCII: Final = b"ASCII\0\0\0"  # the character code that opens every UserComment
-
-_IMAGE_FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _MAX_PREVIEW_PIXELS: Final = 64_000_000  # 8K twice over; decoded it takes 190 MB
-_THUMBNAIL_QUALITY: Final = 85
 
 
 class BadImage(Exception):
@@ -66,7 +55,7 @@ def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
 def open_image(path: Path) -> "Image":
     """Return the picture, or the first frame of an animated one: mode RGB, upright, transparency on white.
 
-    The content decides on the format, not the suffix. Raises BadImage, or FileNotFoundError where there is no file.
+    The content decides the format, not the suffix. Raises BadImage, or FileNotFoundError where there is no file.
     """
     with path.open("rb") as file, _opened(file) as image:
         return _flattened(_upright(image))
@@ -78,11 +67,17 @@ def thumbnail(path: Path, width: int) -> bytes:
     The aspect is kept. Raises NoPreview for audio and for what can't be decoded, FileNotFoundError for no file.
     """
     kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("of an unknown type", ""))
-    if kind not in _PICTURES:
+    if kind not in ("image", "video"):
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")
     try:
         with path.open("rb") as file:
-            return reduced(_PICTURES[kind](file, width), width)
+            if kind == "video":
+                with footage.opened(file, "video") as container:
+                    return reduced(footage.picture(footage.first_frame(container, _MAX_PREVIEW_PIXELS)), width)
+            with _opened(file) as image:
+                # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as EXIF may turn the picture later.
+                image.draft("RGB", (width, width))
+                return reduced(_flattened(_upright(image)), width)
     except FileNotFoundError:
         raise
     except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
@@ -95,19 +90,8 @@ def reduced(image: "Image", width: int) -> bytes:
 
     image.thumbnail((width, image.height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY)
+    image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings stored in an MP4, PNG, JPEG or WebP file; None where there are none. Raises nothing."""
-    kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("", ""))
-    try:
-        with path.open("rb") as file:
-            settings = json.loads(_COMMENTS[kind](file))
-    except Exception:  # anyone may have put the file there: no comment, another program's comment, damage, no file
-        return None
-    return settings if isinstance(settings, dict) else None
 
 
 @contextmanager
@@ -120,7 +104,7 @@ def _opened(file: BinaryIO, max_pixels: int = _MAX_PREVIEW_PIXELS) -> Iterator["
     from PIL import Image, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
     try:
-        with Image.open(file, formats=_IMAGE_FORMATS) as image:
+        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height}"
                 raise BadImage(f"is {size}, more than the limit of {max_pixels} pixels; send a smaller image")
@@ -156,37 +140,3 @@ def _flattened(image: "Image") -> "Image":
     coloured = image.convert("RGBA")
     white = Image.new("RGBA", coloured.size, "white")
     return Image.alpha_composite(white, coloured).convert("RGB")
-
-
-def _drafted_image(file: BinaryIO, width: int) -> "Image":
-    """The picture, both of its sides still at least `width`, or whole where they never were."""
-    with _opened(file) as image:
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as orientation may turn the picture later.
-        image.draft("RGB", (width, width))
-        return _flattened(_upright(image))
-
-
-def _first_frame(file: BinaryIO, _width: int) -> "Image":
-    with footage.opened(file, "video") as container:
-        return footage.picture(footage.first_frame(container, _MAX_PREVIEW_PIXELS))
-
-
-def _image_comment(file: BinaryIO) -> str | bytes:
-    """The text inside a PNG, JPEG or WebP; only the parts before the pixels are read."""
-    with _opened(file) as image:
-        if text := image.info.get(PNG_KEYWORD):
-            return str(text)
-        comment = image.getexif().get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT)
-        if isinstance(comment, bytes):
-            return comment.removeprefix(EXIF_ASCII)
-        segments: list[tuple[str, bytes]] = getattr(image, "applist", [])  # only a JPEG has segments
-        return b"".join(data for marker, data in segments if marker == "COM")
-
-
-def _video_comment(file: BinaryIO) -> str:
-    with footage.opened(file, "video") as container:
-        return container.metadata["comment"]
-
-
-_PICTURES: Final[Mapping[str, Callable[[BinaryIO, int], "Image"]]] = {"image": _drafted_image, "video": _first_frame}
-_COMMENTS: Final[Mapping[str, Callable[[BinaryIO], str | bytes]]] = {"image": _image_comment, "video": _video_comment}

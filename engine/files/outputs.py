@@ -3,13 +3,12 @@
 The folder is the only source of truth: the worker publishes by rename, and users may add, overwrite and delete files.
 """
 
-import os
 import re
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -27,7 +26,7 @@ _UNSETTLED_S: Final = 2.0
 _MAX_AGE_S: Final = 30.0
 
 # A leading dot (`..`, hidden files, unpublished parts), separators of any system, control characters, and the lone
-# surrogates that stand for bytes which are no UTF-8 and could not be sent as JSON.
+# surrogates that stand for bytes that are not UTF-8 and can't be sent as JSON.
 _UNSAFE_NAME: Final = re.compile(r"^\.|[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]")
 
 
@@ -78,9 +77,8 @@ class Outputs:
     def fresh(self) -> bool:
         """Whether `listing` would answer from memory. Costs one stat, so that the event loop may ask."""
         known = self._snapshot
-        if not known.settled or time.monotonic() - known.read_at > _MAX_AGE_S:
-            return False
-        return known.folder_mtime_ns == _mtime_ns(self._folder)
+        valid = known.settled and time.monotonic() - known.read_at <= _MAX_AGE_S
+        return valid and known.folder_mtime_ns == _mtime_ns(self._folder)
 
     def listing(self, file_type: str | None = None) -> Sequence[Entry]:
         """Return the media files, all or of one type, newest modification first, ties by name.
@@ -88,7 +86,10 @@ class Outputs:
         One stat while nothing changes, else one stat a file. A folder that is not there is an empty one.
         """
         if not self.fresh():
-            self._read_once()
+            asked_at = time.monotonic()
+            with self._reading:
+                if self._snapshot.read_at < asked_at:  # else another thread has read it meanwhile
+                    self._snapshot = _read(self._folder)
         return self._snapshot.by_type.get(file_type, ())
 
     def find(self, filename: str) -> Path | None:
@@ -96,14 +97,11 @@ class Outputs:
 
         Symbolic links, folders, devices, names without a media suffix and all that `listing` hides are None. One lstat.
         """
-        if not _is_media_name(filename):
-            return None
         path = self._folder / filename
         try:
-            mode = path.lstat().st_mode
+            return path if _kind(filename) and stat.S_ISREG(path.lstat().st_mode) else None
         except (OSError, ValueError):  # no such file, a name too long, or one that the file system can't express
             return None
-        return path if stat.S_ISREG(mode) else None
 
     def thumbnail(self, path: Path, width: int) -> Path | bytes:
         """Return the file with the JPEG of `media.thumbnail`, or its bytes if no file can be written now.
@@ -123,13 +121,10 @@ class Outputs:
         """
         return self._remove(rf"\.?\d{{8}}-\d{{6}}_t{task_id:06d}_.+")
 
-    def remove_parts(self, task_id: int) -> int:
-        """Delete the partial files of a task, and return how many there were. Raises OSError."""
-        return self._remove(rf"\.\d{{8}}-\d{{6}}_t{task_id:06d}_.+\.part")
-
-    def remove_all_parts(self) -> int:
-        """Delete all partial files, of forgotten tasks too. Call it while no worker runs."""
-        return self._remove(r"\.\d{8}-\d{6}_t\d{6,}_.+\.part")
+    def remove_parts(self, task_id: int | None = None) -> int:
+        """Delete the partial files of a task, or while no worker runs of all; returns how many. Raises OSError."""
+        number = r"\d{6,}" if task_id is None else f"{task_id:06d}"
+        return self._remove(rf"\.\d{{8}}-\d{{6}}_t{number}_.+\.part")
 
     def _remove(self, pattern: str) -> int:
         left = [item.name for item in scan(self._folder) if re.fullmatch(pattern, item.name)]
@@ -142,8 +137,15 @@ class Outputs:
 
         Raises EngineError if that is not enough: better now than after an hour of denoising.
         """
-        for entry in list(self._outdated()):
+        keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
+        entries = self.listing() if keep_s or keep_bytes else ()
+        total_bytes, now = sum(entry.size_bytes for entry in entries), time.time()
+        for entry in reversed(entries):
+            too_old = keep_s and now - entry.modified_at > keep_s
+            if not too_old and not (keep_bytes and total_bytes > keep_bytes):
+                break
             (self._folder / entry.filename).unlink(missing_ok=True)
+            total_bytes -= entry.size_bytes
         if sentence := self.no_room():
             raise EngineError(sentence, "disk_full")
 
@@ -159,40 +161,17 @@ class Outputs:
         free_mb, least_mb = free_bytes // 2**20, least_bytes // 2**20
         return f"The disk of save_path has {free_mb} MiB free and min_free_mb asks for {least_mb}: delete old outputs"
 
-    def _outdated(self) -> Iterator[Entry]:
-        """The files beyond what retention keeps, oldest first."""
-        keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
-        if not (keep_s or keep_bytes):
-            return
-        entries = self.listing()
-        total_bytes, now = sum(entry.size_bytes for entry in entries), time.time()
-        for entry in reversed(entries):
-            too_old = keep_s and now - entry.modified_at > keep_s
-            if not too_old and not (keep_bytes and total_bytes > keep_bytes):
-                return
-            total_bytes -= entry.size_bytes
-            yield entry
-
     def highest_task_id(self) -> int:
         """Return the largest task id in a name that the worker gave, or 0: needed when the journal is lost."""
         found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", item.name) for item in scan(self._folder))
         return max((int(match[1]) for match in found if match), default=0)
 
-    def _read_once(self) -> None:
-        """Read the folder, unless another thread has done so since this call began."""
-        asked_at = time.monotonic()
-        with self._reading:
-            if self._snapshot.read_at < asked_at:
-                self._snapshot = _read(self._folder)
 
-
-def _kind(name: str) -> str | None:
+def _kind(name: str) -> str:
+    """The kind of a media file; "" if it is none, or its name is unsafe."""
     _, dot, suffix = name.rpartition(".")  # pathlib would take most of the time of a large folder's listing
-    return media.MEDIA_TYPES.get(dot + suffix.lower(), (None, ""))[0]
-
-
-def _is_media_name(name: str) -> bool:
-    return not _UNSAFE_NAME.search(name) and _kind(name) is not None
+    kind, _ = media.MEDIA_TYPES.get(dot + suffix.lower(), ("", ""))
+    return "" if _UNSAFE_NAME.search(name) else kind
 
 
 def _mtime_ns(folder: Path) -> int | None:
@@ -205,21 +184,16 @@ def _mtime_ns(folder: Path) -> int | None:
 def _read(folder: Path) -> _Snapshot:
     read_at, now = time.monotonic(), time.time()
     folder_mtime_ns = _mtime_ns(folder)  # before the files: a change during the reading then shows as one afterwards
-    entries = [_entry(name, about) for name, about in stats(folder) if _is_media_name(name)]
+    entries = [
+        Entry(name, kind, about.st_size, min(about.st_mtime, about.st_ctime), about.st_mtime)
+        for name, about in stats(folder)
+        if (kind := _kind(name))
+    ]
     # Two plain sorts, the second one stable: half the time of one by a pair, and a sort lets no other thread run.
     entries.sort(key=attrgetter("filename"))
     entries.sort(key=attrgetter("modified_at"), reverse=True)
     touched = [(folder_mtime_ns or 0) / 1e9, *(entry.modified_at for entry in entries)]
     settled = all(abs(now - touched_at) > _UNSETTLED_S for touched_at in touched)
-    return _Snapshot(folder_mtime_ns, read_at, settled, _by_type(entries))
-
-
-def _entry(name: str, about: os.stat_result) -> Entry:
-    created_at = min(about.st_mtime, about.st_ctime)
-    return Entry(name, _kind(name) or "", about.st_size, created_at, about.st_mtime)
-
-
-def _by_type(entries: list[Entry]) -> dict[str | None, tuple[Entry, ...]]:
-    kinds = {kind for kind, _ in media.MEDIA_TYPES.values()}
-    split: dict[str | None, tuple[Entry, ...]] = {None: tuple(entries)}
-    return split | {kind: tuple(entry for entry in entries if entry.type == kind) for kind in kinds}
+    kinds: set[str | None] = {kind for kind, _ in media.MEDIA_TYPES.values()}
+    by_type = {kind: tuple(entry for entry in entries if entry.type == kind) for kind in kinds}
+    return _Snapshot(folder_mtime_ns, read_at, settled, {None: tuple(entries), **by_type})

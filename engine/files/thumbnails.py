@@ -1,15 +1,15 @@
 """A cache of thumbnails on the disk, which the daemon reads and the workers fill too."""
 
 import hashlib
+import math
 import os
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from engine.files.folders import stats
+from engine.files.folders import trim
 
-THUMBNAIL_CACHE_BYTES: Final = 256 * 2**20
 PREVIEW_WIDTH: Final = 320  # of a thumbnail where the request names no width
 
 
@@ -25,10 +25,10 @@ class ThumbnailCache:
     A cache that can't be read or written only costs time: no method raises OSError.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int = THUMBNAIL_CACHE_BYTES) -> None:
+    def __init__(self, folder: Path, limit_bytes: int = 256 * 2**20) -> None:
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._size_bytes: int | None = None  # not counted yet
+        self._size_bytes = math.inf  # not counted yet
         self._counting = threading.Lock()
 
     def get(self, key: str) -> Path | None:
@@ -45,7 +45,10 @@ class ThumbnailCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             part.write_bytes(data)
-            self._count(len(data))  # before it can be found: what it removes is older
+            with self._counting:  # before it can be found: what is removed is older
+                self._size_bytes += len(data)
+                if self._size_bytes > self._limit_bytes:
+                    self._size_bytes = trim(self._folder, self._limit_bytes, self._limit_bytes * 3 // 4)
             return part.replace(path)
         except OSError:
             with suppress(OSError):
@@ -55,24 +58,4 @@ class ThumbnailCache:
     def put_poster(self, path: Path, jpeg: bytes) -> None:
         """Keep the thumbnail of a file that is whole, in the default width of a preview."""
         with suppress(OSError):
-            about = path.lstat()
-            self.put(key_of(path.name, about, PREVIEW_WIDTH), jpeg)
-
-    def _count(self, added_bytes: int) -> None:
-        with self._counting:
-            known_bytes = None if self._size_bytes is None else self._size_bytes + added_bytes
-            if known_bytes is None or known_bytes > self._limit_bytes:
-                known_bytes = self._shrink()
-            self._size_bytes = known_bytes
-
-    def _shrink(self) -> int:
-        """Bring a cache above its limit down to three quarters of it, and return the bytes that it holds."""
-        files = sorted(stats(self._folder), key=lambda file: file[1].st_mtime_ns)
-        total_bytes = sum(about.st_size for _, about in files)
-        goal_bytes = self._limit_bytes if total_bytes <= self._limit_bytes else self._limit_bytes * 3 // 4
-        for name, about in files:
-            if total_bytes <= goal_bytes:
-                break
-            (self._folder / name).unlink(missing_ok=True)
-            total_bytes -= about.st_size
-        return total_bytes
+            self.put(key_of(path.name, path.lstat(), PREVIEW_WIDTH), jpeg)

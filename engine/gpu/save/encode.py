@@ -22,9 +22,8 @@ from typing import IO, Any, Final, Literal, NamedTuple
 import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
-from engine.files.media import EXIF_ASCII, EXIF_IFD, EXIF_USER_COMMENT, PNG_KEYWORD
 from engine.job import EngineError, Job
 
 log = logging.getLogger(__name__)
@@ -251,10 +250,10 @@ def _comment_option(format: ImageFormat, comment: str) -> dict[str, Any]:
     """Pillow's option for `comment`, which each format has in another place."""
     if format == "png":
         text = PngImagePlugin.PngInfo()
-        text.add_text(PNG_KEYWORD, comment)
+        text.add_text("Comment", comment)  # the keyword that the PNG standard registers for free text
         return {"pnginfo": text}
     exif, data = Image.Exif(), comment.encode("ascii")
-    exif[EXIF_IFD] = {EXIF_USER_COMMENT: EXIF_ASCII + data}
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: b"ASCII\0\0\0" + data}
     if format == "webp" or len(exif.tobytes()) <= _JPEG_SEGMENT_BYTES:
         return {"exif": exif}
     # Too long for JPEG's one EXIF segment: as many comment segments as it takes.

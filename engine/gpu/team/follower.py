@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,15 +20,17 @@ from engine.gpu.run import render
 from engine.gpu.run.adapters import Adapters
 from engine.gpu.team.sharing import Group
 from engine.job import EngineConfig, EngineError, Job
+from engine.planning.machine import Machine
 from engine.planning.placement import Plan
 
 log = logging.getLogger("wangpd.worker")
+ANSWERED = ("measure", "load")  # the orders whose answer the lead waits for
 GRACE_S = 5.0  # in which the lead notices by itself that a follower is gone
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What the lead has found and a follower loads too: the weights of `model`, as those of `kind`."""
+    """What the lead loads and a follower too: the weights of `model`, as those of `kind`."""
 
     model: Model
     task: str
@@ -48,45 +49,38 @@ class Follower:
         self._pipe: Any = None
         self._adapters = Adapters()
         self._job = ExitStack()  # what is set for the job that runs
-        self._set_strengths: Callable[[int], None] = lambda _: None
+        self.step: Callable[[int], None]  # the order after each denoising step, with how many are done
 
     def serve(self) -> None:
-        """Answer what this device can do, then follow until the lead ends this process, or itself."""
-        self._answer(self._measured)
+        """Report what this device can do, then carry out orders until the lead ends this process, or itself."""
         with suppress(EOFError), torch.no_grad():
+            self._carry_out("measure", ())
             while True:
-                order, arguments = self._connection.recv()
-                if order == "load":
-                    self._answer(partial(self.load, *arguments))
-                else:
-                    self._carry_out(order, arguments)
-
-    def _measured(self) -> Any:
-        self._device = choose_device(self._rank.device)
-        return offloading.measure(self._device)
+                self._carry_out(*self._connection.recv())
 
     def _carry_out(self, order: str, arguments: tuple[Any, ...]) -> None:
+        """Send what an order of ANSWERED returns or raises; a fault at another one ends all processes."""
         try:
-            getattr(self, order)(*arguments)
+            answer = getattr(self, order)(*arguments)
         except Exception as fault:
             log.exception("%s: fault at '%s'", self._rank.device, order)
-            self._connection.send(_plain(fault))
+            answer = _plain(fault)
+        if order in ANSWERED:
+            self._connection.send(answer)
+        elif answer:
+            self._connection.send(answer)
             time.sleep(GRACE_S)  # the lead may have met the same fault, and then ends only its followers
             process.end_all()
 
-    def _answer(self, work: Callable[[], Any]) -> None:
-        """Send what `work` returns, or why it failed."""
-        try:
-            answer = work()
-        except Exception as fault:
-            log.exception("%s: fault before it was ready", self._rank.device)
-            answer = _plain(fault)
-        self._connection.send(answer)
-
     # ---- the orders
 
+    def measure(self) -> Machine:
+        """Return what this device can do. Raises EngineError if it is not available."""
+        self._device = choose_device(self._rank.device)
+        return offloading.measure(self._device)
+
     def join(self) -> None:
-        """Form the group; returns once all processes are there."""
+        """Form the group; returns once all processes have joined."""
         self._group = Group(self._rank, self._device)
 
     def load(self, source: ModelSource, plan: Plan, kernel: str) -> None:
@@ -112,12 +106,8 @@ class Follower:
     def begin(self, job: Job) -> None:
         """Prepare the denoisers for a job."""
         prepared = render.prepared(self._pipe, self._model, job, self._adapters)
-        pipe, self._set_strengths = self._job.enter_context(prepared)
+        pipe, self.step = self._job.enter_context(prepared)
         self._job.enter_context(self._group.shared(pipe))
-
-    def step(self, done: int) -> None:
-        """`done` denoising steps are done."""
-        self._set_strengths(done)
 
     def call(self, name: str, blanks: Any, context: tuple[str, dict[str, Any]] | None) -> None:
         """Compute this device's share of a call of the denoiser `name`."""
@@ -134,8 +124,8 @@ class Follower:
 
 
 def _plain(fault: Exception) -> Exception:
-    """An exception that the lead can unpickle, whatever it has imported."""
+    """The fault as an exception that can be pickled, whatever it holds."""
     if isinstance(fault, EngineError):
         return fault
-    sentence = f"{type(fault).__name__}: {fault}"
-    return MemoryError(sentence) if isinstance(fault, torch.OutOfMemoryError) else EngineError(sentence)
+    kind = torch.OutOfMemoryError if isinstance(fault, torch.OutOfMemoryError) else EngineError
+    return kind(f"{type(fault).__name__}: {fault}")

@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -48,7 +48,6 @@ class Team:
         self._group: Group | None = None
         self._model_id = ""  # of what all followers hold
         self._in_step = True  # all wait for the lead; else some may wait for each other
-        self._context: tuple[str, dict[str, Any]] | None = None  # the pass of guidance, as step caches need it
         self._start()
 
     # ---- their processes
@@ -67,10 +66,8 @@ class Team:
             theirs.close()  # so that its end is seen at ours
             self._followers.append((follower, ours))
         self._ended = threading.Event()
-        threading.Thread(target=_watch, args=(self._sentinels(), self._ended), name="team", daemon=True).start()
-
-    def _sentinels(self) -> list[int]:
-        return [follower.sentinel for follower, _ in self._followers]
+        self._sentinels = [follower.sentinel for follower, _ in self._followers]
+        threading.Thread(target=_watch, args=(self._sentinels, self._ended), name="team", daemon=True).start()
 
     def _joined(self) -> Group:
         if not self._followers:
@@ -99,16 +96,11 @@ class Team:
     # ---- what they hold
 
     def least(self, machine: Machine) -> Machine:
-        """What every process of the team can use, as they share the RAM. `machine` is the lead's."""
+        """What every process of the team can use; they share the RAM. `machine` is the lead's."""
         self._joined()
-        machines = [machine, *self._machines]
-        return Machine(
-            free_vram_bytes=min(each.free_vram_bytes for each in machines),
-            free_ram_bytes=min(each.free_ram_bytes for each in machines) // len(machines),
-            link_bytes_per_s=min(each.link_bytes_per_s for each in machines),
-            flops_per_s=min(each.flops_per_s for each in machines),
-            cards=len(machines),
-        )
+        count = 1 + len(self._machines)
+        least = Machine(*map(min, astuple(machine), *map(astuple, self._machines)))
+        return replace(least, free_ram_bytes=least.free_ram_bytes // count, cards=count)
 
     @contextmanager
     def loading(self, source: ModelSource, plan: Plan, kernel: str) -> Iterator[None]:
@@ -160,7 +152,7 @@ class Team:
         if self._in_step:
             self._order("end")
             return
-        if wait(self._sentinels(), DEATH_S):
+        if wait(self._sentinels, DEATH_S):
             self._ended.wait(GRACE_S)  # for `_watch`, which is about to end this process too
         log.warning("a call of the denoiser has failed: the other processes of the team are ended")
         self.close()
@@ -168,42 +160,29 @@ class Team:
     @contextmanager
     def _followed(self, pipe: Any) -> Iterator[None]:
         """Within the block the followers are ordered to compute each call of a denoiser before the lead begins it."""
+        contexts: dict[str, Any] = {}  # the last pass of guidance (cond, uncond …) of each: step caches depend on it
+
+        def begin_call(name: str, _: Any, arguments: Any, named: Any) -> None:
+            self._order("call", name, blanked((arguments, named)), contexts.get(name))
+            self._in_step = False
+            self._joined().send((arguments, named))
+
+        def end_call(*_: Any) -> None:
+            self._in_step = True
+
+        def cache_context(name: str, plain: Any, context: str, **where: Any) -> Any:
+            contexts[name] = (context, where)
+            return plain(context, **where)
+
+        denoiser: Any
         with ExitStack() as hooks:
             for name, denoiser in offloading.denoisers(pipe).items():
-                begin = partial(self._begin_call, name)
-                hooks.enter_context(denoiser.register_forward_pre_hook(begin, with_kwargs=True))
-                hooks.enter_context(denoiser.register_forward_hook(self._end_call))
-                if hasattr(denoiser, "cache_context"):
-                    hooks.enter_context(self._noting_contexts(denoiser))
+                hooks.enter_context(denoiser.register_forward_pre_hook(partial(begin_call, name), with_kwargs=True))
+                hooks.enter_context(denoiser.register_forward_hook(end_call))
+                if plain := getattr(denoiser, "cache_context", None):
+                    denoiser.cache_context = partial(cache_context, name, plain)
+                    hooks.callback(delattr, denoiser, "cache_context")  # the instance's, which hides the class's
             yield
-
-    def _begin_call(self, name: str, _: Any, arguments: Any, named: Any) -> None:
-        self._order("call", name, blanked((arguments, named)), self._context)
-        self._in_step = False
-        self._joined().send((arguments, named))
-
-    def _end_call(self, *_: Any) -> None:
-        self._in_step = True
-
-    @contextmanager
-    def _noting_contexts(self, denoiser: Any) -> Iterator[None]:
-        """Within the block the pass of guidance (cond, uncond …) of each call is noted: step caches depend on it."""
-        plain = denoiser.cache_context
-
-        @contextmanager
-        def noting(name: str, **where: Any) -> Iterator[None]:
-            self._context = (name, where)
-            try:
-                with plain(name, **where):
-                    yield
-            finally:
-                self._context = None
-
-        denoiser.cache_context = noting
-        try:
-            yield
-        finally:
-            del denoiser.cache_context  # the instance's, which hides the class's
 
     # ---- orders and answers
 
@@ -228,12 +207,10 @@ class Team:
             raise EngineError("A process of the team has died.", "worker_died") from None
 
     def _answers(self) -> list[Any]:
-        """What each follower answers to the last order that has an answer. Raises the fault that one answers."""
+        """Each follower's answer to the last order that has one. Raises the fault that one answers."""
         with self._reaching():
             answers = [connection.recv() for _, connection in self._followers]
         for answer in answers:
-            if isinstance(answer, MemoryError):
-                raise torch.OutOfMemoryError(str(answer))
             if isinstance(answer, Exception):
                 raise answer
         return answers

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -44,8 +45,7 @@ PLANS: Mapping[str, Mapping[str, Any]] = {
 def plan_of(denoiser: Any) -> Mapping[str, Any] | None:
     """Where the tokens of a denoiser (or of a class of them) are split and gathered; None if it can't be shared."""
     cls: Any = denoiser if isinstance(denoiser, type) else type(denoiser)
-    plan: Mapping[str, Any] | None = PLANS.get(cls.__name__) or cls._cp_plan
-    return plan
+    return PLANS.get(cls.__name__) or cls._cp_plan
 
 
 def splits(pipe: Any, count: int) -> bool:
@@ -62,15 +62,14 @@ class Blank:
     dtype: torch.dtype
     in_ram: bool  # where it was, and is to be again
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Blank":
-        """The blank of a tensor."""
-        return cls(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
-
 
 def blanked(arguments: Any) -> Any:
     """`arguments` (nested lists and mappings) with a Blank for each tensor, so that they can be pickled."""
-    return pytree.tree_map_only(torch.Tensor, Blank.of, arguments)
+
+    def blank(tensor: torch.Tensor) -> Blank:
+        return Blank(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
+
+    return pytree.tree_map_only(torch.Tensor, blank, arguments)
 
 
 class Group:
@@ -101,7 +100,9 @@ class Group:
 
     def _share(self, denoiser: Any) -> None:
         config = ContextParallelConfig(ulysses_degree=self._rank.count, ulysses_anything=True, mesh=self._mesh)
-        with _a_card() if self._device.type == "cpu" else nullcontext():
+        # Without a card, this machine must seem to have one meanwhile: diffusers divides by their number.
+        cards = patch.object(torch.accelerator, "device_count", return_value=1)
+        with cards if self._device.type == "cpu" else nullcontext():
             denoiser.enable_parallelism(config=config, cp_plan=plan_of(denoiser))
         for module in denoiser.modules():
             registry = getattr(module, "_diffusers_hook", None)
@@ -135,17 +136,6 @@ def _broadcast(tensor: torch.Tensor) -> None:
     """Copy the lead's tensor into those of the others; all are contiguous."""
     if tensor.numel():
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)  # as bytes: not every backend knows every dtype
-
-
-@contextmanager
-def _a_card() -> Iterator[None]:
-    """Within the block this machine seems to have a card: diffusers divides by their number."""
-    counted = torch.accelerator.device_count
-    setattr(torch.accelerator, "device_count", lambda: 1)  # noqa: B010  # mypy lets no function be replaced
-    try:
-        yield
-    finally:
-        setattr(torch.accelerator, "device_count", counted)  # noqa: B010
 
 
 def _unshare(denoiser: Any) -> None:
