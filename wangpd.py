@@ -49,7 +49,7 @@ from engine.api.keys import (
     QUEUE,
     TOKEN,
 )
-from engine.api.openapi import OpenApi, endpoints, operation, version
+from engine.api.openapi import Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
 from engine.api.views import (
     download_state,
@@ -91,35 +91,30 @@ IDEMPOTENCY_KEY: Mapping[str, Any] = {
     "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
 }
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
-QUEUED_TASK = f"{API}/queue/{{task_id:(?!pause$|resume$)[^/]+}}"
+QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
 
 # --------------------------------------------------------------------------------------------------------- general
 
-routes = web.RouteTableDef()
+routes = Routes()
 
 
 @routes.get(API)
-@routes.get(f"{API}/")
-@operation("General", "The version, and every endpoint", schemas.About)
+@routes.operation("General", "GET /", schemas.About)
 async def about(request: web.Request) -> web.Response:
+    """The version, and every endpoint."""
     data = {"version": version(), "api_version": API_VERSION, "endpoints": endpoints(request.app)}
     return answered("WanGP API is running", data)
 
 
-@routes.get(f"{API}/health")
-@operation(
-    "General",
-    "Whether the daemon runs; answers while the GPU is busy and while a model loads",
-    schemas.Health,
-    bare=True,
-)
+@routes.operation("General", "GET /health", schemas.Health, bare=True)
 async def health(_request: web.Request) -> web.Response:
+    """Whether the daemon runs; answers while the GPU is busy and while a model loads."""
     return web.json_response({"status": "healthy", "timestamp": iso(time.time())})
 
 
-@routes.get(f"{API}/health/ready")
-@operation("General", "Whether it can take work; 503 with the reason while it can't", schemas.Ready, 503, bare=True)
+@routes.operation("General", "GET /health/ready", schemas.Ready, 503, bare=True)
 async def ready(request: web.Request) -> web.Response:
+    """Whether it can take work; 503 with the reason while it can't."""
     app = request.app
     reasons = [
         *app[QUEUE].faults.values(),
@@ -134,15 +129,9 @@ async def ready(request: web.Request) -> web.Response:
 # ---------------------------------------------------------------------------------------------------------- models
 
 
-@routes.get(f"{API}/models")
-@operation(
-    "Models",
-    "All models, or those of a family, for a task, that are installed",
-    schemas.ModelList,
-    400,
-    query=requests.ModelsQuery,
-)
+@routes.operation("Models", "GET /models", schemas.ModelList, 400, query=requests.ModelsQuery)
 async def models(request: web.Request) -> web.Response:
+    """All models, or those of a family, for a task, that are installed."""
     query = request[QUERY]
     entries = await asyncio.to_thread(model_entries, request.app, query["family"], query["task"])
     if query["installed"]:
@@ -155,36 +144,23 @@ def requested_model(request: web.Request) -> Model:
     return request.app[CATALOG].get(request[PATH]["model_type"])
 
 
-@routes.get(f"{API}/models/{{model_type}}")
-@operation("Models", "One model", schemas.ModelInfo, 404, path=requests.ModelPath)
+@routes.operation("Models", "GET /models/{model_type}", schemas.ModelInfo, 404)
 async def model_info(request: web.Request) -> web.Response:
+    """One model."""
     model = requested_model(request)
     return answered(f"Model info for '{model.id}'", await asyncio.to_thread(model_details, request.app, model))
 
 
-@routes.get(f"{API}/models/{{model_type}}/settings")
-@operation(
-    "Models",
-    "The settings of a request that names only a prompt",
-    requests.Settings,
-    404,
-    path=requests.ModelPath,
-)
+@routes.operation("Models", "GET /models/{model_type}/settings", requests.Settings, 404)
 async def model_settings(request: web.Request) -> web.Response:
+    """The settings of a request that names only a prompt."""
     model = requested_model(request)
     return answered(f"Default settings for '{model.id}'", default_settings(model))
 
 
-@routes.post(f"{API}/models/{{model_type}}/load")
-@operation(
-    "Models",
-    "Make a model warm as soon as the engine is free",
-    schemas.LoadState,
-    400,
-    404,
-    path=requests.ModelPath,
-)
+@routes.operation("Models", "POST /models/{model_type}/load", schemas.LoadState, 400, 404)
 async def load_model(request: web.Request) -> web.Response:
+    """Make a model warm as soon as the engine is free."""
     app, model = request.app, requested_model(request)
     await asyncio.to_thread(app[ADMISSION].require_weights, model)
     loaded = app[QUEUE].load(model)
@@ -192,15 +168,9 @@ async def load_model(request: web.Request) -> web.Response:
     return answered(message, {"model": model.id, "loaded": loaded})
 
 
-@routes.post(f"{API}/models/{{model_type}}/download")
-@operation(
-    "Models",
-    "Fetch a model's weights, beside the queue; an interrupted download is continued",
-    schemas.DownloadState,
-    404,
-    path=requests.ModelPath,
-)
+@routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 404)
 async def start_download(request: web.Request) -> web.Response:
+    """Fetch a model's weights, beside the queue; an interrupted download is continued."""
     app, model = request.app, requested_model(request)
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
         return answered(f"Model '{model.id}' is installed", installed_state(model))
@@ -208,9 +178,9 @@ async def start_download(request: web.Request) -> web.Response:
     return answered(f"Model '{model.id}' is being downloaded", state)
 
 
-@routes.get(f"{API}/models/{{model_type}}/download")
-@operation("Models", "The progress of a model's download", schemas.DownloadState, 404, path=requests.ModelPath)
+@routes.operation("Models", "GET /models/{model_type}/download", schemas.DownloadState, 404)
 async def download_progress(request: web.Request) -> web.Response:
+    """The progress of a model's download."""
     app, model = request.app, requested_model(request)
     if running := app[DOWNLOADS].get(model.id):
         return answered(f"Download of '{model.id}'", download_state(running))
@@ -219,33 +189,26 @@ async def download_progress(request: web.Request) -> web.Response:
     raise web.HTTPNotFound(text=f"Model '{model.id}' is neither installed nor being downloaded; POST starts a download")
 
 
-@routes.delete(f"{API}/models/{{model_type}}/download")
-@operation(
-    "Models",
-    "Cancel a download; the next one continues it",
-    schemas.DownloadState,
-    400,
-    404,
-    path=requests.ModelPath,
-)
+@routes.operation("Models", "DELETE /models/{model_type}/download", schemas.DownloadState, 400, 404)
 async def cancel_download(request: web.Request) -> web.Response:
+    """Cancel a download; the next one continues it."""
     model = requested_model(request)
     cancelled = await request.app[DOWNLOADS].cancel(model.id)
     return answered(f"Download of '{model.id}' cancelled", download_state(cancelled))
 
 
-@routes.get(f"{API}/loras")
-@operation("Models", "The LoRA files for a model", schemas.LoraList, 400, 404, query=requests.LorasQuery)
+@routes.operation("Models", "GET /loras", schemas.LoraList, 400, 404, query=requests.LorasQuery)
 async def lora_files(request: web.Request) -> web.Response:
+    """The LoRA files for a model."""
     app = request.app
     model = app[CATALOG].get(request[QUERY]["model"] or app[CONFIG].default_model)
     names = await asyncio.to_thread(loras.available, model, app[CONFIG].loras_dir)
     return answered(f"Found {len(names)} LoRAs", {"model": model.id, "family": model.family, "loras": names})
 
 
-@routes.post(f"{API}/unload")
-@operation("Models", "Give all GPU memory back", schemas.Unloaded, 400)
+@routes.operation("Models", "POST /unload", schemas.Unloaded, 400)
 async def unload(request: web.Request) -> web.Response:
+    """Give all GPU memory back."""
     unloaded = request.app[QUEUE].unload()
     return answered("Memory given back" if unloaded else "Nothing was loaded", {"unloaded": unloaded})
 
@@ -253,17 +216,21 @@ async def unload(request: web.Request) -> web.Response:
 # ------------------------------------------------------------------------------------------------------ generation
 
 
-@routes.post(f"{API}/generate")
-@operation(
+@routes.operation(
     "Generation",
-    "Queue a video",
+    "POST /generate",
     schemas.Submitted,
-    *(400, 404, 408, 413, 503),
+    400,
+    404,
+    408,
+    413,
+    503,
     body=requests.GenerateRequest,
     query=requests.GenerateQuery,
     headers=[IDEMPOTENCY_KEY],
 )
 async def generate(request: web.Request) -> web.Response:
+    """Queue a video."""
     app, body = request.app, request[BODY]
     dry = request[QUERY]["dry_run"] in ("1", "true")
     idempotency_key, digest = requested_key(request), request[DIGEST]
@@ -322,9 +289,9 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
 # ----------------------------------------------------------------------------------------------------------- queue
 
 
-@routes.get(f"{API}/queue")
-@operation("Queue", "The running and the waiting tasks", schemas.QueueState)
+@routes.operation("Queue", "GET /queue", schemas.QueueState)
 async def queue_state(request: web.Request) -> web.Response:
+    """The running and the waiting tasks."""
     queue = request.app[QUEUE]
     tasks, current = queue.listing(), queue.current
     data = {
@@ -337,97 +304,61 @@ async def queue_state(request: web.Request) -> web.Response:
     return answered(f"Queue has {len(tasks)} tasks", data)
 
 
-@routes.get(f"{API}/status/{{task_id}}")
-@operation(
-    "Queue",
-    "The state of a task",
-    schemas.TaskState,
-    400,
-    404,
-    503,
-    path=requests.TaskPath,
-    query=requests.StatusQuery,
-)
+@routes.operation("Queue", "GET /status/{task_id}", schemas.TaskState, 400, 404, 503, query=requests.StatusQuery)
 async def task_status(request: web.Request) -> web.Response:
+    """The state of a task."""
     queue, task_id, wait_s = request.app[QUEUE], request[PATH]["task_id"], request[QUERY]["wait"]
     task = await (queue.wait(task_id, wait_s) if wait_s else queue.get(task_id))
     return answered(f"Task {task.id} status", task_state(request.app, task))
 
 
-@routes.delete(QUEUED_TASK)
-@operation(
-    "Queue",
-    "Remove a waiting task, or cancel a running one",
-    schemas.Removed,
-    400,
-    404,
-    path=requests.TaskPath,
-)
+@routes.operation("Queue", f"DELETE {QUEUED_TASK}", schemas.Removed, 400, 404)
 async def remove_task(request: web.Request) -> web.Response:
+    """Remove a waiting task, or cancel a running one."""
     task_id = request[PATH]["task_id"]
     status = await request.app[QUEUE].remove(task_id)
     message = f"Task {task_id} removed from queue" if status.ended else f"Task {task_id} is being cancelled"
     return answered(message, {"removed_task_id": task_id, "status": status})
 
 
-@routes.delete(f"{API}/queue")
-@operation("Queue", "Remove all waiting tasks; the running one goes on", schemas.Cleared)
+@routes.operation("Queue", "DELETE /queue", schemas.Cleared)
 async def clear_queue(request: web.Request) -> web.Response:
+    """Remove all waiting tasks; the running one goes on."""
     count = await request.app[QUEUE].clear()
     return answered(f"Cleared {count} tasks from queue", {"removed_count": count})
 
 
-@routes.post(f"{API}/queue/pause")
-@operation("Queue", "Start no waiting task; the running one goes on", schemas.Paused, 503)
+@routes.operation("Queue", "POST /queue/pause", schemas.Paused, 503)
 async def pause_queue(request: web.Request) -> web.Response:
+    """Start no waiting task; the running one goes on."""
     await request.app[QUEUE].pause(True)
     return answered("Queue paused", {"paused": True})
 
 
-@routes.post(f"{API}/queue/resume")
-@operation("Queue", "Start waiting tasks again", schemas.Paused, 503)
+@routes.operation("Queue", "POST /queue/resume", schemas.Paused, 503)
 async def resume_queue(request: web.Request) -> web.Response:
+    """Start waiting tasks again."""
     await request.app[QUEUE].pause(False)
     return answered("Queue resumed", {"paused": False})
 
 
-@routes.patch(QUEUED_TASK)
-@operation(
-    "Queue",
-    "Move a waiting task",
-    schemas.Moved,
-    *(400, 404, 408, 413, 503),
-    path=requests.TaskPath,
-    body=requests.MoveRequest,
-)
+@routes.operation("Queue", f"PATCH {QUEUED_TASK}", schemas.Moved, 400, 404, 408, 413, 503, body=requests.MoveRequest)
 async def move_task(request: web.Request) -> web.Response:
+    """Move a waiting task."""
     task_id = request[PATH]["task_id"]
     position = await request.app[QUEUE].move(task_id, request[BODY]["position"])
     return answered(f"Task {task_id} is at position {position}", {"task_id": task_id, "position": position})
 
 
-@routes.post(f"{API}/queue/{{task_id}}/retry")
-@operation(
-    "Queue",
-    "Queue an ended task again, with its settings, seed and pictures",
-    schemas.Submitted,
-    *(400, 404, 503),
-    path=requests.TaskPath,
-)
+@routes.operation("Queue", "POST /queue/{task_id}/retry", schemas.Submitted, 400, 404, 503)
 async def retry_task(request: web.Request) -> web.Response:
+    """Queue an ended task again, with its settings, seed and pictures."""
     return accepted(request.app, await request.app[QUEUE].retry(request[PATH]["task_id"]))
 
 
-@routes.get(f"{API}/tasks")
-@operation(
-    "Queue",
-    "All tasks, ended ones too, newest first",
-    schemas.TaskPage,
-    400,
-    503,
-    query=requests.HistoryQuery,
-)
+@routes.operation("Queue", "GET /tasks", schemas.TaskPage, 400, 503, query=requests.HistoryQuery)
 async def history(request: web.Request) -> web.Response:
+    """All tasks, ended ones too, newest first."""
     app, query = request.app, request[QUERY]
     status = Status(query["status"]) if query["status"] else None
     tasks, total = await app[QUEUE].history(status, query["limit"], query["offset"])
@@ -439,9 +370,9 @@ async def history(request: web.Request) -> web.Response:
 # ---------------------------------------------------------------------------------------------------- output files
 
 
-@routes.get(f"{API}/outputs")
-@operation("Output files", "The finished files, newest first", schemas.OutputPage, 400, query=requests.OutputsQuery)
+@routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, query=requests.OutputsQuery)
 async def outputs(request: web.Request) -> web.Response:
+    """The finished files, newest first."""
     folder, query = request.app[OUTPUTS], request[QUERY]
     kind, limit, offset = query.get("file_type"), query["limit"], query["offset"]
     # From memory while nothing changed: that is not worth a thread.
@@ -452,9 +383,9 @@ async def outputs(request: web.Request) -> web.Response:
     )
 
 
-@routes.get(f"{API}/download/{{filename}}")
-@operation("Output files", "A file, with ranges, conditions and HEAD", None, 404, 416, path=requests.FilePath)
+@routes.operation("Output files", "GET /download/{filename}", None, 404, 416)
 async def download(request: web.Request) -> web.StreamResponse:
+    """A file, with ranges, conditions and HEAD."""
     path = output_path(request)
     content_type = MEDIA_TYPES[path.suffix.lower()][1]
     return media_file(request, path, content_type, **{hdrs.CONTENT_DISPOSITION: inline(path)})
@@ -469,16 +400,9 @@ def output_path(request: web.Request) -> Path:
     return path
 
 
-@routes.get(f"{API}/preview/{{filename}}")
-@operation(
-    "Output files",
-    "A JPEG of a picture or of a video's first frame",
-    None,
-    *(400, 404, 416),
-    path=requests.FilePath,
-    query=requests.PreviewQuery,
-)
+@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 416, query=requests.PreviewQuery)
 async def preview(request: web.Request) -> web.StreamResponse:
+    """A JPEG of a picture or of a video's first frame."""
     path = output_path(request)
     try:
         thumbnail = await asyncio.to_thread(request.app[OUTPUTS].thumbnail, path, request[QUERY]["width"])
@@ -494,9 +418,9 @@ async def preview(request: web.Request) -> web.StreamResponse:
 # --------------------------------------------------------------------------------------------------- configuration
 
 
-@routes.get(f"{API}/config")
-@operation("Configuration", "The non-sensitive configuration", schemas.ServerConfig)
+@routes.operation("Configuration", "GET /config", schemas.ServerConfig)
 async def server_config(request: web.Request) -> web.Response:
+    """The non-sensitive configuration."""
     return answered("Server configuration", public_config(request.app))
 
 
@@ -504,7 +428,7 @@ async def server_config(request: web.Request) -> web.Response:
 async def openapi_document(request: web.Request) -> web.Response:
     app = request.app
     if not app[DOCUMENT]:  # made when first requested: it costs more than a start may
-        app[DOCUMENT].update(await asyncio.to_thread(OpenApi().document, app))
+        app[DOCUMENT].update(await asyncio.to_thread(api_document, app))
     return web.json_response(app[DOCUMENT])
 
 

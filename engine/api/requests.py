@@ -118,16 +118,12 @@ def parameter(kind: type[Field], about: str, *rules: validate.Validator, default
     return kind(load_default=load_default, validate=list(rules), metadata={"description": about})
 
 
-class TaskPath(Schema):
-    task_id = Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."})
-
-
-class ModelPath(Schema):
-    model_type = fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]})
-
-
-class FilePath(Schema):
-    filename = fields.String(required=True, metadata={"description": "A name from `GET /outputs`."})
+# The parameters in paths, by their names there.
+PATH_FIELDS: Mapping[str, Field] = {
+    "task_id": Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."}),
+    "model_type": fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]}),
+    "filename": fields.String(required=True, metadata={"description": "A name from `GET /outputs`."}),
+}
 
 
 class ModelsQuery(Schema):
