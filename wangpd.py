@@ -17,12 +17,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from aiohttp import hdrs, web
 
 from engine.admission import Admission, BadRequest, Policy, Resolved
-from engine.api import requests, schemas
+from engine.api import requests, schemas, views
 from engine.api.answers import answered, iso, link, shortened
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, Config, ConfigError, load_config
@@ -51,17 +51,6 @@ from engine.api.keys import (
 )
 from engine.api.openapi import Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
-from engine.api.views import (
-    download_state,
-    installed_state,
-    model_details,
-    model_entries,
-    output_entry,
-    public_config,
-    queue_entries,
-    remarks,
-    task_state,
-)
 from engine.catalog import loras, weights
 from engine.catalog.defaults import default_settings
 from engine.catalog.download import Downloads
@@ -72,7 +61,7 @@ from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.runner import Limits, Receipt, TaskQueue
-from engine.queue.tasks import Status, Task
+from engine.queue.tasks import Status
 from engine.settings import echo
 from engine.workers.local import Engine
 
@@ -83,13 +72,6 @@ SWEEP_S = 3600
 HEAVY_AT_ONCE = 2
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
 DRAIN_S = 5  # for answers under way at a shutdown
-MAX_KEY_CHARS = 255
-IDEMPOTENCY_KEY: Mapping[str, Any] = {
-    "in": "header",
-    "name": "Idempotency-Key",
-    "description": "The same key and body within 24 hours get the first answer again, and nothing is queued twice.",
-    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
-}
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
 QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
 
@@ -116,14 +98,10 @@ async def health(_request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """Whether it can take work; 503 with the reason while it can't."""
     app = request.app
-    reasons = [
-        *app[QUEUE].faults.values(),
-        app[OUTPUTS].no_room(),
-        "wangpd is shutting down" if app[QUEUE].closed else "",
-    ]
-    if reason := next(filter(None, reasons), None):
+    closed = "wangpd is shutting down" if app[QUEUE].closed else ""
+    if reason := next(filter(None, [*app[QUEUE].faults.values(), app[OUTPUTS].no_room(), closed]), None):
         raise web.HTTPServiceUnavailable(text=reason)
-    return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": remarks(app)})
+    return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": views.remarks(app)})
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -132,8 +110,9 @@ async def ready(request: web.Request) -> web.Response:
 @routes.operation("Models", "GET /models", schemas.ModelList, 400, query=requests.ModelsQuery)
 async def models(request: web.Request) -> web.Response:
     """All models, or those of a family, for a task, that are installed."""
-    query = request[QUERY]
-    entries = await asyncio.to_thread(model_entries, request.app, query["family"], query["task"])
+    app, query = request.app, request[QUERY]
+    chosen = views.selected(app[CATALOG], query["family"], query["task"])
+    entries = await asyncio.to_thread(lambda: [views.model_entry(app, model) for model in chosen])
     if query["installed"]:
         entries = [entry for entry in entries if entry["installed"] == (query["installed"] == "true")]
     return answered(f"Found {len(entries)} models", {"models": entries})
@@ -148,7 +127,7 @@ def requested_model(request: web.Request) -> Model:
 async def model_info(request: web.Request) -> web.Response:
     """One model."""
     model = requested_model(request)
-    return answered(f"Model info for '{model.id}'", await asyncio.to_thread(model_details, request.app, model))
+    return answered(f"Model info for '{model.id}'", await asyncio.to_thread(views.model_details, request.app, model))
 
 
 @routes.operation("Models", "GET /models/{model_type}/settings", requests.Settings, 404)
@@ -173,8 +152,8 @@ async def start_download(request: web.Request) -> web.Response:
     """Fetch a model's weights, beside the queue; an interrupted download is continued."""
     app, model = request.app, requested_model(request)
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
-        return answered(f"Model '{model.id}' is installed", installed_state(model))
-    state = download_state(app[DOWNLOADS].start(model.id))
+        return answered(f"Model '{model.id}' is installed", views.installed_state(model))
+    state = views.download_state(app[DOWNLOADS].start(model.id))
     return answered(f"Model '{model.id}' is being downloaded", state)
 
 
@@ -183,9 +162,9 @@ async def download_progress(request: web.Request) -> web.Response:
     """The progress of a model's download."""
     app, model = request.app, requested_model(request)
     if running := app[DOWNLOADS].get(model.id):
-        return answered(f"Download of '{model.id}'", download_state(running))
+        return answered(f"Download of '{model.id}'", views.download_state(running))
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
-        return answered(f"Model '{model.id}' is installed", installed_state(model))
+        return answered(f"Model '{model.id}' is installed", views.installed_state(model))
     raise web.HTTPNotFound(text=f"Model '{model.id}' is neither installed nor being downloaded; POST starts a download")
 
 
@@ -194,7 +173,7 @@ async def cancel_download(request: web.Request) -> web.Response:
     """Cancel a download; the next one continues it."""
     model = requested_model(request)
     cancelled = await request.app[DOWNLOADS].cancel(model.id)
-    return answered(f"Download of '{model.id}' cancelled", download_state(cancelled))
+    return answered(f"Download of '{model.id}' cancelled", views.download_state(cancelled))
 
 
 @routes.operation("Models", "GET /loras", schemas.LoraList, 400, 404, query=requests.LorasQuery)
@@ -217,17 +196,10 @@ async def unload(request: web.Request) -> web.Response:
 
 
 @routes.operation(
-    "Generation",
-    "POST /generate",
-    schemas.Submitted,
-    400,
-    404,
-    408,
-    413,
-    503,
+    *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 503),
     body=requests.GenerateRequest,
     query=requests.GenerateQuery,
-    headers=[IDEMPOTENCY_KEY],
+    headers=[requests.IDEMPOTENCY_KEY],
 )
 async def generate(request: web.Request) -> web.Response:
     """Queue a video."""
@@ -242,8 +214,7 @@ async def generate(request: web.Request) -> web.Response:
         resolved = await asyncio.to_thread(app[ADMISSION].admit, body, store=not dry)
     if dry:
         return dry_run(app, resolved)
-    job, warnings = resolved.job, resolved.warnings
-    return accepted(app, await app[QUEUE].submit(job, warnings, key=idempotency_key, request=digest))
+    return accepted(app, await app[QUEUE].submit(resolved.job, resolved.warnings, key=idempotency_key, request=digest))
 
 
 def require_room(app: web.Application) -> None:
@@ -255,9 +226,11 @@ def require_room(app: web.Application) -> None:
 
 def requested_key(request: web.Request) -> str | None:
     """Return the key that makes a retry safe, or None. Raises BadRequest."""
-    sent = request.headers.get(IDEMPOTENCY_KEY["name"])
-    if sent is not None and not (1 <= len(sent) <= MAX_KEY_CHARS and sent.isprintable()):  # non-UTF-8 bytes are not
-        raise BadRequest(f"Idempotency-Key: it must have 1 to {MAX_KEY_CHARS} printable characters")
+    sent = request.headers.get(requests.IDEMPOTENCY_KEY["name"])
+    if sent is not None and not (
+        1 <= len(sent) <= requests.MAX_KEY_CHARS and sent.isprintable()
+    ):  # non-UTF-8 bytes are not
+        raise BadRequest(f"Idempotency-Key: it must have 1 to {requests.MAX_KEY_CHARS} printable characters")
     return sent
 
 
@@ -299,7 +272,7 @@ async def queue_state(request: web.Request) -> web.Response:
         "current_task_id": current.id if current else None,
         "is_processing": current is not None,
         "paused": queue.paused,
-        "tasks": queue_entries(tasks, running=len(queue.at_work)),
+        "tasks": views.queue_entries(tasks, running=len(queue.at_work)),
     }
     return answered(f"Queue has {len(tasks)} tasks", data)
 
@@ -309,7 +282,7 @@ async def task_status(request: web.Request) -> web.Response:
     """The state of a task."""
     queue, task_id, wait_s = request.app[QUEUE], request[PATH]["task_id"], request[QUERY]["wait"]
     task = await (queue.wait(task_id, wait_s) if wait_s else queue.get(task_id))
-    return answered(f"Task {task.id} status", task_state(request.app, task))
+    return answered(f"Task {task.id} status", views.task_state(request.app, task))
 
 
 @routes.operation("Queue", f"DELETE {QUEUED_TASK}", schemas.Removed, 400, 404)
@@ -362,7 +335,7 @@ async def history(request: web.Request) -> web.Response:
     app, query = request.app, request[QUERY]
     status = Status(query["status"]) if query["status"] else None
     tasks, total = await app[QUEUE].history(status, query["limit"], query["offset"])
-    page = [task_state(app, task) for task in tasks]
+    page = [views.task_state(app, task) for task in tasks]
     data = {"tasks": page, "total": total, "limit": query["limit"], "offset": query["offset"]}
     return answered(f"Found {total} tasks", data)
 
@@ -377,10 +350,9 @@ async def outputs(request: web.Request) -> web.Response:
     kind, limit, offset = query.get("file_type"), query["limit"], query["offset"]
     # From memory while nothing changed: that is not worth a thread.
     entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
-    page = [output_entry(entry) for entry in entries[offset : offset + limit]]
-    return answered(
-        f"Found {len(entries)} files", {"files": page, "total": len(entries), "limit": limit, "offset": offset}
-    )
+    page = [views.output_entry(entry) for entry in entries[offset : offset + limit]]
+    data = {"files": page, "total": len(entries), "limit": limit, "offset": offset}
+    return answered(f"Found {len(entries)} files", data)
 
 
 @routes.operation("Output files", "GET /download/{filename}", None, 404, 416)
@@ -421,7 +393,7 @@ async def preview(request: web.Request) -> web.StreamResponse:
 @routes.operation("Configuration", "GET /config", schemas.ServerConfig)
 async def server_config(request: web.Request) -> web.Response:
     """The non-sensitive configuration."""
-    return answered("Server configuration", public_config(request.app))
+    return answered("Server configuration", views.public_config(request.app))
 
 
 @routes.get("/api/openapi.json")
@@ -454,7 +426,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.extend([engines_lifetime, downloads_lifetime, queue_lifetime])
+    app.cleanup_ctx.extend([processes_lifetime, queue_lifetime])
     return app
 
 
@@ -486,23 +458,20 @@ def read_catalog(config: Config) -> Catalog:
 # ------------------------------------------------------------------------------------------------------- lifetimes
 
 
-async def engines_lifetime(app: web.Application) -> AsyncIterator[None]:
-    """The generation processes end with the daemon, whatever they do."""
+async def processes_lifetime(app: web.Application) -> AsyncIterator[None]:
+    """Downloads and the generation processes end with the daemon, whatever they do."""
     app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
     yield
-    close_engines(app)
+    try:
+        await app[DOWNLOADS].close()
+    finally:
+        close_engines(app)
 
 
 def close_engines(app: web.Application) -> None:
     """End all generation processes. Blocks briefly."""
     for engine in app[ENGINES]:
         engine.close()
-
-
-async def downloads_lifetime(app: web.Application) -> AsyncIterator[None]:
-    """Downloads end with the daemon; what has arrived stays."""
-    yield
-    await app[DOWNLOADS].close()
 
 
 async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
@@ -560,13 +529,11 @@ class Supervisor:
 
     def status(self) -> str:
         """Return the line that `systemctl status` shows."""
-        running, tasks = self._queue.at_work, self._queue.listing()
-        work = self._work(running) or ("paused" if self._queue.paused else "idle")
-        return "STATUS=" + "; ".join([f"{work}, {len(tasks) - len(running)} waiting", *self._warnings()])
-
-    def _work(self, running: Sequence[Task]) -> str:
+        running = self._queue.at_work
         ids = ", ".join(str(task.id) for task in running)
-        return f"task {ids} runs" if len(running) == 1 else f"tasks {ids} run" if running else ""
+        idle = "paused" if self._queue.paused else "idle"
+        work = {0: idle, 1: f"task {ids} runs"}.get(len(running), f"tasks {ids} run")
+        return "; ".join([f"STATUS={work}, {len(self._queue.listing()) - len(running)} waiting", *self._warnings()])
 
     async def watch(self) -> None:
         """Report at intervals that the event loop is alive."""
@@ -590,7 +557,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
     runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
     listener = await bind(runner, config)  # first: where the port is taken, no task may start
-    supervisor = Supervisor(app[QUEUE], lambda: remarks(app))
+    supervisor = Supervisor(app[QUEUE], lambda: views.remarks(app))
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
@@ -609,11 +576,8 @@ async def serve(config: Config, catalog: Catalog) -> None:
 
 async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
     """Take the port, without listening yet. Raises CantStart."""
-    options = {
-        "keepalive_timeout": KEEPALIVE_S,
-        "access_log_class": AccessLog,
-        "access_log": logging.getLogger("wangpd.access"),
-    }
+    access = logging.getLogger("wangpd.access")
+    options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
     loop = asyncio.get_running_loop()
     try:
         return await loop.create_server(

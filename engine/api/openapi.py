@@ -78,7 +78,7 @@ class Routes(web.RouteTableDef):
         return describe
 
 
-def _operations(app: web.Application) -> Iterator[tuple[str, str, Handler]]:
+def _operations(app: web.Application) -> Iterator[tuple[str, str, Any]]:
     """Yield path, method and handler of every described route."""
     for route in app.router.routes():
         if hasattr(route.handler, "__apispec__") and route.resource and route.method != hdrs.METH_HEAD:
@@ -104,33 +104,31 @@ def api_document(app: web.Application) -> dict[str, Any]:
         },
         servers=[{"url": "../"}],  # relative to this document, so right behind any proxy path
     )
-    plugin.converter.add_attribute_function(_base64_keywords)
+    converter: Any = plugin.converter
+    converter.add_attribute_function(_base64_keywords)
     for path, method, handler in _operations(app):
         if path != API:  # is API/ as well
-            spec.path(path=path, operations={method.lower(): _operation(handler.__apispec__, plugin)})
+            spec.path(path=path, operations={method.lower(): _operation(handler.__apispec__, converter)})
     return dict(spec.to_dict())
 
 
-def _operation(about: Mapping[str, Any], plugin: MarshmallowPlugin) -> dict[str, Any]:
-    operation = {name: about[name] for name in ("tags", "summary", "operationId")}
+def _operation(about: Mapping[str, Any], converter: Any) -> dict[str, Any]:
+    operation: dict[str, Any] = {name: about[name] for name in ("tags", "summary", "operationId")}
     parameters = list(about["parameters"])
-    for schema in about["schemas"]:
-        if schema["location"] == "json":
-            content = {JSON_TYPE: {"schema": schema["schema"]}}
-            operation["requestBody"] = {"required": True, "content": content}
+    for sent in about["schemas"]:
+        if sent["location"] == "json":
+            operation["requestBody"] = {"required": True, "content": {JSON_TYPE: {"schema": sent["schema"]}}}
         else:
-            place = {"match_info": "path", "querystring": "query"}[schema["location"]]
-            parameters += plugin.converter.schema2parameters(schema["schema"], location=place)
-    if parameters:
-        operation["parameters"] = parameters
-    responses = {
+            place = {"match_info": "path", "querystring": "query"}[sent["location"]]
+            parameters += converter.schema2parameters(sent["schema"], location=place)
+    operation["responses"] = {
         code: {
             "description": answer["description"],
             "content": answer["content"] if "content" in answer else {JSON_TYPE: {"schema": answer["schema"]}},
         }
         for code, answer in about["responses"].items()
     }
-    return {**operation, "responses": responses}
+    return operation | ({"parameters": parameters} if parameters else {})
 
 
 def _base64_keywords(_converter: Any, field: fields.Field[Any], **_: Any) -> dict[str, Any]:
