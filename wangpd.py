@@ -17,12 +17,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from aiohttp import hdrs, web
 
 from engine.admission import Admission, BadRequest, Policy, Resolved
-from engine.api import requests, schemas
+from engine.api import requests, schemas, views
 from engine.api.answers import answered, iso, link, shortened
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, Config, ConfigError, load_config
@@ -49,19 +49,8 @@ from engine.api.keys import (
     QUEUE,
     TOKEN,
 )
-from engine.api.openapi import OpenApi, endpoints, operation, version
+from engine.api.openapi import Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
-from engine.api.views import (
-    download_state,
-    installed_state,
-    model_details,
-    model_entries,
-    output_entry,
-    public_config,
-    queue_entries,
-    remarks,
-    task_state,
-)
 from engine.catalog import loras, weights
 from engine.catalog.defaults import default_settings
 from engine.catalog.download import Downloads
@@ -73,7 +62,7 @@ from engine.files.outputs import Outputs
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.runner import Limits
-from engine.queue.tasks import Status, Task
+from engine.queue.tasks import Status
 from engine.settings import echo
 from engine.workers.local import Engine
 
@@ -84,68 +73,47 @@ SWEEP_S = 3600
 HEAVY_AT_ONCE = 2
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
 DRAIN_S = 5  # for answers under way at a shutdown
-MAX_KEY_CHARS = 255
-IDEMPOTENCY_KEY: Mapping[str, Any] = {
-    "in": "header",
-    "name": "Idempotency-Key",
-    "description": "The same key and body within 24 hours get the first answer again, and nothing is queued twice.",
-    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
-}
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
-QUEUED_TASK = f"{API}/queue/{{task_id:(?!pause$|resume$)[^/]+}}"
+QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
 
 # --------------------------------------------------------------------------------------------------------- general
 
-routes = web.RouteTableDef()
+routes = Routes()
 
 
 @routes.get(API)
-@routes.get(f"{API}/")
-@operation("General", "The version, and every endpoint", schemas.About)
+@routes.operation("General", "GET /", schemas.About)
 async def about(request: web.Request) -> web.Response:
+    """The version, and every endpoint."""
     data = {"version": version(), "api_version": API_VERSION, "endpoints": endpoints(request.app)}
     return answered("WanGP API is running", data)
 
 
-@routes.get(f"{API}/health")
-@operation(
-    "General",
-    "Whether the daemon runs; answers while the GPU is busy and while a model loads",
-    schemas.Health,
-    bare=True,
-)
+@routes.operation("General", "GET /health", schemas.Health, bare=True)
 async def health(_request: web.Request) -> web.Response:
+    """Whether the daemon runs; answers while the GPU is busy and while a model loads."""
     return web.json_response({"status": "healthy", "timestamp": iso(time.time())})
 
 
-@routes.get(f"{API}/health/ready")
-@operation("General", "Whether it can take work; 503 with the reason while it can't", schemas.Ready, 503, bare=True)
+@routes.operation("General", "GET /health/ready", schemas.Ready, 503, bare=True)
 async def ready(request: web.Request) -> web.Response:
+    """Whether it can take work; 503 with the reason while it can't."""
     app = request.app
-    reasons = [
-        *app[QUEUE].faults.values(),
-        app[OUTPUTS].no_room(),
-        "wangpd is shutting down" if app[QUEUE].closed else "",
-    ]
-    if reason := next(filter(None, reasons), None):
+    closed = "wangpd is shutting down" if app[QUEUE].closed else ""
+    if reason := next(filter(None, [*app[QUEUE].faults.values(), app[OUTPUTS].no_room(), closed]), None):
         raise web.HTTPServiceUnavailable(text=reason)
-    return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": remarks(app)})
+    return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": views.remarks(app)})
 
 
 # ---------------------------------------------------------------------------------------------------------- models
 
 
-@routes.get(f"{API}/models")
-@operation(
-    "Models",
-    "All models, or those of a family, for a task, that are installed",
-    schemas.ModelList,
-    400,
-    query=requests.ModelsQuery,
-)
+@routes.operation("Models", "GET /models", schemas.ModelList, 400, query=requests.ModelsQuery)
 async def models(request: web.Request) -> web.Response:
-    query = request[QUERY]
-    entries = await asyncio.to_thread(model_entries, request.app, query["family"], query["task"])
+    """All models, or those of a family, for a task, that are installed."""
+    app, query = request.app, request[QUERY]
+    chosen = views.selected(app[CATALOG], query["family"], query["task"])
+    entries = await asyncio.to_thread(lambda: [views.model_entry(app, model) for model in chosen])
     if query["installed"]:
         entries = [entry for entry in entries if entry["installed"] == (query["installed"] == "true")]
     return answered(f"Found {len(entries)} models", {"models": entries})
@@ -156,36 +124,23 @@ def requested_model(request: web.Request) -> Model:
     return request.app[CATALOG].get(request[PATH]["model_type"])
 
 
-@routes.get(f"{API}/models/{{model_type}}")
-@operation("Models", "One model", schemas.ModelInfo, 404, path=requests.ModelPath)
+@routes.operation("Models", "GET /models/{model_type}", schemas.ModelInfo, 404)
 async def model_info(request: web.Request) -> web.Response:
+    """One model."""
     model = requested_model(request)
-    return answered(f"Model info for '{model.id}'", await asyncio.to_thread(model_details, request.app, model))
+    return answered(f"Model info for '{model.id}'", await asyncio.to_thread(views.model_details, request.app, model))
 
 
-@routes.get(f"{API}/models/{{model_type}}/settings")
-@operation(
-    "Models",
-    "The settings of a request that names only a prompt",
-    requests.Settings,
-    404,
-    path=requests.ModelPath,
-)
+@routes.operation("Models", "GET /models/{model_type}/settings", requests.Settings, 404)
 async def model_settings(request: web.Request) -> web.Response:
+    """The settings of a request that names only a prompt."""
     model = requested_model(request)
     return answered(f"Default settings for '{model.id}'", default_settings(model))
 
 
-@routes.post(f"{API}/models/{{model_type}}/load")
-@operation(
-    "Models",
-    "Make a model warm as soon as the engine is free",
-    schemas.LoadState,
-    400,
-    404,
-    path=requests.ModelPath,
-)
+@routes.operation("Models", "POST /models/{model_type}/load", schemas.LoadState, 400, 404)
 async def load_model(request: web.Request) -> web.Response:
+    """Make a model warm as soon as the engine is free."""
     app, model = request.app, requested_model(request)
     await asyncio.to_thread(app[ADMISSION].require_weights, model)
     loaded = app[QUEUE].load(model)
@@ -193,60 +148,47 @@ async def load_model(request: web.Request) -> web.Response:
     return answered(message, {"model": model.id, "loaded": loaded})
 
 
-@routes.post(f"{API}/models/{{model_type}}/download")
-@operation(
-    "Models",
-    "Fetch a model's weights, beside the queue; an interrupted download is continued",
-    schemas.DownloadState,
-    404,
-    path=requests.ModelPath,
-)
+@routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 404)
 async def start_download(request: web.Request) -> web.Response:
+    """Fetch a model's weights, beside the queue; an interrupted download is continued."""
     app, model = request.app, requested_model(request)
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
-        return answered(f"Model '{model.id}' is installed", installed_state(model))
-    state = download_state(app[DOWNLOADS].start(model.id))
+        return answered(f"Model '{model.id}' is installed", views.installed_state(model))
+    state = views.download_state(app[DOWNLOADS].start(model.id))
     return answered(f"Model '{model.id}' is being downloaded", state)
 
 
-@routes.get(f"{API}/models/{{model_type}}/download")
-@operation("Models", "The progress of a model's download", schemas.DownloadState, 404, path=requests.ModelPath)
+@routes.operation("Models", "GET /models/{model_type}/download", schemas.DownloadState, 404)
 async def download_progress(request: web.Request) -> web.Response:
+    """The progress of a model's download."""
     app, model = request.app, requested_model(request)
     if running := app[DOWNLOADS].get(model.id):
-        return answered(f"Download of '{model.id}'", download_state(running))
+        return answered(f"Download of '{model.id}'", views.download_state(running))
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
-        return answered(f"Model '{model.id}' is installed", installed_state(model))
+        return answered(f"Model '{model.id}' is installed", views.installed_state(model))
     raise web.HTTPNotFound(text=f"Model '{model.id}' is neither installed nor being downloaded; POST starts a download")
 
 
-@routes.delete(f"{API}/models/{{model_type}}/download")
-@operation(
-    "Models",
-    "Cancel a download; the next one continues it",
-    schemas.DownloadState,
-    400,
-    404,
-    path=requests.ModelPath,
-)
+@routes.operation("Models", "DELETE /models/{model_type}/download", schemas.DownloadState, 400, 404)
 async def cancel_download(request: web.Request) -> web.Response:
+    """Cancel a download; the next one continues it."""
     model = requested_model(request)
     cancelled = await request.app[DOWNLOADS].cancel(model.id)
-    return answered(f"Download of '{model.id}' cancelled", download_state(cancelled))
+    return answered(f"Download of '{model.id}' cancelled", views.download_state(cancelled))
 
 
-@routes.get(f"{API}/loras")
-@operation("Models", "The LoRA files for a model", schemas.LoraList, 400, 404, query=requests.LorasQuery)
+@routes.operation("Models", "GET /loras", schemas.LoraList, 400, 404, query=requests.LorasQuery)
 async def lora_files(request: web.Request) -> web.Response:
+    """The LoRA files for a model."""
     app = request.app
     model = app[CATALOG].get(request[QUERY]["model"] or app[CONFIG].default_model)
     names = await asyncio.to_thread(loras.available, model, app[CONFIG].loras_dir)
     return answered(f"Found {len(names)} LoRAs", {"model": model.id, "family": model.family, "loras": names})
 
 
-@routes.post(f"{API}/unload")
-@operation("Models", "Give all GPU memory back", schemas.Unloaded, 400)
+@routes.operation("Models", "POST /unload", schemas.Unloaded, 400)
 async def unload(request: web.Request) -> web.Response:
+    """Give all GPU memory back."""
     unloaded = request.app[QUEUE].unload()
     return answered("Memory given back" if unloaded else "Nothing was loaded", {"unloaded": unloaded})
 
@@ -254,17 +196,14 @@ async def unload(request: web.Request) -> web.Response:
 # ------------------------------------------------------------------------------------------------------ generation
 
 
-@routes.post(f"{API}/generate")
-@operation(
-    "Generation",
-    "Queue a video",
-    schemas.Submitted,
-    *(400, 404, 408, 413, 503),
+@routes.operation(
+    *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 503),
     body=requests.GenerateRequest,
     query=requests.GenerateQuery,
-    headers=[IDEMPOTENCY_KEY],
+    headers=[requests.IDEMPOTENCY_KEY],
 )
 async def generate(request: web.Request) -> web.Response:
+    """Queue a video."""
     app, body = request.app, request[BODY]
     dry = request[QUERY]["dry_run"] in ("1", "true")
     idempotency_key, digest = requested_key(request), request[DIGEST]
@@ -276,8 +215,7 @@ async def generate(request: web.Request) -> web.Response:
         resolved = await asyncio.to_thread(app[ADMISSION].admit, body, store=not dry)
     if dry:
         return dry_run(app, resolved)
-    job, warnings = resolved.job, resolved.warnings
-    return accepted(app, await app[QUEUE].submit(job, warnings, key=idempotency_key, request=digest))
+    return accepted(app, await app[QUEUE].submit(resolved.job, resolved.warnings, key=idempotency_key, request=digest))
 
 
 def require_room(app: web.Application) -> None:
@@ -289,9 +227,11 @@ def require_room(app: web.Application) -> None:
 
 def requested_key(request: web.Request) -> str | None:
     """Return the key that makes a retry safe, or None. Raises BadRequest."""
-    sent = request.headers.get(IDEMPOTENCY_KEY["name"])
-    if sent is not None and not (1 <= len(sent) <= MAX_KEY_CHARS and sent.isprintable()):  # non-UTF-8 bytes are not
-        raise BadRequest(f"Idempotency-Key: it must have 1 to {MAX_KEY_CHARS} printable characters")
+    sent = request.headers.get(requests.IDEMPOTENCY_KEY["name"])
+    if sent is not None and not (
+        1 <= len(sent) <= requests.MAX_KEY_CHARS and sent.isprintable()
+    ):  # non-UTF-8 bytes are not
+        raise BadRequest(f"Idempotency-Key: it must have 1 to {requests.MAX_KEY_CHARS} printable characters")
     return sent
 
 
@@ -323,9 +263,9 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
 # ----------------------------------------------------------------------------------------------------------- queue
 
 
-@routes.get(f"{API}/queue")
-@operation("Queue", "The running and the waiting tasks", schemas.QueueState)
+@routes.operation("Queue", "GET /queue", schemas.QueueState)
 async def queue_state(request: web.Request) -> web.Response:
+    """The running and the waiting tasks."""
     queue = request.app[QUEUE]
     tasks, current = queue.listing(), queue.current
     data = {
@@ -333,106 +273,70 @@ async def queue_state(request: web.Request) -> web.Response:
         "current_task_id": current.id if current else None,
         "is_processing": current is not None,
         "paused": queue.paused,
-        "tasks": queue_entries(tasks, running=len(queue.at_work)),
+        "tasks": views.queue_entries(tasks, running=len(queue.at_work)),
     }
     return answered(f"Queue has {len(tasks)} tasks", data)
 
 
-@routes.get(f"{API}/status/{{task_id}}")
-@operation(
-    "Queue",
-    "The state of a task",
-    schemas.TaskState,
-    400,
-    404,
-    503,
-    path=requests.TaskPath,
-    query=requests.StatusQuery,
-)
+@routes.operation("Queue", "GET /status/{task_id}", schemas.TaskState, 400, 404, 503, query=requests.StatusQuery)
 async def task_status(request: web.Request) -> web.Response:
+    """The state of a task."""
     queue, task_id, wait_s = request.app[QUEUE], request[PATH]["task_id"], request[QUERY]["wait"]
     task = await (queue.wait(task_id, wait_s) if wait_s else queue.get(task_id))
-    return answered(f"Task {task.id} status", task_state(request.app, task))
+    return answered(f"Task {task.id} status", views.task_state(request.app, task))
 
 
-@routes.delete(QUEUED_TASK)
-@operation(
-    "Queue",
-    "Remove a waiting task, or cancel a running one",
-    schemas.Removed,
-    400,
-    404,
-    path=requests.TaskPath,
-)
+@routes.operation("Queue", f"DELETE {QUEUED_TASK}", schemas.Removed, 400, 404)
 async def remove_task(request: web.Request) -> web.Response:
+    """Remove a waiting task, or cancel a running one."""
     task_id = request[PATH]["task_id"]
     status = await request.app[QUEUE].remove(task_id)
     message = f"Task {task_id} removed from queue" if status.ended else f"Task {task_id} is being cancelled"
     return answered(message, {"removed_task_id": task_id, "status": status})
 
 
-@routes.delete(f"{API}/queue")
-@operation("Queue", "Remove all waiting tasks; the running one goes on", schemas.Cleared)
+@routes.operation("Queue", "DELETE /queue", schemas.Cleared)
 async def clear_queue(request: web.Request) -> web.Response:
+    """Remove all waiting tasks; the running one goes on."""
     count = await request.app[QUEUE].clear()
     return answered(f"Cleared {count} tasks from queue", {"removed_count": count})
 
 
-@routes.post(f"{API}/queue/pause")
-@operation("Queue", "Start no waiting task; the running one goes on", schemas.Paused, 503)
+@routes.operation("Queue", "POST /queue/pause", schemas.Paused, 503)
 async def pause_queue(request: web.Request) -> web.Response:
+    """Start no waiting task; the running one goes on."""
     await request.app[QUEUE].pause(True)
     return answered("Queue paused", {"paused": True})
 
 
-@routes.post(f"{API}/queue/resume")
-@operation("Queue", "Start waiting tasks again", schemas.Paused, 503)
+@routes.operation("Queue", "POST /queue/resume", schemas.Paused, 503)
 async def resume_queue(request: web.Request) -> web.Response:
+    """Start waiting tasks again."""
     await request.app[QUEUE].pause(False)
     return answered("Queue resumed", {"paused": False})
 
 
-@routes.patch(QUEUED_TASK)
-@operation(
-    "Queue",
-    "Move a waiting task",
-    schemas.Moved,
-    *(400, 404, 408, 413, 503),
-    path=requests.TaskPath,
-    body=requests.MoveRequest,
-)
+@routes.operation("Queue", f"PATCH {QUEUED_TASK}", schemas.Moved, 400, 404, 408, 413, 503, body=requests.MoveRequest)
 async def move_task(request: web.Request) -> web.Response:
+    """Move a waiting task."""
     task_id = request[PATH]["task_id"]
     position = await request.app[QUEUE].move(task_id, request[BODY]["position"])
     return answered(f"Task {task_id} is at position {position}", {"task_id": task_id, "position": position})
 
 
-@routes.post(f"{API}/queue/{{task_id}}/retry")
-@operation(
-    "Queue",
-    "Queue an ended task again, with its settings, seed and pictures",
-    schemas.Submitted,
-    *(400, 404, 503),
-    path=requests.TaskPath,
-)
+@routes.operation("Queue", "POST /queue/{task_id}/retry", schemas.Submitted, 400, 404, 503)
 async def retry_task(request: web.Request) -> web.Response:
+    """Queue an ended task again, with its settings, seed and pictures."""
     return accepted(request.app, await request.app[QUEUE].retry(request[PATH]["task_id"]))
 
 
-@routes.get(f"{API}/tasks")
-@operation(
-    "Queue",
-    "All tasks, ended ones too, newest first",
-    schemas.TaskPage,
-    400,
-    503,
-    query=requests.HistoryQuery,
-)
+@routes.operation("Queue", "GET /tasks", schemas.TaskPage, 400, 503, query=requests.HistoryQuery)
 async def history(request: web.Request) -> web.Response:
+    """All tasks, ended ones too, newest first."""
     app, query = request.app, request[QUERY]
     status = Status(query["status"]) if query["status"] else None
     tasks, total = await app[QUEUE].history(status, query["limit"], query["offset"])
-    page = [task_state(app, task) for task in tasks]
+    page = [views.task_state(app, task) for task in tasks]
     data = {"tasks": page, "total": total, "limit": query["limit"], "offset": query["offset"]}
     return answered(f"Found {total} tasks", data)
 
@@ -440,22 +344,21 @@ async def history(request: web.Request) -> web.Response:
 # ---------------------------------------------------------------------------------------------------- output files
 
 
-@routes.get(f"{API}/outputs")
-@operation("Output files", "The finished files, newest first", schemas.OutputPage, 400, query=requests.OutputsQuery)
+@routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, query=requests.OutputsQuery)
 async def outputs(request: web.Request) -> web.Response:
+    """The finished files, newest first."""
     folder, query = request.app[OUTPUTS], request[QUERY]
     kind, limit, offset = query.get("file_type"), query["limit"], query["offset"]
     # From memory while nothing changed: that is not worth a thread.
     entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
-    page = [output_entry(entry) for entry in entries[offset : offset + limit]]
-    return answered(
-        f"Found {len(entries)} files", {"files": page, "total": len(entries), "limit": limit, "offset": offset}
-    )
+    page = [views.output_entry(entry) for entry in entries[offset : offset + limit]]
+    data = {"files": page, "total": len(entries), "limit": limit, "offset": offset}
+    return answered(f"Found {len(entries)} files", data)
 
 
-@routes.get(f"{API}/download/{{filename}}")
-@operation("Output files", "A file, with ranges, conditions and HEAD", None, 404, 416, path=requests.FilePath)
+@routes.operation("Output files", "GET /download/{filename}", None, 404, 416)
 async def download(request: web.Request) -> web.StreamResponse:
+    """A file, with ranges, conditions and HEAD."""
     path = output_path(request)
     content_type = MEDIA_TYPES[path.suffix.lower()][1]
     return media_file(request, path, content_type, **{hdrs.CONTENT_DISPOSITION: inline(path)})
@@ -470,16 +373,9 @@ def output_path(request: web.Request) -> Path:
     return path
 
 
-@routes.get(f"{API}/preview/{{filename}}")
-@operation(
-    "Output files",
-    "A JPEG of a picture or of a video's first frame",
-    None,
-    *(400, 404, 416),
-    path=requests.FilePath,
-    query=requests.PreviewQuery,
-)
+@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 416, query=requests.PreviewQuery)
 async def preview(request: web.Request) -> web.StreamResponse:
+    """A JPEG of a picture or of a video's first frame."""
     path = output_path(request)
     try:
         thumbnail = await asyncio.to_thread(request.app[OUTPUTS].thumbnail, path, request[QUERY]["width"])
@@ -495,17 +391,17 @@ async def preview(request: web.Request) -> web.StreamResponse:
 # --------------------------------------------------------------------------------------------------- configuration
 
 
-@routes.get(f"{API}/config")
-@operation("Configuration", "The non-sensitive configuration", schemas.ServerConfig)
+@routes.operation("Configuration", "GET /config", schemas.ServerConfig)
 async def server_config(request: web.Request) -> web.Response:
-    return answered("Server configuration", public_config(request.app))
+    """The non-sensitive configuration."""
+    return answered("Server configuration", views.public_config(request.app))
 
 
 @routes.get("/api/openapi.json")
 async def openapi_document(request: web.Request) -> web.Response:
     app = request.app
     if not app[DOCUMENT]:  # made when first requested: it costs more than a start may
-        app[DOCUMENT].update(await asyncio.to_thread(OpenApi().document, app))
+        app[DOCUMENT].update(await asyncio.to_thread(api_document, app))
     return web.json_response(app[DOCUMENT])
 
 
@@ -531,7 +427,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.extend([engines_lifetime, downloads_lifetime, queue_lifetime])
+    app.cleanup_ctx.extend([processes_lifetime, queue_lifetime])
     return app
 
 
@@ -563,23 +459,20 @@ def read_catalog(config: Config) -> Catalog:
 # ------------------------------------------------------------------------------------------------------- lifetimes
 
 
-async def engines_lifetime(app: web.Application) -> AsyncIterator[None]:
-    """The generation processes end with the daemon, whatever they do."""
+async def processes_lifetime(app: web.Application) -> AsyncIterator[None]:
+    """Downloads and the generation processes end with the daemon, whatever they do."""
     app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
     yield
-    close_engines(app)
+    try:
+        await app[DOWNLOADS].close()
+    finally:
+        close_engines(app)
 
 
 def close_engines(app: web.Application) -> None:
     """End all generation processes. Blocks briefly."""
     for engine in app[ENGINES]:
         engine.close()
-
-
-async def downloads_lifetime(app: web.Application) -> AsyncIterator[None]:
-    """Downloads end with the daemon; what has arrived stays."""
-    yield
-    await app[DOWNLOADS].close()
 
 
 async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
@@ -637,13 +530,11 @@ class Supervisor:
 
     def status(self) -> str:
         """Return the line that `systemctl status` shows."""
-        running, tasks = self._queue.at_work, self._queue.listing()
-        work = self._work(running) or ("paused" if self._queue.paused else "idle")
-        return "STATUS=" + "; ".join([f"{work}, {len(tasks) - len(running)} waiting", *self._warnings()])
-
-    def _work(self, running: Sequence[Task]) -> str:
+        running = self._queue.at_work
         ids = ", ".join(str(task.id) for task in running)
-        return f"task {ids} runs" if len(running) == 1 else f"tasks {ids} run" if running else ""
+        idle = "paused" if self._queue.paused else "idle"
+        work = {0: idle, 1: f"task {ids} runs"}.get(len(running), f"tasks {ids} run")
+        return "; ".join([f"STATUS={work}, {len(self._queue.listing()) - len(running)} waiting", *self._warnings()])
 
     async def watch(self) -> None:
         """Report at intervals that the event loop is alive."""
@@ -667,7 +558,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
     runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
     listener = await bind(runner, config)  # first: where the port is taken, no task may start
-    supervisor = Supervisor(app[QUEUE], lambda: remarks(app))
+    supervisor = Supervisor(app[QUEUE], lambda: views.remarks(app))
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
@@ -686,11 +577,8 @@ async def serve(config: Config, catalog: Catalog) -> None:
 
 async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
     """Take the port, without listening yet. Raises CantStart."""
-    options = {
-        "keepalive_timeout": KEEPALIVE_S,
-        "access_log_class": AccessLog,
-        "access_log": logging.getLogger("wangpd.access"),
-    }
+    access = logging.getLogger("wangpd.access")
+    options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
     loop = asyncio.get_running_loop()
     try:
         return await loop.create_server(

@@ -94,10 +94,13 @@ class Admission:
             self._inputs.store(data)
         unknown = (f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
         warnings = (*unknown, *resolved.warnings)
+        policy = self._policy
+        memory: dict[str, Any] = {"profile": policy.profile, "quantization": policy.transformer_quantization}
         try:
-            return Resolved(job, warnings, self._estimate(job))
+            needs = estimate(model, job, self._machines(), **memory, vae_config=policy.vae_config)
         except EngineError as error:  # a warning and no refusal: an estimate may be wrong
             return Resolved(job, (*warnings, str(error)))
+        return Resolved(job, warnings, needs)
 
     def require_weights(self, model: Model) -> Weights | None:
         """The model's weights, or None if they are to be downloaded.
@@ -111,17 +114,6 @@ class Admission:
             remedy = weights.remedy(model, self._policy.models_dir)
             raise BadRequest(f"model_type: '{model.id}' is not installed; {remedy}")
         return found
-
-    def _estimate(self, job: Job) -> Estimate | None:
-        """What the job will need by the memory plan; None if no device has been measured. Raises EngineError."""
-        return estimate(
-            self._catalog.get(job.model),
-            job,
-            self._machines(),
-            profile=self._policy.profile,
-            quantization=self._policy.transformer_quantization,
-            vae_config=self._policy.vae_config,
-        )
 
     def _checked_input(self, name: str, datas: list[bytes]) -> Media:
         """The input of one field, each file whole and of a size that fits in memory. Raises BadRequest."""
@@ -163,13 +155,16 @@ def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapp
     _require_packages(model, task)
     warnings: list[str] = []
     values = _values(model, task, sent, warnings)
-    _check_duration(model, values["duration_seconds"])
+    if (values["duration_seconds"] or 0) > model.max_duration_s:
+        most = f"the {model.max_duration_s} s that model '{model.id}' can make"
+        raise BadRequest(f"duration_seconds: {values['duration_seconds']:g} is over {most}; ask for less")
     _check_step_cache(model, task, values)
     width, height = _size(model, task, values["resolution"])
     window, overlap = windows.chosen(model, task, values, warnings)
     rule = replace(model.frames, max=MAX_FRAMES) if window else model.frames
     source = _source_frames(model, task, given)
-    frames = _frames(model, rule, values["video_length"], source=source, sent=sent, warnings=warnings)
+    length, was_sent = values["video_length"], "video_length" in sent
+    frames = _frames(model, rule, length, source=source, was_sent=was_sent, warnings=warnings)
     is_long = 0 < window < frames
     decided = {
         "model": model.id,
@@ -220,12 +215,9 @@ def _misfit(model: Model, given: frozenset[str], tasks: list[str]) -> str:
 
 
 def _require_packages(model: Model, task: str) -> None:
-    missing = [name for name in model.pipelines[task].requires if find_spec(name) is None]
-    if missing:
-        raise BadRequest(
-            f"model_type: '{model.id}' needs the package {missing[0]}, which is not installed; "
-            f"install it with: pip install {' '.join(missing)}"
-        )
+    if missing := [name for name in model.pipelines[task].requires if find_spec(name) is None]:
+        reason = f"'{model.id}' needs the package {missing[0]}, which is not installed"
+        raise BadRequest(f"model_type: {reason}; install it with: pip install {' '.join(missing)}")
 
 
 def _values(model: Model, task: str, sent: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
@@ -251,10 +243,8 @@ def _check_step_cache(model: Model, task: str, values: Mapping[str, Any]) -> Non
     if wanted and wanted not in usable:
         choice = f"it can use: {', '.join(usable)}" if usable else "it can use none"
         raise BadRequest(f"skip_steps_cache_type: model '{model.id}' can't use '{wanted}' for {task}; {choice}")
-    if wanted == "mag" and values["num_inference_steps"] > MOST_MAG_STEPS:
-        raise BadRequest(
-            f"skip_steps_cache_type: 'mag' works up to {MOST_MAG_STEPS} steps, not {values['num_inference_steps']}"
-        )
+    if wanted == "mag" and (steps := values["num_inference_steps"]) > MOST_MAG_STEPS:
+        raise BadRequest(f"skip_steps_cache_type: 'mag' works up to {MOST_MAG_STEPS} steps, not {steps}")
 
 
 def _size(model: Model, task: str, resolution: str) -> tuple[int, int]:
@@ -266,7 +256,8 @@ def _size(model: Model, task: str, resolution: str) -> tuple[int, int]:
         raise BadRequest(f"resolution: '{resolution}' must be {SETTINGS['resolution'].pattern_rule}")
     width, height = int(matched[1]), int(matched[2])
     step, made = model.spatial_multiple, model.pipelines[task].resolutions
-    best = "x".join(str(_nearest_side(side, step, model.max_side)) for side in (width, height))
+    most = model.max_side // step
+    best = "x".join(str(min(max(round(side / step), 1), most) * step) for side in (width, height))
     if max(width, height) > model.max_side:
         raise BadRequest(f"resolution: '{resolution}' is over the limit of {model.max_side} pixels a side")
     if best != f"{width}x{height}":
@@ -275,16 +266,6 @@ def _size(model: Model, task: str, resolution: str) -> tuple[int, int]:
         rule = f"is no size that model '{model.id}' makes for {task}; it makes {', '.join(made)}"
         raise BadRequest(f"resolution: '{resolution}' {rule}")
     return width, height
-
-
-def _check_duration(model: Model, duration_s: float | None) -> None:
-    if duration_s is not None and duration_s > model.max_duration_s:
-        most = f"the {model.max_duration_s} s that model '{model.id}' can make"
-        raise BadRequest(f"duration_seconds: {duration_s:g} is over {most}; ask for less")
-
-
-def _nearest_side(side: int, step: int, most: int) -> int:
-    return min(max(round(side / step), 1) * step, most // step * step)
 
 
 def _source_frames(model: Model, task: str, given: Mapping[str, Media]) -> int | None:
@@ -296,13 +277,7 @@ def _source_frames(model: Model, task: str, given: Mapping[str, Media]) -> int |
 
 
 def _frames(
-    model: Model,
-    rule: FrameRule,
-    video_length: int | str,
-    *,
-    source: int | None,
-    sent: Mapping[str, Any],
-    warnings: list[str],
+    model: Model, rule: FrameRule, length: int | str, *, source: int | None, was_sent: bool, warnings: list[str]
 ) -> int:
     """The length in frames; a duration such as "5s" counts at the model's frame rate, to the nearest length of `rule`.
 
@@ -310,20 +285,18 @@ def _frames(
     """
     if model.kind != "video":
         return 1 if model.kind == "image" else 0
-    duration = isinstance(video_length, str)
-    wanted = round(float(str(video_length)[:-1]) * model.fps) if duration else int(video_length)
+    duration = isinstance(length, str)
+    wanted = round(float(str(length)[:-1]) * model.fps) if duration else int(length)
     if not 1 <= wanted <= MAX_FRAMES:
         limits = f"makes {wanted} frames at {model.fps} a second, but must make 1 to {MAX_FRAMES}"
-        raise BadRequest(f"video_length: '{video_length}' {limits}")
+        raise BadRequest(f"video_length: '{length}' {limits}")
     if source is not None and source < wanted:
         frames, reason = rule.longest_within(source), f"the video that was sent has {source} frames"
-        if "video_length" in sent:
+        if was_sent:
             warnings.append(f"video_length: {wanted} was changed to {frames}, {reason}")
         return frames
     frames = rule.nearest(wanted)
     if abs(frames - wanted) >= (rule.step if duration else 1):
-        lengths = f"{rule.step}k+{rule.offset}"
-        warnings.append(
-            f"video_length: {wanted} was changed to {frames}, the nearest that model '{model.id}' can make ({lengths})"
-        )
+        reason = f"the nearest that model '{model.id}' can make ({rule.step}k+{rule.offset})"
+        warnings.append(f"video_length: {wanted} was changed to {frames}, {reason}")
     return frames

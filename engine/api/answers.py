@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -11,16 +12,12 @@ from engine.api.keys import API, CONFIG
 
 MAX_LISTED_CHARS = 100  # of a prompt or name in a listing or a sentence
 MAX_SENTENCE_CHARS = 2000
+STRICT_JSON = partial(json.dumps, allow_nan=False)  # raises ValueError for NaN and Infinity, which no JSON parser reads
 
 
 def answered(message: str, data: Mapping[str, Any], **options: Any) -> web.Response:
     """Return the contract's envelope around `data`."""
-    return web.json_response({"success": True, "message": message, "data": data}, dumps=to_json, **options)
-
-
-def to_json(value: Any) -> str:
-    """Return JSON that every parser reads. Raises ValueError for NaN and Infinity."""
-    return json.dumps(value, allow_nan=False)
+    return web.json_response({"success": True, "message": message, "data": data}, dumps=STRICT_JSON, **options)
 
 
 def iso(seconds: float | None) -> str | None:

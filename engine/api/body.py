@@ -3,11 +3,11 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from aiohttp import BodyPartReader, web
+from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from marshmallow import EXCLUDE, Schema, ValidationError, fields
 
@@ -18,7 +18,7 @@ from engine.api.keys import BODY, CONFIG, DIGEST, HEAVY, PATH, QUERY, Handler
 from engine.api.openapi import JSON_TYPE
 
 FORM_TYPE = "multipart/form-data"
-FORM_CHUNK_BYTES = 2**18
+BROKEN_FORM = "The form is malformed or cut off; send it again, as curl -F does"
 Body = tuple[dict[str, Any], "hashlib._Hash"]  # the values as they were sent, and a digest of them
 
 
@@ -59,36 +59,24 @@ async def _read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
 
     Raises BadRequest or ValidationError; a body that is too large raises 413.
     """
-    read = _READERS.get(request.content_type)
+    read = {JSON_TYPE: _read_json, FORM_TYPE: _read_form}.get(request.content_type)
     if read is None:  # also keeps a web page from posting plain text across sites
         raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE} or {FORM_TYPE}")
-    if (request.content_length or 0) > _max_bytes(request):
-        raise web.HTTPRequestEntityTooLarge(_max_bytes(request))
+    if (request.content_length or 0) > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size)
     try:
         async with asyncio.timeout(request.app[CONFIG].body_timeout_s):
             body = await read(request, schema)
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
+
+    def checked() -> tuple[dict[str, Any], str]:
+        values, digest = body()
+        return validated(schema, values), digest.hexdigest()
+
     async with request.app[HEAVY]:
-        checked, request[DIGEST] = await asyncio.to_thread(_checked, body, schema)
-    return checked
-
-
-_SOURCES: Mapping[str, tuple[Any, Callable[[web.Request, Schema], Awaitable[dict[str, Any]]]]] = {
-    "json": (BODY, _read_body),
-    "querystring": (QUERY, _read_query),
-    "match_info": (PATH, _read_path),
-}
-
-
-def _checked(body: Callable[[], Body], schema: Schema) -> tuple[dict[str, Any], str]:
-    """The validated values and the SHA-256 of the body. Blocks."""
-    values, digest = body()
-    return validated(schema, values), digest.hexdigest()
-
-
-def _max_bytes(request: web.Request) -> int:
-    return request.app[CONFIG].max_body_mb * 2**20
+        valid, request[DIGEST] = await asyncio.to_thread(checked)
+    return valid
 
 
 async def _read_json(request: web.Request, _: Schema) -> Callable[[], Body]:
@@ -100,15 +88,16 @@ async def _read_json(request: web.Request, _: Schema) -> Callable[[], Body]:
 async def _read_form(request: web.Request, schema: Schema) -> Callable[[], Body]:
     """Likewise for a form: files as they are, repeated where the field is a list, and every other value as in JSON."""
     try:
-        received = [part async for part in _parts(request)]
+        received = await request.post()
     except (ValueError, AssertionError, HttpProcessingError):
-        raise _broken_form() from None
-    return lambda: _form_body(received, schema)
+        raise BadRequest(BROKEN_FORM) from None
+    return lambda: _form_body(received.items(), schema)
 
 
-_READERS: Mapping[str, Callable[[web.Request, Schema], Awaitable[Callable[[], Body]]]] = {
-    JSON_TYPE: _read_json,
-    FORM_TYPE: _read_form,
+_SOURCES: Mapping[str, tuple[Any, Callable[[web.Request, Schema], Awaitable[dict[str, Any]]]]] = {
+    "match_info": (PATH, _read_path),
+    "json": (BODY, _read_body),
+    "querystring": (QUERY, _read_query),
 }
 
 
@@ -128,37 +117,20 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def _broken_form() -> BadRequest:
-    return BadRequest("The form is malformed or cut off; send it again, as curl -F does")
-
-
-async def _parts(request: web.Request) -> AsyncIterator[tuple[str, bytes]]:
-    """Name and bytes of each part of a form. Raises 413 or ValueError."""
-    left = _max_bytes(request)
-    async for part in await request.multipart():
-        if not isinstance(part, BodyPartReader) or not part.name:
-            raise ValueError("a part without a name")
-        data = bytearray()
-        while chunk := await part.read_chunk(FORM_CHUNK_BYTES):
-            left -= len(chunk)
-            if left < 0:
-                raise web.HTTPRequestEntityTooLarge(_max_bytes(request))
-            data += chunk
-        yield part.name, bytes(data)
-
-
-def _form_body(received: list[tuple[str, bytes]], schema: Schema) -> Body:
+def _form_body(received: Iterable[tuple[str, Any]], schema: Schema) -> Body:
     """The values of the parts. Raises BadRequest."""
     values: dict[str, Any] = {}
     digest = hashlib.sha256()  # of the parts: the boundary between them differs each time
-    for name, data in received:
+    for name, sent in received:
+        data = sent.file.read() if isinstance(sent, web.FileField) else sent
+        data = data.encode() if isinstance(data, str) else bytes(data)
         digest.update(b"%d %s %d " % (len(name), name.encode(), len(data)))
         digest.update(data)
         field = schema.fields.get(name)
         try:
             value = _form_value(field, data)
         except ValueError:  # text that is no UTF-8
-            raise _broken_form() from None
+            raise BadRequest(BROKEN_FORM) from None
         values[name] = [*values.get(name, []), value] if isinstance(field, fields.List) else value
     return values, digest
 

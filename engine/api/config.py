@@ -213,12 +213,12 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
 def _missing(config: Config) -> str:
     """What a key asks for and this machine can't do, with what helps; "" if there is nothing."""
     devices = config.devices or (config.device,)
-    faults = [capabilities.attention_fault(config.attention_mode)]
-    if config.context_parallel:
-        faults.append(capabilities.team_fault(config.devices, config.attention_mode))
-    if config.compile:
-        faults += [capabilities.compile_fault(device) for device in devices]
-    faults += [capabilities.quantization_fault(config.transformer_quantization, device) for device in devices]
+    faults = (
+        capabilities.attention_fault(config.attention_mode),
+        capabilities.team_fault(config.devices, config.attention_mode) if config.context_parallel else "",
+        *(capabilities.compile_fault(device) for device in devices if config.compile),
+        *(capabilities.quantization_fault(config.transformer_quantization, device) for device in devices),
+    )
     return next(filter(None, faults), "")
 
 

@@ -34,9 +34,8 @@ class Connection(web.RequestHandler):
         if len(self._server.connections) < self._limit:
             super().connection_made(transport)
             return
-        refusal = Refusal(f"Too many connections: {self._limit} are open (max_connections)")
-        cast(asyncio.Transport, transport).set_protocol(refusal)
-        refusal.connection_made(transport)
+        sentence = f"Too many connections: {self._limit} are open (max_connections)"
+        _refuse(cast(asyncio.Transport, transport), sentence)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -58,16 +57,11 @@ class Connection(web.RequestHandler):
         return await super().finish_response(request, resp, start_time)
 
 
-class Refusal(asyncio.Protocol):
-    """Answers 503 to a connection that is one too many, without reading its request."""
-
-    def __init__(self, sentence: str) -> None:
-        body = json.dumps({"detail": sentence})
-        self._answer = REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        stream = cast(asyncio.Transport, transport)
-        stream.write(self._answer)
-        # Half closed: closing with the request unread would reset the connection before the client reads the answer.
-        stream.write_eof()
-        asyncio.get_running_loop().call_later(REFUSED_S, stream.abort)
+def _refuse(transport: asyncio.Transport, sentence: str) -> None:
+    """Answer 503 to a connection that is one too many, without reading its request."""
+    transport.set_protocol(asyncio.Protocol())
+    body = json.dumps({"detail": sentence})
+    transport.write(REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
+    # Half closed: closing with the request unread would reset the connection before the client reads the answer.
+    transport.write_eof()
+    asyncio.get_running_loop().call_later(REFUSED_S, transport.abort)

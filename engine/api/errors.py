@@ -1,6 +1,5 @@
 """Errors in HTTP: which status an exception of the engine becomes, and the one sentence that the client reads."""
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
@@ -18,17 +17,9 @@ log = logging.getLogger("wangpd")
 RETRY_AFTER_S = 10
 
 STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
-    BadRequest: web.HTTPBadRequest,
-    WrongState: web.HTTPBadRequest,
-    NoDownload: web.HTTPBadRequest,
-    Busy: web.HTTPBadRequest,
-    KeyReused: web.HTTPBadRequest,
-    UnknownModel: web.HTTPNotFound,
-    NoSuchTask: web.HTTPNotFound,
-    JournalFault: web.HTTPServiceUnavailable,
-    EngineDown: web.HTTPServiceUnavailable,
-    Closed: web.HTTPServiceUnavailable,
-    Full: web.HTTPServiceUnavailable,
+    **dict.fromkeys((BadRequest, WrongState, NoDownload, Busy, KeyReused), web.HTTPBadRequest),
+    **dict.fromkeys((UnknownModel, NoSuchTask), web.HTTPNotFound),
+    **dict.fromkeys((JournalFault, EngineDown, Closed, Full), web.HTTPServiceUnavailable),
 }
 KEPT_HEADERS = (hdrs.ALLOW, hdrs.CONTENT_RANGE, hdrs.RETRY_AFTER, hdrs.WWW_AUTHENTICATE)
 
@@ -46,8 +37,6 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
         return failure(request, web.HTTPBadRequest(text="The body is cut off, or not encoded as its headers say"))
     except tuple(STATUSES) as error:
         return failure(request, STATUSES[type(error)](text=str(error)))
-    except asyncio.CancelledError:
-        raise
     except Exception:
         log.exception("request %s: %s %s", request[REQUEST_ID], request.method, request.rel_url.raw_path)
         return web.json_response({"detail": "Internal server error"}, status=500)
@@ -63,7 +52,6 @@ def failure(request: web.Request, error: web.HTTPException) -> web.Response:
 
 
 def _not_found(request: web.Request, error: web.HTTPException) -> str | None:
-    """The handler's own sentence, or that there is no such path."""
     own = error.text if error.text != f"{error.status}: {error.reason}" else None
     return own or f"There is no {request.path}; GET {API}/ lists what there is"
 

@@ -24,11 +24,6 @@ def between(low: float, high: float) -> validate.Validator:
     return validate.Range(low, high, error="{input} must be between {min} and {max}")
 
 
-def at_least(low: float) -> validate.Validator:
-    """The rule that a number is `low` or more."""
-    return validate.Range(min=low, error="{input} must be {min} or more")
-
-
 def matches(pattern: str, rule: str) -> validate.Validator:
     """The rule that a text matches `pattern`; `rule` says so in words."""
     return validate.Regexp(pattern, error="{input!r} must be " + rule)

@@ -16,7 +16,7 @@ from engine.api.answers import shortened
 from engine.api.keys import API, CLIENT, CONFIG, REQUEST_ID, TOKEN, Handler
 
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
-OPEN_PATHS = frozenset({f"{API}/health", f"{API}/health/ready"})
+OPEN_PATHS = frozenset({f"{API}/health", f"{API}/health/ready"})  # monitors read them without the token
 CORS_HEADERS = {
     hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST, PATCH, DELETE",
     hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Idempotency-Key, Range, X-Request-ID",
@@ -38,7 +38,8 @@ async def request_id_middleware(request: web.Request, handler: Handler) -> web.S
 async def guard_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse a host name that is not allowed, a web page of another site, and a missing or wrong token."""
     app = request.app
-    if _is_preflight(request):
+    asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    if request.method == hdrs.METH_OPTIONS and asked and _may_share(request):  # a browser asks before it sends
         return web.Response(status=204)  # add_headers says the rest
     # Not `request.host`, which asks the resolver where there is no such header, and waits for it.
     host = _forwarded(request, "X-Forwarded-Host", request.headers.get(hdrs.HOST, ""))
@@ -46,16 +47,11 @@ async def guard_middleware(request: web.Request, handler: Handler) -> web.Stream
         raise web.HTTPForbidden(text=f"Host: '{shortened(host)}' is none of allowed_hosts")
     if request.method not in SAFE_METHODS and _from_elsewhere(request, host):
         raise web.HTTPForbidden(text="Origin: a web page of another site asked; cors_origins names those that may")
-    if app[TOKEN] and _needs_token(request.path) and not hmac.compare_digest(_bearer(request), app[TOKEN]):
-        raise web.HTTPUnauthorized(
-            text="Authorization: 'Bearer TOKEN' is asked for here", headers={hdrs.WWW_AUTHENTICATE: "Bearer"}
-        )
+    guarded = request.path.startswith(API) and request.path not in OPEN_PATHS  # the documentation holds no secrets
+    if app[TOKEN] and guarded and not hmac.compare_digest(_bearer(request), app[TOKEN]):
+        sentence = "Authorization: 'Bearer TOKEN' is asked for here"
+        raise web.HTTPUnauthorized(text=sentence, headers={hdrs.WWW_AUTHENTICATE: "Bearer"})
     return await handler(request)
-
-
-def _needs_token(path: str) -> bool:
-    """True for the API but its health, which monitors read; the documentation holds no secrets."""
-    return path.startswith(API) and path not in OPEN_PATHS
 
 
 def _forwarded(request: web.Request, header: str, own: str) -> str:
@@ -83,12 +79,6 @@ def _may_share(request: web.Request) -> bool:
     """True if the page that asks is one of `cors_origins`."""
     allowed = request.app[CONFIG].cors_origins
     return request.headers.get(hdrs.ORIGIN) in allowed or (hdrs.ORIGIN in request.headers and "*" in allowed)
-
-
-def _is_preflight(request: web.Request) -> bool:
-    """True if a browser asks whether an allowed page may send a request."""
-    asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
-    return request.method == hdrs.METH_OPTIONS and asked and _may_share(request)
 
 
 def _bearer(request: web.Request) -> bytes:

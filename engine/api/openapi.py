@@ -1,15 +1,18 @@
-"""The OpenAPI document: how a handler is described, and OpenAPI 3.1 from those descriptions."""
+"""The routes of the API, each with its description, and the OpenAPI document that is made of those descriptions."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from aiohttp import hdrs, web
-from aiohttp_apispec import AiohttpApiSpec, docs, request_schema, response_schema
+from aiohttp_apispec import docs, request_schema, response_schema
 from apispec import APISpec
+from apispec.ext.marshmallow import MarshmallowPlugin
 from marshmallow import Schema, fields
 
 from engine.api.keys import API, Handler
+from engine.api.requests import PATH_FIELDS
 from engine.api.schemas import Failure, envelope
 
 JSON_TYPE = "application/json"
@@ -30,92 +33,102 @@ FILE_ANSWERS = {
     "206": {"description": "The requested range.", "content": ANY_BYTES},
     "304": {"description": "The client's copy is still right.", "content": {}},
 }
-LOCATIONS = {"path": "match_info", "query": "querystring", "body": "json"}
 
 
-def operation(
-    tag: str,
-    summary: str,
-    answer: type[Schema] | None,
-    *errors: int,
-    headers: Sequence[Mapping[str, Any]] = (),
-    bare: bool = False,
-    **inputs: type[Schema],
-) -> Callable[[Handler], Handler]:
-    """Describe a handler: its answer (None: a file), the errors that it gives besides 500, and its input schemas.
+class Routes(web.RouteTableDef):
+    """A table of routes that are described where they are registered."""
 
-    The answer is in the contract's envelope unless it is `bare`.
-    The inputs are `path`, `query` and `body`; the validated values are in the request under PATH, QUERY and BODY.
-    """
+    def operation(
+        self,
+        tag: str,
+        route: str,
+        answer: type[Schema] | None,
+        *errors: int,
+        body: type[Schema] | None = None,
+        query: type[Schema] | None = None,
+        headers: Sequence[Mapping[str, Any]] = (),
+        bare: bool = False,
+    ) -> Callable[[Handler], Handler]:
+        """Register a handler under a `route` such as "GET /queue"; its docstring is the summary in the document.
 
-    def describe(handler: Handler) -> Handler:
-        for status in sorted({*errors, 401, 403, 500}):
-            response_schema(Failure, status, description=ERRORS[status])(handler)
-        if answer:
-            response_schema(answer if bare else envelope(answer), 200, description="Done.")(handler)
-        else:
-            docs(responses=FILE_ANSWERS)(handler)
-        for place, schema in inputs.items():
-            request_schema(schema, location=LOCATIONS[place])(handler)
-        about = {"tags": [tag], "summary": summary, "operationId": handler.__name__, "parameters": list(headers)}
-        described: Handler = docs(**about)(handler)
-        return described
+        `answer` (None: a file) is in the contract's envelope unless it is `bare`; `errors` come besides 401, 403 and
+        500. The valid values of path, `body` and `query` are in the request under PATH, BODY and QUERY.
+        """
+        method, path = route.split(maxsplit=1)
+        names = re.findall(r"{(\w+)", path)
+        in_path = Schema.from_dict({name: PATH_FIELDS[name] for name in names}) if names else None
 
-    return describe
+        def describe(handler: Handler) -> Handler:
+            for status in sorted({*errors, 401, 403, 500}):
+                response_schema(Failure, status, description=ERRORS[status])(handler)
+            if answer:
+                response_schema(answer if bare else envelope(answer), 200, description="Done.")(handler)
+            for location, schema in (("match_info", in_path), ("json", body), ("querystring", query)):
+                if schema:
+                    request_schema(schema, location=location)(handler)
+            docs(
+                tags=[tag],
+                summary=(handler.__doc__ or "").rstrip("."),
+                operationId=handler.__name__,
+                parameters=list(headers),
+                responses={} if answer else FILE_ANSWERS,
+            )(handler)
+            return self.route(method, API + path)(handler)
+
+        return describe
+
+
+def _operations(app: web.Application) -> Iterator[tuple[str, str, Any]]:
+    """Yield path, method and handler of every described route."""
+    for route in app.router.routes():
+        if hasattr(route.handler, "__apispec__") and route.resource and route.method != hdrs.METH_HEAD:
+            yield route.resource.canonical, route.method, route.handler
 
 
 def endpoints(app: web.Application) -> dict[str, str]:
     """Return the method and path of each described handler, by the handler's name."""
-    return {
-        route.handler.__name__: f"{route.method} {route.resource.canonical}"
-        for route in app.router.routes()
-        if hasattr(route.handler, "__apispec__") and route.resource and route.method != hdrs.METH_HEAD
+    return {handler.__name__: f"{method} {path}" for path, method, handler in _operations(app)}
+
+
+def api_document(app: web.Application) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of all described routes; aiohttp-apispec itself writes Swagger 2.0."""
+    plugin = MarshmallowPlugin()
+    spec = APISpec(
+        title="wangpd",
+        version=version(),
+        openapi_version="3.1.0",
+        plugins=[plugin],
+        info={
+            "summary": "Video from prompts: the WanGP HTTP API over diffusers",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        servers=[{"url": "../"}],  # relative to this document, so right behind any proxy path
+    )
+    converter: Any = plugin.converter
+    converter.add_attribute_function(_base64_keywords)
+    for path, method, handler in _operations(app):
+        if path != API:  # is API/ as well
+            spec.path(path=path, operations={method.lower(): _operation(handler.__apispec__, converter)})
+    return dict(spec.to_dict())
+
+
+def _operation(about: Mapping[str, Any], converter: Any) -> dict[str, Any]:
+    operation: dict[str, Any] = {name: about[name] for name in ("tags", "summary", "operationId")}
+    parameters = list(about["parameters"])
+    for sent in about["schemas"]:
+        if sent["location"] == "json":
+            operation["requestBody"] = {"required": True, "content": {JSON_TYPE: {"schema": sent["schema"]}}}
+        else:
+            place = {"match_info": "path", "querystring": "query"}[sent["location"]]
+            parameters += converter.schema2parameters(sent["schema"], location=place)
+    operation["responses"] = {
+        code: {
+            "description": answer["description"],
+            "content": answer["content"] if "content" in answer else {JSON_TYPE: {"schema": answer["schema"]}},
+        }
+        for code, answer in about["responses"].items()
     }
-
-
-class OpenApi(AiohttpApiSpec):  # type: ignore[misc]  # the package has no types
-    """aiohttp-apispec writes Swagger 2.0; this writes OpenAPI 3.1 from the same decorators."""
-
-    def __init__(self) -> None:
-        super().__init__(url=None, title="wangpd", version=version())
-        self.spec = APISpec(
-            title="wangpd",
-            version=version(),
-            openapi_version="3.1.0",
-            plugins=[self.plugin],
-            info={
-                "summary": "Video from prompts: the WanGP HTTP API over diffusers",
-                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-            },
-            servers=[{"url": "../"}],  # relative to this document, so right behind any proxy path
-        )
-        self.plugin.converter.add_attribute_function(_base64_keywords)
-
-    def document(self, app: web.Application) -> dict[str, Any]:
-        """Return the document of all handlers that `operation` describes."""
-        for route in app.router.routes():
-            if route.method != hdrs.METH_HEAD and route.resource and route.resource.canonical != API:  # is API/ as well
-                self._register_route(route, route.method.lower(), route.handler)
-        return dict(self.spec.to_dict())
-
-    def _update_paths(self, data: dict[str, Any], method: str, url_path: str) -> None:
-        described = {name: data[name] for name in ("tags", "summary", "operationId", "parameters") if data[name]}
-        for schema in data["schemas"]:
-            described |= self._inputs(described.get("parameters", []), schema)
-        described["responses"] = {code: _answer(answer) for code, answer in data["responses"].items()}
-        self.spec.path(path=url_path, operations={method: described})
-
-    def _inputs(self, parameters: list[Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-        if schema["location"] == "json":
-            return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema["schema"]}}}}
-        place = {"match_info": "path", "querystring": "query"}[schema["location"]]
-        found = self.plugin.converter.schema2parameters(schema["schema"], location=place)
-        return {"parameters": parameters + found}
-
-
-def _answer(answer: Mapping[str, Any]) -> dict[str, Any]:
-    content = answer["content"] if "content" in answer else {JSON_TYPE: {"schema": answer["schema"]}}
-    return {"description": answer["description"], "content": content}
+    return operation | ({"parameters": parameters} if parameters else {})
 
 
 def _base64_keywords(_converter: Any, field: fields.Field[Any], **_: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from marshmallow import EXCLUDE, Schema, fields, validate
 
-from engine.api.fields import DURATION, FIELD_OF, Digits, File, Text, Whole, at_least, between, matches, one_of
+from engine.api.fields import DURATION, FIELD_OF, Digits, File, Text, Whole, between, matches, one_of
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.files.thumbnails import PREVIEW_WIDTH
 from engine.queue.tasks import Status
@@ -19,6 +19,13 @@ FORMATS = {"image": "PNG, JPEG or WebP", "video": "MP4, MOV, WebM or MKV", "audi
 # The settings that must be sent, with the sentences for a request without them.
 REQUIRED: Mapping[str, dict[str, Any]] = {
     "prompt": {"required": "is missing; say what to show", "null": "must be text in quotes, not null"}
+}
+MAX_KEY_CHARS = 255
+IDEMPOTENCY_KEY: Mapping[str, Any] = {
+    "in": "header",
+    "name": "Idempotency-Key",
+    "description": "The same key and body within 24 hours get the first answer again, and nothing is queued twice.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
 }
 
 
@@ -37,16 +44,11 @@ def setting_field(row: Setting) -> Field:
         frames = {"type": "integer", "minimum": row.low, "maximum": row.high}
         metadata["anyOf"] = [frames, {"type": "string", "pattern": f"^{DURATION}$"}, {"type": "null"}]
     messages = REQUIRED.get(row.name)
-    return FIELD_OF[row.type](
-        required=bool(messages),
-        allow_none=not messages,
-        validate=rules_of(row),
-        metadata=metadata,
-        error_messages=messages,
-    )
+    options: dict[str, Any] = {"required": bool(messages), "allow_none": not messages, "error_messages": messages}
+    return FIELD_OF[row.type](validate=_rules_of(row), metadata=metadata, **options)
 
 
-def rules_of(row: Setting) -> list[validate.Validator]:
+def _rules_of(row: Setting) -> list[validate.Validator]:
     """The rules for a value of the setting, with their sentences."""
     if row.choices:
         return [one_of(*row.choices)]
@@ -80,13 +82,12 @@ def input_field(name: str) -> Field:
 
 
 class _Request(Schema):
-    """Nothing has a default here: what a client leaves out, the model decides."""
-
     class Meta:
         unknown = EXCLUDE  # ignored, and named in the answer's warnings
         description = "A default is the value where neither the client nor the model has one; null counts as left out."
 
 
+# Nothing has a default here: what a client leaves out, the model decides.
 GenerateRequest = _Request.from_dict(
     {row.name: setting_field(row) for row in SETTINGS.values()} | {name: input_field(name) for name in INPUTS},
     name="GenerateRequest",
@@ -118,61 +119,45 @@ def parameter(kind: type[Field], about: str, *rules: validate.Validator, default
     return kind(load_default=load_default, validate=list(rules), metadata={"description": about})
 
 
-class TaskPath(Schema):
-    task_id = Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."})
+def query(**parameters: Field) -> type[Schema]:
+    """Return the schema of a query."""
+    return Schema.from_dict(parameters)
 
 
-class ModelPath(Schema):
-    model_type = fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]})
-
-
-class FilePath(Schema):
-    filename = fields.String(required=True, metadata={"description": "A name from `GET /outputs`."})
+# The parameters in paths, by their names there.
+PATH_FIELDS: Mapping[str, Field] = {
+    "task_id": Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."}),
+    "model_type": fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]}),
+    "filename": fields.String(required=True, metadata={"description": "A name from `GET /outputs`."}),
+}
+DRY_RUN = "1: check and resolve everything, queue nothing, and answer with the settings."
+INSTALLED = "Only models whose weights are here, or only the others."
+WAIT = "Seconds to wait for the task's end; the answer comes as soon as it has ended."
+WIDTH = "Width in pixels; a smaller source is not enlarged."
+MOST = between(1, 200)
+AT_LEAST = "{input} must be {min} or more"
+LorasQuery = query(model=parameter(Text, "Id of the model; left out, the configured one.", default=""))
+GenerateQuery = query(dry_run=parameter(fields.String, DRY_RUN, one_of("0", "1", "true", "false"), default="0"))
+StatusQuery = query(wait=parameter(Digits, WAIT, between(1, 60)))
+PreviewQuery = query(width=parameter(Digits, WIDTH, between(32, 1920), default=PREVIEW_WIDTH))
 
 
 class ModelsQuery(Schema):
     family = parameter(fields.String, "Only models of this family.")
     task = parameter(fields.String, "Only models that do this.", one_of(*TASKS))
-    installed = parameter(
-        fields.String, "Only models whose weights are here, or only the others.", one_of("true", "false")
-    )
-
-
-class LorasQuery(Schema):
-    model = parameter(Text, "Id of the model; left out, the configured one.", default="")
-
-
-class GenerateQuery(Schema):
-    dry_run = parameter(
-        fields.String,
-        "1: check and resolve everything, queue nothing, and answer with the settings.",
-        one_of("0", "1", "true", "false"),
-        default="0",
-    )
-
-
-class StatusQuery(Schema):
-    wait = parameter(
-        Digits, "Seconds to wait for the task's end; the answer comes as soon as it has ended.", between(1, 60)
-    )
+    installed = parameter(fields.String, INSTALLED, one_of("true", "false"))
 
 
 class HistoryQuery(Schema):
     status = parameter(fields.String, "Only tasks in this state.", one_of(*(status.value for status in Status)))
-    limit = parameter(Digits, "Most tasks to return.", between(1, 200), default=50)
+    limit = parameter(Digits, "Most tasks to return.", MOST, default=50)
     offset = parameter(Digits, "Tasks to leave out first.", between(0, 2**31), default=0)
 
 
 class OutputsQuery(Schema):
-    limit = parameter(Digits, "Most files to return.", between(1, 200), default=50)
-    offset = parameter(Digits, "Files to leave out first.", at_least(0), default=0)
+    limit = parameter(Digits, "Most files to return.", MOST, default=50)
+    offset = parameter(Digits, "Files to leave out first.", validate.Range(0, error=AT_LEAST), default=0)
     file_type = parameter(fields.String, "Only files of this type.", one_of("video", "image", "audio"))
-
-
-class PreviewQuery(Schema):
-    width = parameter(
-        Digits, "Width in pixels; a smaller source is not enlarged.", between(32, 1920), default=PREVIEW_WIDTH
-    )
 
 
 class MoveRequest(Schema):

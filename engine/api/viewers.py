@@ -10,20 +10,12 @@ from aiohttp import web
 
 from engine.api.keys import Handler
 
+SWAGGER = "SwaggerUIBundle({url: 'openapi.json', dom_id: '#viewer', deepLinking: true})"
+REDOC = "Redoc.init('openapi.json', {disableSearch: false}, document.getElementById('viewer'))"
 # Name → folder in the package, style sheet, script, and the line that starts the viewer.
 VIEWERS = {
-    "docs": (
-        "swagger_ui",
-        "swagger-ui.css",
-        "swagger-ui-bundle.js",
-        "SwaggerUIBundle({url: 'openapi.json', dom_id: '#viewer', deepLinking: true})",
-    ),
-    "redoc": (
-        "redoc_ui",
-        "google-fonts.css",
-        "redoc.standalone.js",
-        "Redoc.init('openapi.json', {disableSearch: false}, document.getElementById('viewer'))",
-    ),
+    "docs": ("swagger_ui", "swagger-ui.css", "swagger-ui-bundle.js", SWAGGER),
+    "redoc": ("redoc_ui", "google-fonts.css", "redoc.standalone.js", REDOC),
 }
 PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from engine.api.answers import iso, link, shortened
-from engine.api.keys import CATALOG, CONFIG, JOURNAL, QUEUE
+from engine.api.keys import CONFIG, JOURNAL, QUEUE
 from engine.api.schemas import PUBLIC_KEYS
 from engine.catalog import weights
 from engine.catalog.abilities import INPUTS
@@ -23,11 +23,6 @@ from engine.settings import echo
 def selected(catalog: Catalog, family: str | None, task: str | None) -> list[Model]:
     """Return the models of a family, and for a task; None means any."""
     return [model for model in catalog if family in (None, model.family) and (task is None or task in model.tasks)]
-
-
-def model_entries(app: web.Application, family: str | None, task: str | None) -> list[dict[str, Any]]:
-    """Return the entries of those models. Blocks."""
-    return [model_entry(app, model) for model in selected(app[CATALOG], family, task)]
 
 
 def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
@@ -52,7 +47,7 @@ def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
 def model_details(app: web.Application, model: Model) -> dict[str, Any]:
     """Return all that is known of a model. Blocks."""
     details = {"default_settings": default_settings(model), "supported_features": model.features}
-    return {**model_entry(app, model), **details, "licence": model.licence}
+    return model_entry(app, model) | details | {"licence": model.licence}
 
 
 def download_state(download: Download) -> dict[str, Any]:
@@ -130,17 +125,17 @@ def task_state(app: web.Application, task: Task) -> dict[str, Any]:
 
 def output_entry(entry: Entry) -> dict[str, Any]:
     """Return a file as the listing shows it."""
-    times = {"created_at": iso(entry.created_at), "modified_at": iso(entry.modified_at)}
-    return {"filename": entry.filename, "type": entry.type, "size_bytes": entry.size_bytes, **times}
+    return {**asdict(entry), "created_at": iso(entry.created_at), "modified_at": iso(entry.modified_at)}
 
 
 def public_config(app: web.Application) -> dict[str, Any]:
     """Return the non-sensitive configuration, with values as WanGP writes them."""
     config = app[CONFIG]
-    profile = int(config.profile) if config.profile.is_integer() else config.profile
-    values = {name: getattr(config, name) for name in PUBLIC_KEYS}
-    plan = "\n".join(app[QUEUE].plans) or None
-    return {**values, "profile": profile, "save_path": config.shown_save_path, "memory_plan": plan}
+    return {name: getattr(config, name) for name in PUBLIC_KEYS} | {
+        "profile": int(config.profile) if config.profile.is_integer() else config.profile,
+        "save_path": config.shown_save_path,
+        "memory_plan": "\n".join(app[QUEUE].plans) or None,
+    }
 
 
 def remarks(app: web.Application) -> list[str]:

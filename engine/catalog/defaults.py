@@ -5,8 +5,6 @@ from typing import Any
 from engine.catalog.models import Model
 from engine.settings import SETTINGS, defaults
 
-WINDOW = "sliding_window_size"
-
 
 def default_settings(model: Model) -> dict[str, Any]:
     """The defaults of a model's first task, under the contract's names.
@@ -19,7 +17,7 @@ def default_settings(model: Model) -> dict[str, Any]:
         for row in SETTINGS.values()
         if not row.guides
         and model.has_setting(row.name, model.tasks[0])
-        and row.needs != WINDOW
+        and row.needs != "sliding_window_size"
         and (row.role or not row.needs or values[row.needs])
     }
     return {"prompt": "", **{name: value for name, value in shown.items() if value is not None}}
