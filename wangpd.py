@@ -327,13 +327,13 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
 @operation("Queue", "The running and the waiting tasks", schemas.QueueState)
 async def queue_state(request: web.Request) -> web.Response:
     queue = request.app[QUEUE]
-    tasks, current = queue.listing(), queue.current
+    tasks, running = queue.listing(), queue.at_work
     data = {
         "total_tasks": len(tasks),
-        "current_task_id": current.id if current else None,
-        "is_processing": current is not None,
+        "current_task_id": running[0].id if running else None,
+        "is_processing": bool(running),
         "paused": queue.paused,
-        "tasks": queue_entries(tasks, running=len(queue.at_work)),
+        "tasks": queue_entries(tasks, running=len(running)),
     }
     return answered(f"Queue has {len(tasks)} tasks", data)
 
@@ -600,7 +600,7 @@ async def warm_up(app: web.Application) -> None:
     """With `warm_start`, load the model that was last in use, or the default one, if it is installed."""
     if not app[CONFIG].warm_start:
         return
-    wanted = (app[QUEUE].last_model, app[CONFIG].default_model)
+    wanted = (app[QUEUE].facts.last_model, app[CONFIG].default_model)
     for model in (app[CATALOG].get(model_id) for model_id in wanted if model_id in app[CATALOG]):
         if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
             app[QUEUE].warm_up(model)

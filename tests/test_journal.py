@@ -237,8 +237,8 @@ async def test_the_pictures_of_every_kept_task_are_needed(journal: Journal, tmp_
 
 async def test_a_fact_is_json_that_outlives_the_process(path: Path) -> None:
     journal = await reopened(path)
-    await journal.set_fact("paused", True)
-    await journal.set_fact("speeds", {"wan": {"load_s": 1.5}})
+    await journal.save(paused=True)
+    await journal.save(speeds={"wan": {"load_s": 1.5}})
     await journal.close()
     journal = await reopened(path)
     assert await journal.fact("paused", False) is True

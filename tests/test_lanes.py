@@ -199,7 +199,7 @@ async def test_an_engine_without_its_device_gives_its_task_to_another(house: Hou
         house.desks[1].finish()
         await until(lambda: at_work(house.desks[1], first))
         assert (await queue.get(first)).attempts == 1
-        assert (ran(house)[0], queue.faults, queue.remarks()) == ([first], {}, ["cpu: There is no such card."])
+        assert (ran(house)[0], queue.faults, queue.lanes.remarks()) == ([first], {}, ["cpu: There is no such card."])
         await queue.submit(job())
 
 
@@ -243,7 +243,7 @@ async def test_an_engine_is_tried_again_after_a_while_and_its_fault_ends_with_it
         assert ran(house) == [[first, first], [second]]
         house.desks[0].finish()
         await house.end(first)
-        assert queue.remarks() == []
+        assert queue.lanes.remarks() == []
 
 
 async def test_to_cancel_the_task_of_an_engine_that_can_not_work_ends_it(
@@ -264,7 +264,7 @@ async def test_to_cancel_the_task_of_an_engine_that_can_not_work_ends_it(
 async def test_a_model_is_made_warm_in_one_lane(house: House) -> None:
     async with house.open() as queue:
         assert not queue.load(DEMO)
-        await until(lambda: queue.loaded(DEMO.id))
+        await until(lambda: queue.lanes.loaded(DEMO.id))
         assert sorted(desk.warm for desk in house.desks) == ["", DEMO.id]
 
 
@@ -286,10 +286,10 @@ async def test_a_warm_start_leaves_the_engines_to_tasks_that_wait(house: House) 
 
 async def test_the_model_that_was_last_in_use_outlives_the_daemon(house: House) -> None:
     async with house.open() as queue:
-        assert queue.last_model == ""
+        assert queue.facts.last_model == ""
         await house.learn()
     async with house.open() as queue:
-        assert queue.last_model == DEMO.id
+        assert queue.facts.last_model == DEMO.id
 
 
 async def test_memory_is_given_back_only_when_no_engine_works(house: House) -> None:
@@ -301,7 +301,7 @@ async def test_memory_is_given_back_only_when_no_engine_works(house: House) -> N
             queue.unload()
         house.desks[1].finish()
         await house.end(second)
-        await until(lambda: queue.current is None)
+        await until(lambda: not queue.at_work)
         assert queue.unload()
         assert [desk.unloads for desk in house.desks] == [1, 1]
 
@@ -336,9 +336,9 @@ async def test_a_load_that_finds_no_device_is_a_fault_of_its_lane_until_one_succ
         with monkeypatch.context() as patch:
             patch.setattr(house.desks[0], "load", fail)
             queue.load(DEMO)
-            await until(lambda: queue.remarks() == ["cpu: There is no such card."])
+            await until(lambda: queue.lanes.remarks() == ["cpu: There is no such card."])
         queue.warm_up(DEMO)
-        await until(lambda: queue.remarks() == [])
+        await until(lambda: queue.lanes.remarks() == [])
 
 
 def test_a_worker_waits_for_another_one_that_fetches_the_same_model(tmp_path: Path) -> None:

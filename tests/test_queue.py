@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from engine.job import Cancelled, EngineError, Phase
-from engine.queue import progress, store
+from engine.queue import facts, store
+from engine.queue import queue as task_queue
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.progress import advanced
 from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
-from engine.queue.speeds import Speeds
 from engine.queue.tasks import Status
 from engine.workers import lanes
 from engine.workers.lanes import Progress
@@ -30,7 +30,7 @@ class BrokenDisk:
 
     def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
         self.broken, self._house = False, house
-        for name in ("save", "set_fact", "add"):
+        for name in ("save", "add"):
             monkeypatch.setattr(Journal, name, self._failing(getattr(Journal, name)))
 
     def _failing(self, method: Any) -> Any:
@@ -59,7 +59,7 @@ async def test_a_task_is_in_the_file_before_its_answer(house: House) -> None:
 
 
 async def test_times_that_can_not_be_learnt_cost_no_task_its_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Speeds, "learn", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(facts, "_mean", lambda *_, **__: 1 / 0)
     async with house.open():
         (task_id,) = await house.submit()
         await house.started(task_id)
@@ -92,14 +92,14 @@ async def test_who_waits_while_a_task_runs_is_told_of_its_end_without_a_look_at_
         waiting = asyncio.create_task(queue.wait(task_id, 20))
         await asyncio.sleep(0)
         with monkeypatch.context() as patched:
-            patched.setattr(Journal, "_tasks", lambda *_: 1 / 0)
+            patched.setattr(Journal, "get", lambda *_: 1 / 0)
             house.desk.finish()
             assert (await waiting).status is Status.COMPLETED
         assert house.stored()[task_id] == "completed"
 
 
 async def test_what_can_not_be_forgotten_costs_the_queue_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Journal, "_prune", lambda *_: 1 / 0)
+    monkeypatch.setattr(Journal, "prune", lambda *_: 1 / 0)
     async with house.open():
         for task_id in await house.submit(2):
             await house.started(task_id)
@@ -514,7 +514,7 @@ async def test_memory_is_given_back_when_nothing_runs(house: House) -> None:
             queue.unload()
         house.desk.finish()
         await house.end(task_id)
-        await until(lambda: queue.current is None)
+        await until(lambda: not queue.at_work)
         assert queue.unload()
 
 
@@ -586,11 +586,11 @@ async def test_a_submission_costs_the_same_however_many_tasks_wait(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[str] = []
-    estimate_s = Speeds.estimate_s
-    monkeypatch.setattr(progress, "ADDED_UP_S", 60.0)
+    estimate_s = facts.Facts.estimate_s
+    monkeypatch.setattr(task_queue, "ADDED_UP_S", 60.0)
     async with house.open(paused=True) as queue:
         await house.submit(50)
-        monkeypatch.setattr(Speeds, "estimate_s", lambda *given: counted.append("a look") or estimate_s(*given))
+        monkeypatch.setattr(facts.Facts, "estimate_s", lambda *given: counted.append("a look") or estimate_s(*given))
         await house.submit(50)
         assert len(counted) == 50
         await queue.clear()
@@ -622,7 +622,7 @@ async def test_progress_only_grows_and_is_100_with_the_end(house: House) -> None
         way += [(Phase.ENCODING, 1, 0), (Phase.DENOISING, 1, 20), (Phase.SAVING, 1, 20), (Phase.DENOISING, 0, 3)]
         for phase, run, step in way:
             house.desk.shown = Progress(phase, run, 2, step, 20)
-            await queue._store.advance(lambda task: advanced(task, house.desk.shown))
+            await queue.advance(lambda task: advanced(task, house.desk.shown))
             seen.append(queue.progress_percent(await queue.get(task_id)))
         assert seen == sorted(seen)
         assert seen[-1] < 100

@@ -12,7 +12,8 @@ from engine.api.keys import API, CONFIG, REQUEST_ID, Handler
 from engine.catalog.download import NoDownload
 from engine.catalog.models import UnknownModel
 from engine.queue.journal import JournalFault
-from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
+from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused
+from engine.queue.tasks import NoSuchTask, WrongState
 
 log = logging.getLogger("wangpd")
 RETRY_AFTER_S = 10

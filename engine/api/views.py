@@ -36,7 +36,7 @@ def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
     return {
         **{name: getattr(model, name) for name in named},
         "installed": weights.locate(model, app[CONFIG].models_dir) is not None,
-        "loaded": app[QUEUE].loaded(model.id),
+        "loaded": app[QUEUE].lanes.loaded(model.id),
         "limits": {
             "resolution_multiple": model.spatial_multiple,
             "max_side": model.max_side,
@@ -103,7 +103,7 @@ def task_state(app: web.Application, task: Task) -> dict[str, Any]:
         "total_steps": total,
         "position": queue.position(task),
         "eta_seconds": queue.eta_s(task),
-        "phase": queue.phase(task),
+        "phase": task.phase or None,
         "prompt": task.job.prompt,
         "model_type": task.job.model,
         "seed": task.job.seed,
@@ -139,7 +139,7 @@ def public_config(app: web.Application) -> dict[str, Any]:
     config = app[CONFIG]
     profile = int(config.profile) if config.profile.is_integer() else config.profile
     values = {name: getattr(config, name) for name in PUBLIC_KEYS}
-    plan = "\n".join(app[QUEUE].plans) or None
+    plan = "\n".join(app[QUEUE].lanes.plans()) or None
     return {**values, "profile": profile, "save_path": config.shown_save_path, "memory_plan": plan}
 
 
@@ -147,4 +147,4 @@ def remarks(app: web.Application) -> list[str]:
     """Return what a person should look at, though work goes on, a sentence each."""
     aside = app[JOURNAL].set_aside
     lost = [f"The queue's journal could not be read and was moved to {aside.name}; its tasks are lost"] if aside else []
-    return [*lost, *app[QUEUE].remarks()]
+    return [*lost, *app[QUEUE].lanes.remarks()]

@@ -6,14 +6,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.catalog.models import Model
@@ -35,7 +34,6 @@ class _Spawn(SpawnContext):
     child: BaseProcess | None = None
 
     def Process(self, *arguments: Any, **options: Any) -> BaseProcess:  # type: ignore[override]
-        """The new process, which the executor starts."""
         self.child = SpawnContext.Process(*arguments, **options)
         return self.child
 
@@ -48,12 +46,8 @@ class _Worker:
         self.board = self._context.RawValue(Board)
         ours, self._theirs = self._context.Pipe(duplex=False)
         self.reports = Reports(ours)
-        self._executor = ProcessPoolExecutor(
-            max_workers=1,
-            mp_context=self._context,
-            initializer=worker.start,
-            initargs=(self.board, self._theirs, config),
-        )
+        arguments = self.board, self._theirs, config
+        self._executor = ProcessPoolExecutor(1, self._context, worker.start, arguments)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
         """Run `function` in the process, which is started by the first call. Raises BrokenProcessPool if it died."""
@@ -69,7 +63,7 @@ class _Worker:
             except (ProcessLookupError, PermissionError):
                 self._context.child.kill()
 
-    def discard(self, wait: bool = False) -> None:
+    def discard(self, wait: bool) -> None:
         """End the process for good. With `wait`, it is gone afterwards."""
         self.reports.close()
         self.kill()
@@ -90,12 +84,11 @@ class Engine:
     """Runs one job at a time in a process of its own, which a fault, a cancel or `unload` may end at any moment."""
 
     def __init__(self, config: EngineConfig, cancel_grace_s: float = 10.0) -> None:
-        self._config = config
-        self._grace_s = cancel_grace_s
+        self.device = " + ".join((config.device, *config.team))  # as configured
+        self._config, self._grace_s = config, cancel_grace_s
         self._worker: _Worker | None = None
         self._task: int | None = None
         self._saving: dict[int, _Saving] = {}
-        self._killing: asyncio.TimerHandle | None = None
         self._hung_s: float | None = None  # how long the process that was ended had made no progress
 
     @property
@@ -130,7 +123,7 @@ class Engine:
             del self._saving[task_id]
 
     async def _saved(self, saving: _Saving, patience_s: float) -> Result:
-        """The result once its files are whole. Who cancels meanwhile wants the last one no more."""
+        """The result once its files are whole. A cancel removes the last of them."""
         since = time.monotonic()
         try:
             async with asyncio.timeout(patience_s):
@@ -146,13 +139,14 @@ class Engine:
             raise _died("while saving")
         if fault:
             raise EngineError(fault, "save_failed")
-        timings = {**saving.result.timings, "saving": time.monotonic() - since}
-        files = await asyncio.to_thread(self._whole, saving.result.files)
+        timings = {**saving.result.timings, Phase.SAVING.label: time.monotonic() - since}
+        files = await asyncio.to_thread(lambda: tuple(map(self._sized, saving.result.files)))
         return replace(saving.result, files=files, timings=timings, pending=0)
 
-    def _whole(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
-        """The files with their sizes; 0 for one that somebody has deleted already."""
-        return tuple(replace(file, size_bytes=_size_bytes(self._config.save_path / file.filename)) for file in files)
+    def _sized(self, file: OutputFile) -> OutputFile:
+        with suppress(FileNotFoundError):  # somebody has deleted it already
+            return replace(file, size_bytes=(self._config.save_path / file.filename).stat().st_size)
+        return file
 
     async def load(self, model: Model) -> None:
         """Make `model` warm. Raises EngineError."""
@@ -173,7 +167,6 @@ class Engine:
         finally:
             self._task = None
             watching.cancel()
-            self._stop_timer()
             used.reports.read()  # what it has reported during the call is known after it
         log.warning("the generation process had died while it was idle; another one is started")
         return await self._call(task_id, patience_s, function, *arguments)
@@ -207,11 +200,6 @@ class Engine:
         return self._board.loaded == fingerprint(model_id)
 
     @property
-    def device(self) -> str:
-        """Where it works, as configured."""
-        return " + ".join((self._config.device, *self._config.team))
-
-    @property
     def plan(self) -> str:
         """Where the weights of the loaded model are, in a line; empty without one."""
         return self._worker.reports.plan if self._worker and self._board.loaded else ""
@@ -226,7 +214,7 @@ class Engine:
         self._discard()
         if board.cancel == task_id:
             return Cancelled("the generation process was ended")
-        where = f"while {Phase(board.phase).name.lower()}" if board.task == task_id else "before it began"
+        where = f"while {Phase(board.phase).label}" if board.task == task_id else "before it began"
         if board.phase == Phase.DENOISING:
             where += f", at step {board.step} of {board.total}"
         return _hung(self._hung_s, where) if self._hung_s else _died(where)
@@ -245,22 +233,18 @@ class Engine:
 
         The process is not ended for the sake of files that are being written while it makes the next ones.
         """
-        if (saving := self._saving.get(task_id)) and not saving.cancelled:
+        saving = self._saving.get(task_id)
+        if saving and not saving.cancelled:
             saving.cancelled = True
-            asyncio.get_running_loop().call_later(self._grace_s, self._kill_idle, task_id)
-        if self._task == task_id and self._board.cancel != task_id:  # asked twice, the grace does not begin again
+        elif self._task == task_id and self._board.cancel != task_id:
             self._board.cancel = task_id
-            self._stop_timer()
-            self._killing = asyncio.get_running_loop().call_later(self._grace_s, self._kill)
+        else:
+            return  # asked twice, the grace does not begin again
+        asyncio.get_running_loop().call_later(self._grace_s, self._kill_late, task_id)
 
-    def _kill_idle(self, task_id: int) -> None:
-        if task_id in self._saving and self._task is None:
+    def _kill_late(self, task_id: int) -> None:
+        if self._task == task_id or (task_id in self._saving and self._task is None):
             self._kill()
-
-    def _stop_timer(self) -> None:
-        if self._killing:
-            self._killing.cancel()
-            self._killing = None
 
     def _kill(self) -> None:
         if self._worker:
@@ -281,7 +265,6 @@ class Engine:
 
     def close(self) -> None:
         """End the process, whatever it does, and wait until it is gone: for the daemon's own end. Blocks briefly."""
-        self._stop_timer()
         self._discard(wait=True)  # else the pool's thread would find its pipes closed by the interpreter's end
 
 
@@ -299,9 +282,3 @@ def _died(where: str) -> EngineError:
         " video_length, and see the log.",
         "worker_died",
     )
-
-
-def _size_bytes(path: Path) -> int:
-    with suppress(FileNotFoundError):
-        return path.stat().st_size
-    return 0
