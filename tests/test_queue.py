@@ -12,8 +12,8 @@ from engine.queue import facts, store
 from engine.queue import queue as task_queue
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.progress import advanced
-from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
-from engine.queue.tasks import Status
+from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused
+from engine.queue.tasks import NoSuchTask, Status, WrongState
 from engine.workers import lanes
 from engine.workers.lanes import Progress
 from tests.house import CATALOG, FILE, PATIENCE_S, TIMINGS, House, until

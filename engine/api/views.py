@@ -139,7 +139,7 @@ def public_config(app: web.Application) -> dict[str, Any]:
     config = app[CONFIG]
     profile = int(config.profile) if config.profile.is_integer() else config.profile
     values = {name: getattr(config, name) for name in PUBLIC_KEYS}
-    plan = "\n".join(app[QUEUE].lanes.plans()) or None
+    plan = "\n".join(lane.engine.plan for lane in app[QUEUE].lanes if lane.engine.plan) or None
     return {**values, "profile": profile, "save_path": config.shown_save_path, "memory_plan": plan}
 
 

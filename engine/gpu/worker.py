@@ -28,7 +28,6 @@ _config: EngineConfig
 _visible: str | None  # CUDA_VISIBLE_DEVICES as the daemon has it
 _session: "ModelSession | None" = None
 _reports: Connection
-_plan = ""  # as it was last reported
 _settled_count = 0
 
 
@@ -73,7 +72,19 @@ def _for_daemon(error: BaseException, task_id: int, where: str) -> Exception:
     if isinstance(error, EngineError):
         return EngineError(error.message, error.code)
     log.exception("task %d: fault while %s", task_id, where)
-    return _translated(error, where)
+    first_line = (str(error).strip() or "no message").splitlines()[0][:300]
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return EngineError(
+            f"Out of memory while {where}. Try a smaller resolution or video_length, batch_size 1, or a higher profile"
+            " in wangpd.toml.",
+            "out_of_memory",
+        )
+    if isinstance(error, ImportError):
+        sentence = f"The generation process can't work: {first_line}. Install wangpd again."
+        return EngineError(sentence, "engine_unavailable")
+    if isinstance(error, OSError) and error.errno is not None:
+        return EngineError(f"{error.strerror or first_line} while {where}.", "os_error")
+    return EngineError(f"{type(error).__name__} while {where}: {first_line}")
 
 
 def _opened() -> "ModelSession":
@@ -99,29 +110,8 @@ def _report(**values: Any) -> None:
 
 
 def _give_back() -> None:
-    global _plan
     if _session is None:
         return
     _board.loaded = fingerprint(_session.model_id) if _session.model_id else 0
-    plan = f"{_session.model_id}: {_session.plan}"[:MOST_REPORTED] if _session.model_id else ""
-    if plan != _plan:
-        _plan = plan
-        _report(plan=plan)
+    _report(plan=f"{_session.model_id}: {_session.plan}"[:MOST_REPORTED] if _session.model_id else "")
     _session.give_back()
-
-
-def _translated(error: BaseException, where: str) -> EngineError:
-    """The sentence for an unexpected fault; the traceback is in the log."""
-    first_line = (str(error).strip() or "no message").splitlines()[0][:300]
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return EngineError(
-            f"Out of memory while {where}. Try a smaller resolution or video_length, batch_size 1, or a higher profile"
-            " in wangpd.toml.",
-            "out_of_memory",
-        )
-    if isinstance(error, ImportError):
-        sentence = f"The generation process can't work: {first_line}. Install wangpd again."
-        return EngineError(sentence, "engine_unavailable")
-    if isinstance(error, OSError) and error.errno is not None:
-        return EngineError(f"{error.strerror or first_line} while {where}.", "os_error")
-    return EngineError(f"{type(error).__name__} while {where}: {first_line}")

@@ -44,7 +44,6 @@ KEY_LIFETIME_S = 24 * 3600
 FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 UPDATE = "UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?"
 UNFINISHED = f"WHERE status NOT IN ({', '.join(repr(str(status)) for status in sorted(ENDED))}) ORDER BY rank, id"
-NO_RANKS: Mapping[int, float] = {}
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -147,11 +146,12 @@ class Journal:
         return self._reply(key)
 
     @_in_thread
-    def save(self, /, *tasks: Task, ranks: Mapping[int, float] = NO_RANKS, **facts: Any) -> None:
+    def save(self, /, *tasks: Task, ranks: Mapping[int, float] | None = None, **facts: Any) -> None:
         """Commit these versions of tasks, ranks by task id, and JSON values under the names of `facts`, together."""
         with self._db:
             self._db.executemany(UPDATE, map(_row, tasks))
-            self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ((rank, id_) for id_, rank in ranks.items()))
+            ranked = ((rank, task_id) for task_id, rank in (ranks or {}).items())
+            self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
             values = ((name, json.dumps(value)) for name, value in facts.items())
             self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", values)
 

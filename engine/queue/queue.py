@@ -195,7 +195,7 @@ class TaskQueue(TaskStore):
 
     def unload(self) -> bool:
         """Give back all memory of the cards; False if there was nothing to give. Raises Busy if an engine works."""
-        if self.started or self.lanes.busy:
+        if self.started or any(lane.holder for lane in self.lanes):
             raise Busy("The engine works; wait for the task, or cancel it first")
         return self.lanes.unload()
 

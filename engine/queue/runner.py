@@ -162,7 +162,10 @@ class QueueRunner:
             self._store.forget(task.id)
         finally:
             self._release(lane, task)
-        await self._prune()  # only now: who waits for the task need not wait for this
+        try:  # only now: who waits for the task need not wait for this
+            await self._store.journal.prune(self._limits.history_count, self._limits.history_s)
+        except Exception as fault:  # whatever it was, the queue goes on, and the next task tries again
+            log.warning("old tasks can't be forgotten now: %s", fault)
 
     def _release(self, lane: Lane, holder: Task | Model) -> None:
         """Let `lane` take the next task, though `holder` may not have ended yet."""
@@ -245,9 +248,3 @@ class QueueRunner:
             await asyncio.to_thread(remove, task_id)
         except OSError as error:
             log.warning("task %d: what it left in the output folder can't be removed: %s", task_id, error)
-
-    async def _prune(self) -> None:
-        try:
-            await self._store.journal.prune(self._limits.history_count, self._limits.history_s)
-        except Exception as fault:  # whatever it was, the queue goes on
-            log.warning("old tasks can't be forgotten now: %s", fault)

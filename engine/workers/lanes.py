@@ -105,11 +105,6 @@ class Lanes(tuple[Lane, ...]):
         return lane
 
     @property
-    def busy(self) -> bool:
-        """Some lane works."""
-        return any(lane.holder is not None for lane in self)
-
-    @property
     def fault(self) -> str:
         """Why no lane can work; empty as long as one can."""
         return self[0].fault if all(lane.fault for lane in self) else ""
@@ -117,10 +112,6 @@ class Lanes(tuple[Lane, ...]):
     def remarks(self) -> list[str]:
         """What keeps some lanes from working, a sentence each, while others do."""
         return [] if self.fault else [f"{lane.engine.device}: {lane.fault}" for lane in self if lane.fault]
-
-    def plans(self) -> list[str]:
-        """Where the weights of each warm model are, in a line."""
-        return [lane.engine.plan for lane in self if lane.engine.plan]
 
     def loaded(self, model_id: str) -> bool:
         """True if a model is warm in some lane: a task of it loads nothing there."""

@@ -81,7 +81,7 @@ class _Saving:
 
 
 class Engine:
-    """Runs one job at a time in a process of its own, which a fault, a cancel or `unload` may end at any moment."""
+    """The Runner of this machine: works in a process that a fault, a cancel or `unload` may end at any moment."""
 
     def __init__(self, config: EngineConfig, cancel_grace_s: float = 10.0) -> None:
         self.device = " + ".join((config.device, *config.team))  # as configured
@@ -149,7 +149,6 @@ class Engine:
         return file
 
     async def load(self, model: Model) -> None:
-        """Make `model` warm. Raises EngineError."""
         await self._call(NO_TASK, math.inf, worker.warm, model)
 
     async def _call(self, task_id: int, patience_s: float, function: Callable[..., T], *arguments: Any) -> T:
@@ -196,17 +195,14 @@ class Engine:
         return math.inf if self._config.allow_download else LOADING_PATIENCE * patience_s
 
     def loaded(self, model_id: str) -> bool:
-        """True if the process holds this model, so that a task of it loads nothing."""
         return self._board.loaded == fingerprint(model_id)
 
     @property
     def plan(self) -> str:
-        """Where the weights of the loaded model are, in a line; empty without one."""
         return self._worker.reports.plan if self._worker and self._board.loaded else ""
 
     @property
     def machine(self) -> Machine | None:
-        """What the process has measured of its device; None until then."""
         return self._worker.reports.machine if self._worker else None
 
     def _death(self, board: Board, task_id: int) -> Exception:
@@ -220,10 +216,9 @@ class Engine:
         return _hung(self._hung_s, where) if self._hung_s else _died(where)
 
     def progress(self, task_id: int) -> Progress | None:
-        """How far `task_id` is, or None if it is not the one that runs."""
-        board = self._board
         if saving := self._saving.get(task_id):
             return saving.progress
+        board = self._board
         if self._task != task_id or board.task != task_id:
             return None
         return Progress(Phase(board.phase), board.run, board.runs, board.step, board.total)
