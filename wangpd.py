@@ -125,7 +125,7 @@ async def ready(request: web.Request) -> web.Response:
     reasons = [
         *app[QUEUE].faults.values(),
         app[OUTPUTS].no_room(),
-        "wangpd is shutting down" if app[QUEUE].closed else "",
+        "wangpd is shutting down" if app[QUEUE].runner.closed else "",
     ]
     if reason := next(filter(None, reasons), None):
         raise web.HTTPServiceUnavailable(text=reason)
@@ -281,7 +281,7 @@ async def generate(request: web.Request) -> web.Response:
 
 
 def require_room(app: web.Application) -> None:
-    """Raises 503, Closed, Full or EngineDown if no task can be taken now."""
+    """Raises 503 or Unavailable if no task can be taken now."""
     if sentence := app[OUTPUTS].no_room():
         raise web.HTTPServiceUnavailable(text=sentence)
     app[QUEUE].require_open()
@@ -718,7 +718,7 @@ def on_signal(stop: asyncio.Event, app: web.Application) -> None:
     if stop.is_set():
         close_engines(app)
         os._exit(1)
-    app[QUEUE].close()
+    app[QUEUE].runner.close()
     stop.set()
 
 

@@ -254,7 +254,7 @@ async def remove(house: House, task_id: int) -> None:
 
 
 async def interrupt(house: House, _task_id: int) -> None:
-    house.queue.interrupt()
+    house.queue.runner.interrupt()
 
 
 @pytest.mark.parametrize(

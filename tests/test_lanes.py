@@ -19,8 +19,8 @@ from engine.catalog.fetch import FetchError, fetch
 from engine.gpu import process, worker
 from engine.job import Cancelled, EngineError
 from engine.planning.machine import Machine
-from engine.queue.queue import Busy, EngineDown
-from engine.queue.tasks import Status
+from engine.queue.queue import Unavailable
+from engine.queue.tasks import Status, WrongState
 from engine.workers import lanes
 from engine.workers.local import Engine
 from tests import stand_ins
@@ -165,7 +165,7 @@ async def test_a_shutdown_puts_all_back_in_the_order_of_their_start(
         first, second, third = await begun(house)
         for desk in house.desks:
             monkeypatch.setattr(desk, "cancel", lambda _: None)
-        queue.interrupt()
+        queue.runner.interrupt()
         for place in order:
             house.desks[place].finish(Cancelled())
             await until(lambda: len(queue.at_work) < 2)
@@ -222,7 +222,7 @@ async def test_where_no_engine_can_work_tasks_fail_and_say_why(house: House) -> 
             desk.finish(NO_GPU)
         await until(lambda: any(len(desk.ran) == 2 for desk in house.desks))
         assert queue.faults == {"engine": "There is no such card."}
-        with pytest.raises(EngineDown, match="no such card"):
+        with pytest.raises(Unavailable, match="no such card"):
             await queue.submit(job())
         for task_id in (first, second, third):
             while not (task := await queue.get(task_id)).status.ended:
@@ -297,7 +297,7 @@ async def test_memory_is_given_back_only_when_no_engine_works(house: House) -> N
         first, second = await begun(house, 2)
         house.desks[0].finish()
         await house.end(first)
-        with pytest.raises(Busy):
+        with pytest.raises(WrongState, match="engine works"):
             queue.unload()
         house.desks[1].finish()
         await house.end(second)

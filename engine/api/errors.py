@@ -12,7 +12,7 @@ from engine.api.keys import API, CONFIG, REQUEST_ID, Handler
 from engine.catalog.download import NoDownload
 from engine.catalog.models import UnknownModel
 from engine.queue.journal import JournalFault
-from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused
+from engine.queue.queue import KeyReused, Unavailable
 from engine.queue.tasks import NoSuchTask, WrongState
 
 log = logging.getLogger("wangpd")
@@ -22,14 +22,11 @@ STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
     BadRequest: web.HTTPBadRequest,
     WrongState: web.HTTPBadRequest,
     NoDownload: web.HTTPBadRequest,
-    Busy: web.HTTPBadRequest,
     KeyReused: web.HTTPBadRequest,
     UnknownModel: web.HTTPNotFound,
     NoSuchTask: web.HTTPNotFound,
     JournalFault: web.HTTPServiceUnavailable,
-    EngineDown: web.HTTPServiceUnavailable,
-    Closed: web.HTTPServiceUnavailable,
-    Full: web.HTTPServiceUnavailable,
+    Unavailable: web.HTTPServiceUnavailable,
 }
 KEPT_HEADERS = (hdrs.ALLOW, hdrs.CONTENT_RANGE, hdrs.RETRY_AFTER, hdrs.WWW_AUTHENTICATE)
 

@@ -26,20 +26,8 @@ ADDED_UP_S = 1.0  # how old the sum of all that waits may be
 KNOWN_PERCENT = 5  # from here on, a task's own pace says more than those of earlier ones
 
 
-class Closed(Exception):
-    """The daemon is shutting down and takes no new work."""
-
-
-class Full(Exception):
-    """As many tasks wait as may."""
-
-
-class EngineDown(Exception):
-    """The generation process can't work on this machine as it is."""
-
-
-class Busy(Exception):
-    """An engine works, and this would end its work."""
+class Unavailable(Exception):
+    """No task can be taken now: the daemon is shutting down, the queue is full, or no engine can work."""
 
 
 class KeyReused(Exception):
@@ -63,7 +51,7 @@ class TaskQueue(TaskStore):
         super().__init__(journal)
         self.lanes, self.facts = Lanes(engines), Facts()
         self._catalog, self._max_queue = catalog, limits.max_queue
-        self._runner = QueueRunner(self, self.lanes, self.facts, catalog=catalog, outputs=outputs, limits=limits)
+        self.runner = QueueRunner(self, self.lanes, self.facts, catalog=catalog, outputs=outputs, limits=limits)
         self._submitting = 0
         self._free_at: list[float] = []  # seconds until each lane is free, a heap
         self._added_up_at, self._seen_id = -math.inf, 0
@@ -76,8 +64,8 @@ class TaskQueue(TaskStore):
         """Take up what the journal holds, run it and whatever is submitted, until the block ends; then `stop`."""
         await self.facts.restore(self.journal)
         self.paused = await self.journal.fact("paused", False)
-        await self._runner.restore()
-        self._work = asyncio.create_task(self._runner.run(), name="queue runner")
+        await self.runner.restore()
+        self._work = asyncio.create_task(self.runner.run(), name="queue runner")
         try:
             yield
         finally:
@@ -85,24 +73,11 @@ class TaskQueue(TaskStore):
 
     async def stop(self, stop_s: float) -> None:
         """Take no new work, and within `stop_s` seconds put the running tasks back, as if they had never started."""
-        self.interrupt()
+        self.runner.interrupt()
         await asyncio.wait([self._work], timeout=stop_s)
         self._work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._work
-
-    @property
-    def closed(self) -> bool:
-        """No new work is taken."""
-        return self._runner.closed
-
-    def close(self) -> None:
-        """Take no new work and start none."""
-        self._runner.close()
-
-    def interrupt(self) -> None:
-        """Take no new work, and begin to stop the running tasks, which will be put back."""
-        self._runner.interrupt()
 
     @property
     def faults(self) -> dict[str, str]:
@@ -117,7 +92,7 @@ class TaskQueue(TaskStore):
     ) -> Receipt:
         """Queue `job`. When this returns, it is on the disk.
 
-        Raises Closed, Full, EngineDown, JournalFault, or KeyReused if `key` was used for a request with another digest.
+        Raises Unavailable, JournalFault, or KeyReused if `key` was used for a request with another digest.
         """
         self.require_open()
         answer = {
@@ -135,7 +110,7 @@ class TaskQueue(TaskStore):
         if reply:
             return _replayed(reply, request)
         self.add(task)
-        self._runner.wake.set()
+        self.runner.wake.set()
         return Receipt({**answer, "task_id": task.id})
 
     async def replay(self, key: str, request: str) -> Receipt | None:
@@ -147,13 +122,13 @@ class TaskQueue(TaskStore):
         return _replayed(reply, request) if reply else None
 
     def require_open(self) -> None:
-        """Raises Closed, Full or EngineDown if no task can be taken now."""
-        if self.closed:
-            raise Closed("wangpd is shutting down and takes no new work")
+        """Raises Unavailable if no task can be taken now."""
+        if self.runner.closed:
+            raise Unavailable("wangpd is shutting down and takes no new work")
         if len(self.waiting) + self._submitting >= self._max_queue:
-            raise Full(f"The queue is full: {self._max_queue} tasks wait (max_queue)")
+            raise Unavailable(f"The queue is full: {self._max_queue} tasks wait (max_queue)")
         if not self.lanes.up():
-            raise EngineDown(self.lanes.fault)
+            raise Unavailable(self.lanes.fault)
 
     async def retry(self, task_id: int) -> Receipt:
         """Queue the job of an ended task again, with its settings, seed and pictures.
@@ -177,26 +152,26 @@ class TaskQueue(TaskStore):
     async def pause(self, paused: bool) -> None:
         """See TaskStore."""
         await super().pause(paused)
-        self._runner.wake.set()
+        self.runner.wake.set()
 
     def load(self, model: Model) -> bool:
         """Make `model` warm as soon as an engine is free; True if it is already."""
         if self.lanes.loaded(model.id):
             return True
-        self._runner.to_load = [model]
-        self._runner.wake.set()
+        self.runner.to_load = [model]
+        self.runner.wake.set()
         return False
 
     def warm_up(self, model: Model) -> None:
         """Make `model` warm in every lane; not while tasks wait, for they bring their own."""
         if self.paused or not self.waiting:
-            self._runner.to_load = [model] * len(self.lanes)
-            self._runner.wake.set()
+            self.runner.to_load = [model] * len(self.lanes)
+            self.runner.wake.set()
 
     def unload(self) -> bool:
-        """Give back all memory of the cards; False if there was nothing to give. Raises Busy if an engine works."""
+        """Give back all memory of the cards; False if there was none to give. Raises WrongState if an engine works."""
         if self.started or any(lane.holder for lane in self.lanes):
-            raise Busy("The engine works; wait for the task, or cancel it first")
+            raise WrongState("The engine works; wait for the task, or cancel it first")
         return self.lanes.unload()
 
     @property

@@ -43,7 +43,7 @@ class QueueRunner:
     ) -> None:
         self._store, self._lanes, self._facts = store, lanes, facts
         self._catalog, self._outputs, self._limits = catalog, outputs, limits
-        self.closed = False
+        self.closed = False  # no new work is taken
         self.wake = asyncio.Event()  # set when there may be something to do
         self.to_load: list[Model] = []  # one for each lane that is to load it
         self._put_back = False  # running tasks are to wait again: the daemon is shutting down
@@ -91,12 +91,12 @@ class QueueRunner:
             reading.cancel()
 
     def close(self) -> None:
-        """Start no more tasks."""
+        """Take no new work and start none."""
         self.closed = True
         self.wake.set()
 
     def interrupt(self) -> None:
-        """Start no more tasks, and begin to stop those that run, which will be put back."""
+        """Take no new work, and begin to stop the running tasks, which will be put back."""
         self.close()
         if not self._put_back:
             self._put_back = True
