@@ -71,7 +71,9 @@ class Board(ctypes.Structure):
     loaded: int  # `fingerprint` of the model that the worker holds, or 0
     cancel: int
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in __annotations__)
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("task", "phase", "run", "runs", "step", "total", "loaded", "cancel")
+    )
 
 
 def fingerprint(model_id: str) -> int:
