@@ -10,9 +10,9 @@ import pytest
 from engine.job import Cancelled, EngineError, Phase
 from engine.queue import facts, store
 from engine.queue import queue as task_queue
-from engine.queue.journal import Journal, JournalFault
+from engine.queue.journal import Journal, JournalFault, KeyReused
 from engine.queue.progress import advanced
-from engine.queue.queue import KeyReused, Unavailable
+from engine.queue.queue import Unavailable
 from engine.queue.tasks import NoSuchTask, Status, WrongState
 from engine.workers import lanes
 from engine.workers.lanes import Progress

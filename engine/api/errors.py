@@ -11,8 +11,8 @@ from engine.api.answers import brief
 from engine.api.keys import API, CONFIG, REQUEST_ID, Handler
 from engine.catalog.download import NoDownload
 from engine.catalog.models import UnknownModel
-from engine.queue.journal import JournalFault
-from engine.queue.queue import KeyReused, Unavailable
+from engine.queue.journal import JournalFault, KeyReused
+from engine.queue.queue import Unavailable
 from engine.queue.tasks import NoSuchTask, WrongState
 
 log = logging.getLogger("wangpd")

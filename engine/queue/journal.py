@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -48,12 +47,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An answer that was given under an idempotency key."""
-
-    request: str
-    answer: Mapping[str, Any]
+class KeyReused(Exception):
+    """The idempotency key was used for another request."""
 
 
 class JournalFault(Exception):
@@ -116,14 +111,15 @@ class Journal:
         self._thread.shutdown()
 
     @_in_thread
-    def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Reply | None:
+    def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
 
-        If `key` was used in the last 24 hours, nothing is stored and the reply of that time comes back.
+        If `key` was used in the last 24 hours, nothing is stored and the answer of that time comes back. Raises
+        KeyReused if that was for a request with another digest than `request`.
         """
         with self._db:
-            if key is not None and (reply := self._reply(key)):
-                return reply
+            if key is not None and (known := self._answer(key, request)):
+                return known
             row = self._db.execute("INSERT INTO tasks (status, rank, record) VALUES (?, 0, '')", (task.status,))
             assert row.lastrowid is not None
             task.id = row.lastrowid
@@ -134,16 +130,18 @@ class Journal:
                 self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", values)
         return None
 
-    def _reply(self, key: str) -> Reply | None:
+    def _answer(self, key: str, request: str) -> Mapping[str, Any] | None:
         row = self._db.execute(
             "SELECT request, answer FROM replies WHERE key = ? AND created_at >= ?", (key, time.time() - KEY_LIFETIME_S)
         ).fetchone()
-        return Reply(row[0], json.loads(row[1])) if row else None
+        if row and row[0] != request:
+            raise KeyReused("Idempotency-Key: it was used for another request; take a new key")
+        return json.loads(row[1]) if row else None
 
     @_in_thread
-    def reply(self, key: str) -> Reply | None:
-        """The answer that was given under this idempotency key in the last 24 hours."""
-        return self._reply(key)
+    def answer(self, key: str, request: str) -> Mapping[str, Any] | None:
+        """The answer that was given under this idempotency key in the last 24 hours. Raises KeyReused."""
+        return self._answer(key, request)
 
     @_in_thread
     def save(self, /, *tasks: Task, ranks: Mapping[int, float] | None = None, **facts: Any) -> None:

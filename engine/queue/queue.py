@@ -16,7 +16,7 @@ from engine.planning.machine import Machine
 from engine.planning.work import Work
 from engine.queue.events import EventKind, EventsLost
 from engine.queue.facts import Facts
-from engine.queue.journal import Journal, Reply
+from engine.queue.journal import Journal
 from engine.queue.runner import Limits, QueueRunner
 from engine.queue.store import TaskStore
 from engine.queue.tasks import Status, Task, WrongState
@@ -28,10 +28,6 @@ KNOWN_PERCENT = 5  # from here on, a task's own pace says more than those of ear
 
 class Unavailable(Exception):
     """No task can be taken now: the daemon is shutting down, the queue is full, or no engine can work."""
-
-
-class KeyReused(Exception):
-    """The idempotency key was used for another request."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +100,11 @@ class TaskQueue(TaskStore):
         task = Task(0, job, warnings=tuple(warnings))
         self._submitting += 1
         try:
-            reply = await self.journal.add(task, key, request, answer)
+            earlier = await self.journal.add(task, key, request, answer)
         finally:
             self._submitting -= 1
-        if reply:
-            return _replayed(reply, request)
+        if earlier:
+            return Receipt(earlier, replayed=True)
         self.add(task)
         self.runner.wake.set()
         return Receipt({**answer, "task_id": task.id})
@@ -118,8 +114,8 @@ class TaskQueue(TaskStore):
 
         Raises KeyReused.
         """
-        reply = await self.journal.reply(key)
-        return _replayed(reply, request) if reply else None
+        earlier = await self.journal.answer(key, request)
+        return Receipt(earlier, replayed=True) if earlier else None
 
     def require_open(self) -> None:
         """Raises Unavailable if no task can be taken now."""
@@ -226,9 +222,3 @@ class TaskQueue(TaskStore):
                 return [event.task for event in new if event.task]
         self._free_at, self._added_up_at = [0.0] * (len(self.lanes.up()) or len(self.lanes)), now
         return self.listing()
-
-
-def _replayed(reply: Reply, request: str) -> Receipt:
-    if reply.request != request:
-        raise KeyReused("Idempotency-Key: it was used for another request; take a new key")
-    return Receipt(reply.answer, replayed=True)

@@ -178,19 +178,19 @@ class Engine:
             board, now = bytes(watched.board), time.monotonic()
             if board != seen:
                 seen, since = board, now
-            elif now - since > self._patience_s(patience_s):
+            elif now - since > self._patience_s(watched.board, patience_s):
                 self._hung_s = now - since
                 self._kill()
                 return
 
-    def _patience_s(self, patience_s: float) -> float:
+    def _patience_s(self, board: Board, patience_s: float) -> float:
         """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them.
 
         In the first step, blocks may be compiled.
         """
-        if self._config.compile and self._board.phase == Phase.DENOISING and not self._board.step:
+        if self._config.compile and board.phase == Phase.DENOISING and not board.step:
             return LOADING_PATIENCE * patience_s
-        if self._board.phase != Phase.LOADING:
+        if board.phase != Phase.LOADING:
             return patience_s
         return math.inf if self._config.allow_download else LOADING_PATIENCE * patience_s
 
