@@ -200,11 +200,11 @@ class QueueRunner:
         facts = self._facts.used(lane.engine, task.job.model) | self._facts.learn(task.job, result, loaded=not warm)
         made = {name: getattr(result, name) for name in ("files", "timings", "plan", "peak_memory_bytes")}
 
-        def outcome(now: Task) -> Task:
+        def end(now: Task) -> Task:
             # A cancel that came after the last file was whole: `cancelling` was shown, so `cancelled` must follow.
             return ended(now, Status.CANCELLED if now.status is Status.CANCELLING else Status.COMPLETED, **made)
 
-        await self._settle(task.id, outcome, **facts)
+        await self._settle(task.id, end, **facts)
 
     async def _failed(self, lane: Lane, task_id: int, code: str, sentence: str) -> None:
         """End the task, unless only this engine can't work: then it waits for another."""
@@ -215,12 +215,7 @@ class QueueRunner:
         if others:
             log.error("%s takes no tasks for a while, others do: %s", lane.engine.device, sentence)
         await self._tidy(task_id, self._outputs.remove_parts)
-
-        def outcome(now: Task) -> Task:
-            back = others and now.status is not Status.CANCELLING
-            return put_back(now, now.attempts - 1) if back else ended(now, Status.FAILED, code, sentence)
-
-        await self._settle(task_id, outcome)
+        await self._settle(task_id, lambda now: ended(now, Status.FAILED, code, sentence), back=others)
 
     async def _stopped(self, task_id: int) -> None:
         """End a task that a client cancelled, or put it back at a shutdown.
@@ -229,16 +224,17 @@ class QueueRunner:
         """
         back = self._put_back and not self._cancelling(task_id)
         await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
+        await self._settle(task_id, lambda now: ended(now, Status.CANCELLED), back=back)
+
+    async def _settle(self, task_id: int, end: Callable[[Task], Task], *, back: bool = False, **facts: Any) -> None:
+        """Commit the end of a running task, however long the disk needs; `facts` in the same commit.
+
+        With `back`, it waits again, unless a client has cancelled it meanwhile.
+        """
 
         def outcome(now: Task) -> Task:
-            if back and now.status is Status.PROCESSING:  # a client may have cancelled it meanwhile
-                return put_back(now, now.attempts - 1)
-            return ended(now, Status.CANCELLED)
+            return put_back(now, now.attempts - 1) if back and now.status is Status.PROCESSING else end(now)
 
-        await self._settle(task_id, outcome)
-
-    async def _settle(self, task_id: int, outcome: Callable[[Task], Task], **facts: Any) -> None:
-        """Commit the outcome of a running task, however long the disk needs; `facts` in the same commit."""
         task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
         log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
 
