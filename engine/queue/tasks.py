@@ -30,15 +30,15 @@ class Status(StrEnum):
         return self in ENDED
 
 
+ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+
+
 class NoSuchTask(Exception):
     """No task has this id, or its record is no longer kept."""
 
 
 class WrongState(Exception):
     """The task is not in a state that allows this."""
-
-
-ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
 @dataclass(slots=True, eq=False)
