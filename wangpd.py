@@ -99,7 +99,7 @@ async def health(_request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """Whether it can take work; 503 with the reason while it can't."""
     app = request.app
-    closed = "wangpd is shutting down" if app[QUEUE].closed else ""
+    closed = "wangpd is shutting down" if app[QUEUE].runner.closed else ""
     if reason := next(filter(None, [*app[QUEUE].faults.values(), app[OUTPUTS].no_room(), closed]), None):
         raise web.HTTPServiceUnavailable(text=reason)
     return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": views.remarks(app)})
@@ -219,7 +219,7 @@ async def generate(request: web.Request) -> web.Response:
 
 
 def require_room(app: web.Application) -> None:
-    """Raises 503, Closed, Full or EngineDown if no task can be taken now."""
+    """Raises 503 or Unavailable if no task can be taken now."""
     if sentence := app[OUTPUTS].no_room():
         raise web.HTTPServiceUnavailable(text=sentence)
     app[QUEUE].require_open()
@@ -267,13 +267,13 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
 async def queue_state(request: web.Request) -> web.Response:
     """The running and the waiting tasks."""
     queue = request.app[QUEUE]
-    tasks, current = queue.listing(), queue.current
+    tasks, running = queue.listing(), queue.at_work
     data = {
         "total_tasks": len(tasks),
-        "current_task_id": current.id if current else None,
-        "is_processing": current is not None,
+        "current_task_id": running[0].id if running else None,
+        "is_processing": bool(running),
         "paused": queue.paused,
-        "tasks": views.queue_entries(tasks, running=len(queue.at_work)),
+        "tasks": views.queue_entries(tasks, running=len(running)),
     }
     return answered(f"Queue has {len(tasks)} tasks", data)
 
@@ -493,7 +493,7 @@ async def warm_up(app: web.Application) -> None:
     """With `warm_start`, load the model that was last in use, or the default one, if it is installed."""
     if not app[CONFIG].warm_start:
         return
-    wanted = (app[QUEUE].last_model, app[CONFIG].default_model)
+    wanted = (app[QUEUE].facts.last_model, app[CONFIG].default_model)
     for model in (app[CATALOG].get(model_id) for model_id in wanted if model_id in app[CATALOG]):
         if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
             app[QUEUE].warm_up(model)
@@ -606,7 +606,7 @@ def on_signal(stop: asyncio.Event, app: web.Application) -> None:
     if stop.is_set():
         close_engines(app)
         os._exit(1)
-    app[QUEUE].close()
+    app[QUEUE].runner.close()
     stop.set()
 
 

@@ -1,7 +1,4 @@
-"""The vocabulary of the process border: what the daemon and the generation process exchange.
-
-Standard library only: both sides import this module, and the daemon's side must stay small.
-"""
+"""The vocabulary of the process border: what the daemon and the generation process exchange. Standard library only."""
 
 import ctypes
 import zlib
@@ -17,7 +14,7 @@ NO_TASK = -1  # on the board while a model is loaded for no task; 0 would look c
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the generation process needs to know, the same for every job. The configuration takes its defaults here."""
+    """What the generation process needs to know for every job; the configuration takes its defaults from here."""
 
     save_path: Path
     models_dir: Path
@@ -43,7 +40,7 @@ class EngineConfig:
 
 
 class Phase(IntEnum):
-    """Where a running job is, in the order in which a job passes through."""
+    """Where a running job is, in order."""
 
     IDLE = 0
     LOADING = 1
@@ -52,34 +49,31 @@ class Phase(IntEnum):
     DECODING = 4
     SAVING = 5
 
+    @property
+    def label(self) -> str:
+        """`loading`, `encoding` …: the word for clients, sentences and timings."""
+        return self.name.lower()
+
 
 class Board(ctypes.Structure):
     """Progress and cancel, in memory shared by the daemon and one generation process.
 
-    Integers only, and one writer a field, so no lock: the worker writes everything but `cancel`, the daemon writes
-    `cancel` alone. A cancel names its task, so a late one can't hit the next. A lock held by a killed worker would hang
-    the daemon.
+    Integers, with one writer each, so no lock, which a killed worker could hold for ever: the daemon writes `cancel`,
+    the worker all others. A cancel names its task, so a late one can't hit the next.
     """
-
-    _fields_ = (
-        ("task", ctypes.c_int64),
-        ("phase", ctypes.c_int64),
-        ("run", ctypes.c_int64),  # pass through the pipeline that is under way, from 0
-        ("runs", ctypes.c_int64),  # passes of the whole job
-        ("step", ctypes.c_int64),  # denoising steps done in this run
-        ("total", ctypes.c_int64),  # denoising steps of this run
-        ("loaded", ctypes.c_int64),  # `fingerprint` of the model that the worker holds, or 0
-        ("cancel", ctypes.c_int64),
-    )
 
     task: int
     phase: int
-    run: int
-    runs: int
-    step: int
-    total: int
-    loaded: int
+    run: int  # pass through the pipeline that is under way, from 0
+    runs: int  # passes of the whole job
+    step: int  # denoising steps done in this run
+    total: int  # denoising steps of this run
+    loaded: int  # `fingerprint` of the model that the worker holds, or 0
     cancel: int
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("task", "phase", "run", "runs", "step", "total", "loaded", "cancel")
+    )
 
 
 def fingerprint(model_id: str) -> int:
@@ -92,8 +86,7 @@ class EngineError(Exception):
 
     def __init__(self, message: str, code: str = "generation_failed") -> None:
         super().__init__(message, code)  # both in args, so that the exception survives pickling
-        self.message = message
-        self.code = code
+        self.message, self.code = message, code
 
     def __str__(self) -> str:
         return self.message
@@ -113,12 +106,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Job:
-    """One request with everything decided: nothing in it is left to a default or to chance.
-
-    `inputs` maps an input's name (`image_start`, `video_source` …) to its stored files, at least one. `settings` holds
-    the request settings that have no field here, by name, as JSON values; see engine.settings.
-    `frames` is 1 for a picture and 0 for sound. File i of the job has the seed `seed + i`.
-    """
+    """One request with everything decided: nothing in it is left to a default or to chance."""
 
     model: str
     task: str  # the catalogue's word: t2v, i2v, flf2v, vace …
@@ -126,13 +114,13 @@ class Job:
     negative_prompt: str
     width: int
     height: int
-    frames: int
+    frames: int  # 1: a picture, 0: sound
     fps: int
     steps: int
     guidance_scale: float | None
     embedded_guidance_scale: float
     flow_shift: float | None
-    seed: int
+    seed: int  # of file i: seed + i
     guidance2_scale: float | None = None
     batch_size: int = 1
     repeat_generation: int = 1
@@ -146,13 +134,13 @@ class Job:
     window_overlap: int = 0
     color_correction: float = 0.0  # 0 to 1, of each window after the one before
     loras: tuple[Lora, ...] = ()
-    inputs: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)  # name (`image_start` …) → files, at least one
+    settings: Mapping[str, Any] = field(default_factory=dict)  # without a field here, by name, as JSON values
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A whole file in the output folder. Sound has no size and no frames, a picture one frame and no rate."""
+    """A whole file in the output folder; 0 for what it lacks: size, frames and rate of sound, rate of a picture."""
 
     filename: str
     type: str  # video, image, audio
@@ -166,15 +154,13 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished job returns. `timings` are seconds by phase name (`loading`, `encoding` …), `plan` says in a line
-    where the weights were.
+    """What a finished job returns, as soon as the next one can be made: its files may still be being written.
 
-    The worker returns it as soon as the next job can be made: its files are still being written, without their sizes,
-    and are whole once the worker has reported job number `pending` as settled.
+    They are whole once the worker has reported job number `pending` as settled; until then their sizes are 0.
     """
 
     files: tuple[OutputFile, ...]
-    timings: Mapping[str, float]
+    timings: Mapping[str, float]  # seconds by the label of the phase
     peak_memory_bytes: int
-    plan: str = ""
-    pending: int = 0
+    plan: str = ""  # where the weights were, in a line
+    pending: int = 0  # 0: the files are whole

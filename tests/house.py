@@ -163,7 +163,7 @@ class House:
         await self.started(task_id)
         self.desk.finish()
         await self.end(task_id)
-        await until(lambda: self.queue.current is None)
+        await until(lambda: not self.queue.at_work)
 
     def waiting(self) -> list[int]:
         return [task.id for task in self.queue.listing()]

@@ -167,8 +167,8 @@ async def test_progress_is_published_when_it_changes_and_getters_only_read(
         for step in (5, 10):
             house.desk.shown = Progress(Phase.DENOISING, 0, 1, step, 20)
             before = await queue.get(task_id)
-            shown = queue.progress_percent(before), queue.steps_done(before), queue.phase(before)
-            assert shown == (before.progress, (before.steps_done, 20), before.phase or None)
+            shown = queue.progress_percent(before), queue.steps_done(before), before.phase
+            assert shown == (before.progress, (before.steps_done, 20), before.phase)
             await until(lambda step=step: queue.at_work[0].steps_done == step)
             await asyncio.sleep(0.05)  # several looks at a board that stays as it is
         events = queue.events.since(since)
@@ -189,7 +189,7 @@ async def test_nobody_looks_at_the_boards_while_nothing_runs(house: House, monke
         await house.learn()
         await asyncio.sleep(0.01)
         monkeypatch.setattr(house.desk, "progress", looks.append)
-        monkeypatch.setattr(queue._store, "advance", looks.append)
+        monkeypatch.setattr(queue, "advance", looks.append)
         await asyncio.sleep(0.05)
         assert looks == []
 
@@ -254,7 +254,7 @@ async def remove(house: House, task_id: int) -> None:
 
 
 async def interrupt(house: House, _task_id: int) -> None:
-    house.queue.interrupt()
+    house.queue.runner.interrupt()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.job import OutputFile
-from engine.queue.journal import KEY_LIFETIME_S, MIGRATIONS, Journal, JournalFault
+from engine.queue.journal import KEY_LIFETIME_S, MIGRATIONS, Journal, JournalFault, KeyReused
 from engine.queue.order import ranks_of
 from engine.queue.tasks import Status, Task
 from tests.stand_ins import job
@@ -173,9 +173,9 @@ async def test_what_has_ended_does_not_wait(journal: Journal) -> None:
 async def test_a_key_that_was_used_brings_its_first_answer_and_no_row(journal: Journal) -> None:
     first, second = Task(0, job()), Task(0, job())
     assert await journal.add(first, "key", "digest", {"position": 1}) is None
-    again = await journal.add(second, "key", "other digest", {"position": 9})
-    assert again is not None
-    assert (again.request, again.answer) == ("digest", {"position": 1, "task_id": first.id})
+    assert await journal.add(second, "key", "digest", {"position": 9}) == {"position": 1, "task_id": first.id}
+    with pytest.raises(KeyReused):
+        await journal.add(second, "key", "other digest", {"position": 9})
     assert (await journal.history(None, 10, 0))[1] == 1
 
 
@@ -185,9 +185,7 @@ async def test_a_key_outlives_the_process(path: Path) -> None:
     await journal.add(task, "key", "digest", {})
     await journal.close()
     journal = await reopened(path)
-    again = await journal.add(Task(0, job()), "key", "digest", {})
-    assert again is not None
-    assert again.answer["task_id"] == task.id
+    assert await journal.add(Task(0, job()), "key", "digest", {}) == {"task_id": task.id}
     await journal.close()
 
 
@@ -237,8 +235,8 @@ async def test_the_pictures_of_every_kept_task_are_needed(journal: Journal, tmp_
 
 async def test_a_fact_is_json_that_outlives_the_process(path: Path) -> None:
     journal = await reopened(path)
-    await journal.set_fact("paused", True)
-    await journal.set_fact("speeds", {"wan": {"load_s": 1.5}})
+    await journal.save(paused=True)
+    await journal.save(speeds={"wan": {"load_s": 1.5}})
     await journal.close()
     journal = await reopened(path)
     assert await journal.fact("paused", False) is True

@@ -19,8 +19,8 @@ from engine.catalog.fetch import FetchError, fetch
 from engine.gpu import process, worker
 from engine.job import Cancelled, EngineError
 from engine.planning.machine import Machine
-from engine.queue.queue import Busy, EngineDown
-from engine.queue.tasks import Status
+from engine.queue.queue import Unavailable
+from engine.queue.tasks import Status, WrongState
 from engine.workers import lanes
 from engine.workers.local import Engine
 from tests import stand_ins
@@ -165,7 +165,7 @@ async def test_a_shutdown_puts_all_back_in_the_order_of_their_start(
         first, second, third = await begun(house)
         for desk in house.desks:
             monkeypatch.setattr(desk, "cancel", lambda _: None)
-        queue.interrupt()
+        queue.runner.interrupt()
         for place in order:
             house.desks[place].finish(Cancelled())
             await until(lambda: len(queue.at_work) < 2)
@@ -199,7 +199,7 @@ async def test_an_engine_without_its_device_gives_its_task_to_another(house: Hou
         house.desks[1].finish()
         await until(lambda: at_work(house.desks[1], first))
         assert (await queue.get(first)).attempts == 1
-        assert (ran(house)[0], queue.faults, queue.remarks()) == ([first], {}, ["cpu: There is no such card."])
+        assert (ran(house)[0], queue.faults, queue.lanes.remarks()) == ([first], {}, ["cpu: There is no such card."])
         await queue.submit(job())
 
 
@@ -222,7 +222,7 @@ async def test_where_no_engine_can_work_tasks_fail_and_say_why(house: House) -> 
             desk.finish(NO_GPU)
         await until(lambda: any(len(desk.ran) == 2 for desk in house.desks))
         assert queue.faults == {"engine": "There is no such card."}
-        with pytest.raises(EngineDown, match="no such card"):
+        with pytest.raises(Unavailable, match="no such card"):
             await queue.submit(job())
         for task_id in (first, second, third):
             while not (task := await queue.get(task_id)).status.ended:
@@ -243,7 +243,7 @@ async def test_an_engine_is_tried_again_after_a_while_and_its_fault_ends_with_it
         assert ran(house) == [[first, first], [second]]
         house.desks[0].finish()
         await house.end(first)
-        assert queue.remarks() == []
+        assert queue.lanes.remarks() == []
 
 
 async def test_to_cancel_the_task_of_an_engine_that_can_not_work_ends_it(
@@ -264,7 +264,7 @@ async def test_to_cancel_the_task_of_an_engine_that_can_not_work_ends_it(
 async def test_a_model_is_made_warm_in_one_lane(house: House) -> None:
     async with house.open() as queue:
         assert not queue.load(DEMO)
-        await until(lambda: queue.loaded(DEMO.id))
+        await until(lambda: queue.lanes.loaded(DEMO.id))
         assert sorted(desk.warm for desk in house.desks) == ["", DEMO.id]
 
 
@@ -286,10 +286,10 @@ async def test_a_warm_start_leaves_the_engines_to_tasks_that_wait(house: House) 
 
 async def test_the_model_that_was_last_in_use_outlives_the_daemon(house: House) -> None:
     async with house.open() as queue:
-        assert queue.last_model == ""
+        assert queue.facts.last_model == ""
         await house.learn()
     async with house.open() as queue:
-        assert queue.last_model == DEMO.id
+        assert queue.facts.last_model == DEMO.id
 
 
 async def test_memory_is_given_back_only_when_no_engine_works(house: House) -> None:
@@ -297,11 +297,11 @@ async def test_memory_is_given_back_only_when_no_engine_works(house: House) -> N
         first, second = await begun(house, 2)
         house.desks[0].finish()
         await house.end(first)
-        with pytest.raises(Busy):
+        with pytest.raises(WrongState, match="engine works"):
             queue.unload()
         house.desks[1].finish()
         await house.end(second)
-        await until(lambda: queue.current is None)
+        await until(lambda: not queue.at_work)
         assert queue.unload()
         assert [desk.unloads for desk in house.desks] == [1, 1]
 
@@ -336,9 +336,9 @@ async def test_a_load_that_finds_no_device_is_a_fault_of_its_lane_until_one_succ
         with monkeypatch.context() as patch:
             patch.setattr(house.desks[0], "load", fail)
             queue.load(DEMO)
-            await until(lambda: queue.remarks() == ["cpu: There is no such card."])
+            await until(lambda: queue.lanes.remarks() == ["cpu: There is no such card."])
         queue.warm_up(DEMO)
-        await until(lambda: queue.remarks() == [])
+        await until(lambda: queue.lanes.remarks() == [])
 
 
 def test_a_worker_waits_for_another_one_that_fetches_the_same_model(tmp_path: Path) -> None:

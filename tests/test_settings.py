@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -41,9 +40,9 @@ def resolved(model: Model, **sent: Any) -> Resolved:
 
 def restored(job: Job, forget: str = "") -> Job:
     """The job as the journal gives it back; without a field that an earlier version did not write."""
-    record: Mapping[str, Any] = json.loads(json.dumps(Task(1, job).record()))
+    record = json.loads(Task(1, job).record())
     record["job"].pop(forget, None)
-    return Task.restore(record).job
+    return Task.restore(json.dumps(record)).job
 
 
 # ---- a further setting is a row

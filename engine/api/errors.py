@@ -10,16 +10,17 @@ from engine.api.answers import brief
 from engine.api.keys import API, CONFIG, REQUEST_ID, Handler
 from engine.catalog.download import NoDownload
 from engine.catalog.models import UnknownModel
-from engine.queue.journal import JournalFault
-from engine.queue.queue import Busy, Closed, EngineDown, Full, KeyReused, NoSuchTask, WrongState
+from engine.queue.journal import JournalFault, KeyReused
+from engine.queue.queue import Unavailable
+from engine.queue.tasks import NoSuchTask, WrongState
 
 log = logging.getLogger("wangpd")
 RETRY_AFTER_S = 10
 
 STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
-    **dict.fromkeys((BadRequest, WrongState, NoDownload, Busy, KeyReused), web.HTTPBadRequest),
+    **dict.fromkeys((BadRequest, WrongState, NoDownload, KeyReused), web.HTTPBadRequest),
     **dict.fromkeys((UnknownModel, NoSuchTask), web.HTTPNotFound),
-    **dict.fromkeys((JournalFault, EngineDown, Closed, Full), web.HTTPServiceUnavailable),
+    **dict.fromkeys((JournalFault, Unavailable), web.HTTPServiceUnavailable),
 }
 KEPT_HEADERS = (hdrs.ALLOW, hdrs.CONTENT_RANGE, hdrs.RETRY_AFTER, hdrs.WWW_AUTHENTICATE)
 

@@ -31,7 +31,7 @@ def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
     return {
         **{name: getattr(model, name) for name in named},
         "installed": weights.locate(model, app[CONFIG].models_dir) is not None,
-        "loaded": app[QUEUE].loaded(model.id),
+        "loaded": app[QUEUE].lanes.loaded(model.id),
         "limits": {
             "resolution_multiple": model.spatial_multiple,
             "max_side": model.max_side,
@@ -98,7 +98,7 @@ def task_state(app: web.Application, task: Task) -> dict[str, Any]:
         "total_steps": total,
         "position": queue.position(task),
         "eta_seconds": queue.eta_s(task),
-        "phase": queue.phase(task),
+        "phase": task.phase or None,
         "prompt": task.job.prompt,
         "model_type": task.job.model,
         "seed": task.job.seed,
@@ -131,10 +131,11 @@ def output_entry(entry: Entry) -> dict[str, Any]:
 def public_config(app: web.Application) -> dict[str, Any]:
     """Return the non-sensitive configuration, with values as WanGP writes them."""
     config = app[CONFIG]
+    plans = [lane.engine.plan for lane in app[QUEUE].lanes if lane.engine.plan]
     return {name: getattr(config, name) for name in PUBLIC_KEYS} | {
         "profile": int(config.profile) if config.profile.is_integer() else config.profile,
         "save_path": config.shown_save_path,
-        "memory_plan": "\n".join(app[QUEUE].plans) or None,
+        "memory_plan": "\n".join(plans) or None,
     }
 
 
@@ -142,4 +143,4 @@ def remarks(app: web.Application) -> list[str]:
     """Return what a person should look at, though work goes on, a sentence each."""
     aside = app[JOURNAL].set_aside
     lost = [f"The queue's journal could not be read and was moved to {aside.name}; its tasks are lost"] if aside else []
-    return [*lost, *app[QUEUE].remarks()]
+    return [*lost, *app[QUEUE].lanes.remarks()]

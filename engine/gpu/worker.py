@@ -28,7 +28,6 @@ _config: EngineConfig
 _visible: str | None  # CUDA_VISIBLE_DEVICES as the daemon has it
 _session: "ModelSession | None" = None
 _reports: Connection
-_plan = ""  # as it was last reported
 _settled_count = 0
 
 
@@ -60,20 +59,32 @@ def _guarded(task_id: int, work: "Callable[[ModelSession, Meter], T]") -> T:
         meter.enter(Phase.LOADING)
         return work(_opened(), meter)
     except BaseException as error:  # SystemExit too: it would cross the border and end the daemon
-        fault = _for_the_daemon(error, task_id, meter.where)
+        fault = _for_daemon(error, task_id, meter.where)
     finally:
         _give_back()
         meter.done()
     raise fault  # only here, where `error` is gone: its frames hold the tensors of the job, and `fault` would keep it
 
 
-def _for_the_daemon(error: BaseException, task_id: int, where: str) -> Exception:
+def _for_daemon(error: BaseException, task_id: int, where: str) -> Exception:
     if isinstance(error, Cancelled):
         return Cancelled("by request")
     if isinstance(error, EngineError):
         return EngineError(error.message, error.code)
     log.exception("task %d: fault while %s", task_id, where)
-    return _translated(error, where)
+    first_line = (str(error).strip() or "no message").splitlines()[0][:300]
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return EngineError(
+            f"Out of memory while {where}. Try a smaller resolution or video_length, batch_size 1, or a higher profile"
+            " in wangpd.toml.",
+            "out_of_memory",
+        )
+    if isinstance(error, ImportError):
+        sentence = f"The generation process can't work: {first_line}. Install wangpd again."
+        return EngineError(sentence, "engine_unavailable")
+    if isinstance(error, OSError) and error.errno is not None:
+        return EngineError(f"{error.strerror or first_line} while {where}.", "os_error")
+    return EngineError(f"{type(error).__name__} while {where}: {first_line}")
 
 
 def _opened() -> "ModelSession":
@@ -87,69 +98,20 @@ def _opened() -> "ModelSession":
 
 
 def _settled(fault: str) -> None:
-    """The files of one more job are written, or given up for this reason. Called in the background, there alone."""
+    """Report that the files of one more job are written, or given up for this reason. Called in one thread only."""
     global _settled_count
     _settled_count += 1
     _report(settled=_settled_count, fault=fault[:MOST_REPORTED])
 
 
 def _report(**values: Any) -> None:
-    """Send values to the daemon, which can't be read from the board; see engine.workers.reports.
-
-    One write of less than PIPE_BUF (4,096 bytes) is whole, whatever another thread writes, and needs no lock.
-    """
+    """Send values to engine.workers.reports: one write of less than PIPE_BUF (4,096 bytes) is whole without a lock."""
     os.write(_reports.fileno(), json.dumps(values).encode() + b"\n")
 
 
 def _give_back() -> None:
-    global _plan
     if _session is None:
         return
     _board.loaded = fingerprint(_session.model_id) if _session.model_id else 0
-    plan = f"{_session.model_id}: {_session.plan}"[:MOST_REPORTED] if _session.model_id else ""
-    if plan != _plan:
-        _plan = plan
-        _report(plan=plan)
+    _report(plan=f"{_session.model_id}: {_session.plan}"[:MOST_REPORTED] if _session.model_id else "")
     _session.give_back()
-
-
-def _translated(error: BaseException, where: str) -> EngineError:
-    """The sentence for an unexpected fault; the traceback is in the log."""
-    for matches, make in _SENTENCES:
-        if matches(error):
-            return make(error, where)
-    return EngineError(f"{type(error).__name__} while {where}: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0][:300]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-
-
-def _out_of_memory(_: BaseException, where: str) -> EngineError:
-    return EngineError(
-        f"Out of memory while {where}. Try a smaller resolution or video_length, batch_size 1, or a higher profile in"
-        " wangpd.toml.",
-        "out_of_memory",
-    )
-
-
-def _disk_fault(error: BaseException, where: str) -> EngineError:
-    assert isinstance(error, OSError)
-    return EngineError(f"{error.strerror or _first_line(error)} while {where}.", "os_error")
-
-
-def _missing_package(error: BaseException, _: str) -> EngineError:
-    return EngineError(
-        f"The generation process can't work: {_first_line(error)}. Install wangpd again.", "engine_unavailable"
-    )
-
-
-_SENTENCES: tuple[tuple[Callable[[BaseException], bool], Callable[[BaseException, str], EngineError]], ...] = (
-    (_is_out_of_memory, _out_of_memory),
-    (lambda error: isinstance(error, ImportError), _missing_package),
-    (lambda error: isinstance(error, OSError) and error.errno is not None, _disk_fault),
-)

@@ -1,14 +1,6 @@
-"""Events: what happens to the tasks, each change published once, in order, after the commit that made it true.
+"""Events: the changes of the tasks, each published once, in order, after its commit.
 
-A bounded ring keeps the newest; a subscriber is a position in it. So a slow one costs neither time nor memory: it
-learns that it has lost events, takes a fresh look at the tasks, and goes on from there.
-
-A new listener is a coroutine in a file of its own, started by one line beside the other lifetimes:
-
-    async def listen(events: Events) -> None:
-        subscription = events.subscribe()
-        while True:
-            for event in await subscription.read(): ...
+A bounded ring keeps the newest, and a subscriber is a position in it: a slow one costs neither time nor memory.
 """
 
 import asyncio
@@ -25,7 +17,7 @@ KEPT = 1000
 
 
 class EventKind(StrEnum):
-    """What has happened; the last three are about the whole queue."""
+    """The kinds of changes; the last three are about the whole queue."""
 
     QUEUED = "queued"
     STARTED = "started"
@@ -43,7 +35,7 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change. `task` is the task as it was right after it, or None if the change is about the whole queue."""
+    """One change. `task` is the task right after it, or None if the change is about the whole queue."""
 
     id: int
     kind: EventKind
@@ -52,20 +44,16 @@ class Event:
 
 
 class EventsLost(Exception):
-    """Some events are no longer kept: a subscriber must look at the tasks themselves."""
+    """Some events are no longer kept: a subscriber must read the tasks themselves."""
 
 
 class Events:
-    """The ring. Used on the event loop only.
-
-    Ids grow by 1. The first is the time of the start in microseconds, so that an id from before a restart is never
-    taken for one of this life.
-    """
+    """The ring. Used on the event loop only. Ids grow by 1."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._ring: deque[Event] = deque(maxlen=kept)
         self._news = asyncio.Event()
-        self.last_id = time.time_ns() // 1000
+        self.last_id = time.time_ns() // 1000  # above every id of an earlier start of the daemon
 
     def publish(self, kind: EventKind, task: Task | None = None) -> None:
         """Append an event and wake the subscribers."""
@@ -98,10 +86,9 @@ class Subscription:
         self._events, self._last_id = events, last_id
 
     async def read(self) -> Sequence[Event]:
-        """The events since the last call, at least one: waits for it.
+        """Wait for at least one event since the last call, and return all since then.
 
-        Raises EventsLost if this subscriber was too slow for some of them; the next call goes on with what is published
-        from now on.
+        Raises EventsLost if some are no longer kept; the next call waits for what is published from now on.
         """
         await self._events.wait(self._last_id)
         last_id, self._last_id = self._last_id, self._events.last_id

@@ -8,12 +8,12 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from engine.queue.tasks import ENDED, Status, Task
 
@@ -39,44 +39,34 @@ MIGRATIONS = (
     """,
 )
 KEY_LIFETIME_S = 24 * 3600
-DISK_FAULTS = frozenset(  # faults of the disk or folder, not of what is in the file
-    {
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_CANTOPEN,
-    }
-)
+# Errors of what is in the file; any other is of the disk, the folder or the lock, and says nothing against the file.
+FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 UPDATE = "UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?"
-NO_RANKS: Mapping[int, float] = {}
+UNFINISHED = f"WHERE status NOT IN ({', '.join(repr(str(status)) for status in sorted(ENDED))}) ORDER BY rank, id"
+P = ParamSpec("P")
 T = TypeVar("T")
-Row = Sequence[Any]
-
-_ENDED = tuple(sorted(status.value for status in ENDED))
-_MARKS = ", ".join("?" * len(_ENDED))
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An answer that was given under an idempotency key."""
-
-    request: str
-    answer: Mapping[str, Any]
+class KeyReused(Exception):
+    """The idempotency key was used for another request."""
 
 
 class JournalFault(Exception):
     """The journal can't be written or read now, most often because its disk is full: one sentence."""
 
 
-class Journal:
-    """The rows, behind async calls that each run in the journal's own thread.
+def _in_thread(method: "Callable[Concatenate[Journal, P], T]") -> "Callable[Concatenate[Journal, P], Awaitable[T]]":
+    """Make of `method` an async one, which runs it in the journal's own thread. Raises JournalFault."""
 
-    `set_aside` is where an unreadable journal was moved at `open`, or None.
-    """
+    @wraps(method)
+    def call(self: "Journal", /, *arguments: P.args, **options: P.kwargs) -> Awaitable[T]:
+        return self._call(partial(method, self, *arguments, **options))
+
+    return call
+
+
+class Journal:
+    """The rows. `set_aside` is where an unreadable journal was moved at `open`, or None."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -92,133 +82,127 @@ class Journal:
                 f"The queue's journal can't be used now ({error}); free its disk, then try again"
             ) from error
 
-    async def open(self, id_floor: int = 0) -> None:
+    @_in_thread
+    def open(self, id_floor: int = 0) -> None:
         """Open or create the file; one that can't be read is moved aside, and an empty one takes its place.
 
         The next id is above `id_floor` in any case, so that a lost journal does not make ids start again.
         Raises OSError or JournalFault if there is no place to write.
         """
-        await self._call(lambda: self._open(id_floor))
-
-    def _open(self, id_floor: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = _connect(self._path)
         except (sqlite3.DatabaseError, TypeError, ValueError, LookupError) as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK_FAULTS:
-                raise  # a full disk says nothing against the journal, and its tasks must not be lost to it
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in FILE_FAULTS:
+                raise
             self.set_aside = _move_aside(self._path)
             self._db = _connect(self._path)
-        if _highest_id(self._db) < id_floor:
-            with self._db:
-                self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'tasks'")
-                self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('tasks', ?)", (id_floor,))
+        with self._db:
+            self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'tasks' AND seq < ?", (id_floor,))
+            self._db.execute(
+                "INSERT INTO sqlite_sequence SELECT 'tasks', ?"
+                " WHERE NOT EXISTS (SELECT * FROM sqlite_sequence WHERE name = 'tasks')",
+                (id_floor,),
+            )
 
     async def close(self) -> None:
         """Close the file. Nothing is lost without it."""
         await self._call(self._db.close)
         self._thread.shutdown()
 
-    async def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Reply | None:
+    @_in_thread
+    def add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
 
-        If `key` was used in the last 24 hours, nothing is stored and the reply of that time comes back.
+        If `key` was used in the last 24 hours, nothing is stored and the answer of that time comes back. Raises
+        KeyReused if that was for a request with another digest than `request`.
         """
-        return await self._call(lambda: self._add(task, key, request, answer))
-
-    def _add(self, task: Task, key: str | None, request: str, answer: Mapping[str, Any]) -> Reply | None:
         with self._db:
-            if key is not None and (reply := self._reply(key)):
-                return reply
-            row = self._db.execute("INSERT INTO tasks (status, rank, record) VALUES (?, 0, '')", (task.status.value,))
+            if key is not None and (known := self._answer(key, request)):
+                return known
+            row = self._db.execute("INSERT INTO tasks (status, rank, record) VALUES (?, 0, '')", (task.status,))
             assert row.lastrowid is not None
             task.id = row.lastrowid
             self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
             self._db.execute(UPDATE, _row(task))
             if key is not None:
-                stored = json.dumps({**answer, "task_id": task.id})
-                self._db.execute(
-                    "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, request, stored, time.time())
-                )
+                values = key, request, json.dumps({**answer, "task_id": task.id}), time.time()
+                self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", values)
         return None
 
-    def _reply(self, key: str) -> Reply | None:
+    def _answer(self, key: str, request: str) -> Mapping[str, Any] | None:
         row = self._db.execute(
             "SELECT request, answer FROM replies WHERE key = ? AND created_at >= ?", (key, time.time() - KEY_LIFETIME_S)
         ).fetchone()
-        return Reply(row[0], json.loads(row[1])) if row else None
+        if row and row[0] != request:
+            raise KeyReused("Idempotency-Key: it was used for another request; take a new key")
+        return json.loads(row[1]) if row else None
 
-    async def reply(self, key: str) -> Reply | None:
-        """The answer that was given under this idempotency key in the last 24 hours."""
-        return await self._call(lambda: self._reply(key))
+    @_in_thread
+    def answer(self, key: str, request: str) -> Mapping[str, Any] | None:
+        """The answer that was given under this idempotency key in the last 24 hours. Raises KeyReused."""
+        return self._answer(key, request)
 
-    async def save(self, *tasks: Task, ranks: Mapping[int, float] = NO_RANKS, **facts: Any) -> None:
+    @_in_thread
+    def save(self, /, *tasks: Task, ranks: Mapping[int, float] | None = None, **facts: Any) -> None:
         """Commit these versions of tasks, ranks by task id, and JSON values under the names of `facts`, together."""
-        rows = [_row(task) for task in tasks]
-        ranked = [(rank, task_id) for task_id, rank in ranks.items()]
-        values = [(name, json.dumps(value)) for name, value in facts.items()]
-        await self._call(lambda: self._save(rows, ranked, values))
-
-    def _save(self, rows: Iterable[Row], ranked: Iterable[Row], facts: Iterable[Row]) -> None:
         with self._db:
-            self._db.executemany(UPDATE, rows)
+            self._db.executemany(UPDATE, map(_row, tasks))
+            ranked = ((rank, task_id) for task_id, rank in (ranks or {}).items())
             self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
-            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts)
+            values = ((name, json.dumps(value)) for name, value in facts.items())
+            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", values)
 
-    async def unfinished(self) -> list[Task]:
+    @_in_thread
+    def unfinished(self) -> list[Task]:
         """The tasks that have not ended, in the order in which they wait."""
-        return await self._call(lambda: _unfinished(self._db))
+        return _tasks(self._db, UNFINISHED)
 
-    async def get(self, task_id: int) -> Task | None:
+    @_in_thread
+    def get(self, task_id: int) -> Task | None:
         """The task with this id, or None if there is no such row (any more)."""
         if abs(task_id) >= 2**63:
             return None  # beyond what SQLite can hold
-        found = await self._call(lambda: self._tasks("WHERE id = ?", (task_id,)))
-        return found[0] if found else None
+        return next(iter(_tasks(self._db, "WHERE id = ?", task_id)), None)
 
-    async def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
+    @_in_thread
+    def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
         """A page of all tasks, newest first, and how many there are."""
-        where, values = ("WHERE status = ?", (status.value,)) if status else ("", ())
-        return await self._call(lambda: self._page(where, values, limit, offset))
-
-    def _page(self, where: str, values: tuple[str, ...], limit: int, offset: int) -> tuple[list[Task], int]:
+        where, values = ("WHERE status = ?", (status,)) if status else ("", ())
         total = self._db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
-        return self._tasks(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", (*values, limit, offset)), total
+        return _tasks(self._db, f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", *values, limit, offset), total
 
-    def _tasks(self, rest: str, values: Sequence[Any] = ()) -> list[Task]:
-        return _read(self._db, rest, values)
-
-    async def prune(self, keep_count: int, keep_s: float) -> None:
+    @_in_thread
+    def prune(self, keep_count: int, keep_s: float) -> None:
         """Forget ended tasks beyond the newest `keep_count`, and those that ended over `keep_s` seconds ago."""
-        await self._call(lambda: self._prune(keep_count, time.time() - keep_s))
-
-    def _prune(self, keep_count: int, before: float) -> None:
         newest_too_many = (
             "SELECT finished_at, id FROM tasks WHERE finished_at IS NOT NULL"
             " ORDER BY finished_at DESC, id DESC LIMIT 1 OFFSET ?"
         )
         with self._db:
-            self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (before,))
+            self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (time.time() - keep_s,))
             self._db.execute(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
             self._db.execute("DELETE FROM replies WHERE created_at < ?", (time.time() - KEY_LIFETIME_S,))
 
-    async def inputs(self) -> set[str]:
+    @_in_thread
+    def inputs(self) -> set[str]:
         """The names of all stored input files that some row still needs."""
-        tasks = await self._call(lambda: self._tasks("WHERE json_extract(record, '$.job.inputs') != '{}'"))
+        tasks = _tasks(self._db, "WHERE json_extract(record, '$.job.inputs') != '{}'")
         return {path.name for task in tasks for paths in task.job.inputs.values() for path in paths}
 
-    async def fact(self, name: str, default: Any = None) -> Any:
+    @_in_thread
+    def fact(self, name: str, default: Any = None) -> Any:
         """The JSON value last stored under `name`."""
-        row = await self._call(lambda: self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone())
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return json.loads(row[0]) if row else default
 
-    async def set_fact(self, name: str, value: Any) -> None:
-        """Commit a JSON value under `name`."""
-        await self.save(**{name: value})
+
+def _row(task: Task) -> tuple[Any, ...]:
+    return task.status, task.finished_at, task.record(), task.id
 
 
-def _row(task: Task) -> Row:
-    return task.status.value, task.finished_at, json.dumps(task.record()), task.id
+def _tasks(db: sqlite3.Connection, rest: str, *values: Any) -> list[Task]:
+    return [Task.restore(record) for (record,) in db.execute(f"SELECT record FROM tasks {rest}", values)]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -226,40 +210,22 @@ def _connect(path: Path) -> sqlite3.Connection:
 
     A row that waits and can't be read raises what `Task.restore` raises: better now than when its turn comes.
     """
-    db = sqlite3.connect(path, check_same_thread=True)
+    db = sqlite3.connect(path)
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")
-        _migrate(db)
-        _unfinished(db)
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise sqlite3.DatabaseError(f"schema version {version} is newer than this wangpd")
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+        _tasks(db, UNFINISHED)
     except BaseException:
         db.close()
         raise
     return db
-
-
-def _unfinished(db: sqlite3.Connection) -> list[Task]:
-    return _read(db, f"WHERE status NOT IN ({_MARKS}) ORDER BY rank, id", _ENDED)
-
-
-def _read(db: sqlite3.Connection, rest: str, values: Sequence[Any]) -> list[Task]:
-    rows = db.execute(f"SELECT record FROM tasks {rest}", values)
-    return [Task.restore(json.loads(record)) for (record,) in rows]
-
-
-def _migrate(db: sqlite3.Connection) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
-        raise sqlite3.DatabaseError(f"schema version {version} is newer than this wangpd")
-    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-        db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
-
-
-def _highest_id(db: sqlite3.Connection) -> int:
-    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
-    return int(row[0]) if row else 0
 
 
 def _move_aside(path: Path) -> Path:

@@ -10,9 +10,8 @@ from engine.queue.tasks import Task
 class Order:
     """The waiting tasks, sorted by rank. A place is counted from 0, and is found by bisection.
 
-    The rank of a new task is its id, which puts it behind all others: whatever rank is given here stays below the next
-    id. A task that is moved gets a rank between those of its new neighbours, so that only its own row changes. A task
-    that runs keeps its rank, below those of all that wait, and comes back to it if it is put back.
+    A new task's rank is its id, above all ranks that are given here. A task that is moved gets a rank between those of
+    its new neighbours, so that only its row changes. A task that runs keeps its rank, below those of all that wait.
     """
 
     def __init__(self) -> None:
@@ -29,7 +28,6 @@ class Order:
 
     @property
     def first(self) -> Task | None:
-        """The task whose turn is next."""
         return self._tasks[self._sorted[0][1]] if self._sorted else None
 
     def get(self, task_id: int) -> Task | None:

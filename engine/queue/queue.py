@@ -1,49 +1,33 @@
-"""The task queue: what the handlers ask of it, over the store that owns the tasks and the runner that works on them."""
+"""The task queue: the store of the tasks, with the engines that work on them and estimates of the time they take."""
 
 import asyncio
 import contextlib
+import heapq
+import math
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.catalog.models import Catalog, Model
+from engine.files.outputs import Outputs
 from engine.job import Job
-from engine.queue.events import EventsLost
+from engine.planning.machine import Machine
+from engine.planning.work import Work
+from engine.queue.events import EventKind, EventsLost
 from engine.queue.facts import Facts
-from engine.queue.journal import Journal, Reply
-from engine.queue.progress import QueueView
-from engine.queue.runner import Files, Limits, QueueRunner
+from engine.queue.journal import Journal
+from engine.queue.runner import Limits, QueueRunner
 from engine.queue.store import TaskStore
-from engine.queue.tasks import Status, Task
+from engine.queue.tasks import Status, Task, WrongState
 from engine.workers.lanes import Lanes, Runner
 
-
-class NoSuchTask(Exception):
-    """No task has this id, or its record is no longer kept."""
-
-
-class WrongState(Exception):
-    """The task is not in a state that allows this."""
+ADDED_UP_S = 1.0  # how old the sum of all that waits may be
+KNOWN_PERCENT = 5  # from here on, a task's own pace says more than those of earlier ones
 
 
-class Closed(Exception):
-    """The daemon is shutting down and takes no new work."""
-
-
-class Full(Exception):
-    """As many tasks wait as may."""
-
-
-class EngineDown(Exception):
-    """The generation process can't work on this machine as it is."""
-
-
-class Busy(Exception):
-    """An engine works, and this would end its work."""
-
-
-class KeyReused(Exception):
-    """The idempotency key was used for another request."""
+class Unavailable(Exception):
+    """No task can be taken now: the daemon is shutting down, the queue is full, or no engine can work."""
 
 
 @dataclass(frozen=True)
@@ -54,62 +38,48 @@ class Receipt:
     replayed: bool = False
 
 
-class TaskQueue(QueueView):
+class TaskQueue(TaskStore):
     """The tasks, from submission to their end. Used on the event loop only."""
 
     def __init__(
-        self,
-        journal: Journal,
-        engines: Sequence[Runner],
-        catalog: Catalog,
-        files: Files,
-        limits: Limits | None = None,
+        self, journal: Journal, engines: Sequence[Runner], catalog: Catalog, outputs: Outputs, limits: Limits
     ) -> None:
-        super().__init__(TaskStore(journal), Lanes(engines), catalog, Facts())
-        self._journal, self._limits = journal, limits or Limits()
-        self._runner = QueueRunner(
-            self._store, self._lanes, self._facts, catalog=catalog, files=files, limits=self._limits
-        )
+        super().__init__(journal)
+        self.lanes, self.facts = Lanes(engines), Facts()
+        self._catalog, self._max_queue = catalog, limits.max_queue
+        self.runner = QueueRunner(self, self.lanes, self.facts, catalog=catalog, outputs=outputs, limits=limits)
         self._submitting = 0
+        self._free_at: list[float] = []  # seconds until each lane is free, a heap
+        self._added_up_at, self._seen_id = -math.inf, 0
         self._work: asyncio.Task[None]
 
     # -- life
 
     @contextlib.asynccontextmanager
     async def running(self, stop_s: float) -> AsyncIterator[None]:
-        """Take up what the journal holds, run it and whatever is submitted, until the block ends.
-
-        Then the running tasks are stopped within `stop_s` seconds and put back, as if they had never started.
-        """
-        await self._facts.restore(self._journal)
-        self._store.paused = await self._journal.fact("paused", False)
-        await self._runner.restore()
-        self._work = asyncio.create_task(self._runner.run(), name="queue runner")
+        """Take up what the journal holds, run it and whatever is submitted, until the block ends; then `stop`."""
+        await self.facts.restore(self.journal)
+        self.paused = await self.journal.fact("paused", False)
+        await self.runner.restore()
+        self._work = asyncio.create_task(self.runner.run(), name="queue runner")
         try:
             yield
         finally:
             await self.stop(stop_s)
 
     async def stop(self, stop_s: float) -> None:
-        """Take no new work, and stop the running tasks within `stop_s` seconds; they are put back then."""
-        self.interrupt()
+        """Take no new work, and within `stop_s` seconds put the running tasks back, as if they had never started."""
+        self.runner.interrupt()
         await asyncio.wait([self._work], timeout=stop_s)
         self._work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._work
 
     @property
-    def closed(self) -> bool:
-        """No new work is taken."""
-        return self._runner.closed
-
-    def close(self) -> None:
-        """Take no new work and start none."""
-        self._runner.close()
-
-    def interrupt(self) -> None:
-        """Take no new work, and begin to stop the running tasks, which will be put back."""
-        self._runner.interrupt()
+    def faults(self) -> dict[str, str]:
+        """What keeps the queue from working now, a sentence each."""
+        found = {"journal": self.journal_fault, "engine": self.lanes.fault}
+        return {name: sentence for name, sentence in found.items() if sentence}
 
     # -- submissions
 
@@ -118,11 +88,11 @@ class TaskQueue(QueueView):
     ) -> Receipt:
         """Queue `job`. When this returns, it is on the disk.
 
-        Raises Closed, Full, EngineDown, JournalFault, or KeyReused if `key` was used for a request with another digest.
+        Raises Unavailable, JournalFault, or KeyReused if `key` was used for a request with another digest.
         """
         self.require_open()
         answer = {
-            "position": len(self._store.waiting) + self._submitting + len(self._store.running) + 1,
+            "position": len(self.waiting) + self._submitting + len(self.started) + 1,
             "estimated_wait": self.estimated_wait_s(),
             "seed": job.seed,
             "warnings": list(warnings),
@@ -130,36 +100,31 @@ class TaskQueue(QueueView):
         task = Task(0, job, warnings=tuple(warnings))
         self._submitting += 1
         try:
-            reply = await self._journal.add(task, key, request, answer)
+            earlier = await self.journal.add(task, key, request, answer)
         finally:
             self._submitting -= 1
-        if reply:
-            return self._replayed(reply, request)
-        self._store.add(task)
-        self._runner.wake.set()
+        if earlier:
+            return Receipt(earlier, replayed=True)
+        self.add(task)
+        self.runner.wake.set()
         return Receipt({**answer, "task_id": task.id})
 
     async def replay(self, key: str, request: str) -> Receipt | None:
-        """The answer that this key has had already, whatever state the queue is in now; None for a new key.
+        """The answer that this key has had already, whatever state the queue is in; None for a new key.
 
         Raises KeyReused.
         """
-        reply = await self._journal.reply(key)
-        return self._replayed(reply, request) if reply else None
-
-    def _replayed(self, reply: Reply, request: str) -> Receipt:
-        if reply.request != request:
-            raise KeyReused("Idempotency-Key: it was used for another request; take a new key")
-        return Receipt(reply.answer, replayed=True)
+        earlier = await self.journal.answer(key, request)
+        return Receipt(earlier, replayed=True) if earlier else None
 
     def require_open(self) -> None:
-        """Raises Closed, Full or EngineDown if no task can be taken now."""
-        if self.closed:
-            raise Closed("wangpd is shutting down and takes no new work")
-        if len(self._store.waiting) + self._submitting >= self._limits.max_queue:
-            raise Full(f"The queue is full: {self._limits.max_queue} tasks wait (max_queue)")
-        if not self._lanes.up():
-            raise EngineDown(self._lanes.fault)
+        """Raises Unavailable if no task can be taken now."""
+        if self.runner.closed:
+            raise Unavailable("wangpd is shutting down and takes no new work")
+        if len(self.waiting) + self._submitting >= self._max_queue:
+            raise Unavailable(f"The queue is full: {self._max_queue} tasks wait (max_queue)")
+        if not self.lanes.up():
+            raise Unavailable(self.lanes.fault)
 
     async def retry(self, task_id: int) -> Receipt:
         """Queue the job of an ended task again, with its settings, seed and pictures.
@@ -171,86 +136,89 @@ class TaskQueue(QueueView):
             raise WrongState(f"Task {task_id} is {task.status}; only an ended task can be retried")
         return await self.submit(task.job, task.warnings)
 
-    # -- changes of what runs and waits
+    # -- changes that concern the engines
 
     async def remove(self, task_id: int) -> Status:
-        """Take a waiting task out, or begin to cancel a running one; returns its new status.
-
-        Raises NoSuchTask, WrongState if it has ended, or JournalFault, and then nothing has changed.
-        """
-        task = await self._store.cancel(task_id)
-        if task is None:
-            task = await self.get(task_id)
-            raise WrongState(f"Task {task_id} has already ended ({task.status}); there is nothing to remove")
-        if not task.status.ended:
-            self._lanes.cancel(task_id)
-        return task.status
-
-    async def clear(self) -> int:
-        """Take out all waiting tasks and return how many there were; those that run go on. Raises JournalFault."""
-        return await self._store.clear()
+        """See TaskStore; begins to cancel the work on a running task."""
+        status = await super().remove(task_id)
+        if not status.ended:
+            self.lanes.cancel(task_id)
+        return status
 
     async def pause(self, paused: bool) -> None:
-        """Start no waiting task, or start them again; remembered over a restart. Running tasks go on."""
-        await self._store.pause(paused)
-        self._runner.wake.set()
-
-    async def move(self, task_id: int, position: int) -> int:
-        """Put a waiting task at `position` and return where it is: never before those that run, or past the end.
-
-        Raises NoSuchTask, WrongState if it does not wait, or JournalFault, and then it is where it was.
-        """
-        moved_to = await self._store.move(task_id, position)
-        if moved_to is None:
-            task = await self.get(task_id)
-            raise WrongState(f"Task {task_id} is {task.status}; only a waiting task can be moved")
-        return moved_to
+        """See TaskStore."""
+        await super().pause(paused)
+        self.runner.wake.set()
 
     def load(self, model: Model) -> bool:
         """Make `model` warm as soon as an engine is free; True if it is already."""
-        if self._lanes.loaded(model.id):
+        if self.lanes.loaded(model.id):
             return True
-        self._runner.to_load = [model]
-        self._runner.wake.set()
+        self.runner.to_load = [model]
+        self.runner.wake.set()
         return False
 
     def warm_up(self, model: Model) -> None:
         """Make `model` warm in every lane; not while tasks wait, for they bring their own."""
-        if self.paused or not self._store.waiting:
-            self._runner.to_load = [model] * len(self._lanes)
-            self._runner.wake.set()
+        if self.paused or not self.waiting:
+            self.runner.to_load = [model] * len(self.lanes)
+            self.runner.wake.set()
 
     def unload(self) -> bool:
-        """Give back all memory of the cards; False if there was nothing to give. Raises Busy if an engine works."""
-        if self._store.running or self._lanes.busy:
-            raise Busy("The engine works; wait for the task, or cancel it first")
-        return self._lanes.unload()
+        """Give back all memory of the cards; False if there was none to give. Raises WrongState if an engine works."""
+        if self.started or any(lane.holder for lane in self.lanes):
+            raise WrongState("The engine works; wait for the task, or cancel it first")
+        return self.lanes.unload()
 
-    # -- tasks
+    @property
+    def machines(self) -> list[Machine]:
+        """What was ever measured of the devices in use."""
+        known = self.facts.machines
+        return [known[lane.engine.device] for lane in self.lanes if lane.engine.device in known]
 
-    async def get(self, task_id: int) -> Task:
-        """The task with this id, ended or not. Raises NoSuchTask."""
-        task = self.active(task_id) or await self._journal.get(task_id)
-        if task is None:
-            raise NoSuchTask(f"Task {task_id} not found")
-        return task
+    # -- how far, and how long
 
-    async def wait(self, task_id: int, timeout_s: float) -> Task:
-        """The task once it has ended, or as it is after `timeout_s`. Raises NoSuchTask."""
-        subscription = self.events.subscribe()  # first: an end that comes while `get` asks the journal is not missed
-        task = await self.get(task_id)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while not task.status.ended:
-                    try:
-                        for event in await subscription.read():
-                            if event.task and event.task.id == task_id:
-                                task = event.task
-                    except EventsLost:
-                        task = await self.get(task_id)
-        return task
+    def progress_percent(self, task: Task) -> float:
+        """0 to 100; it only grows, and is 100 once the task is completed."""
+        return 100.0 if task.status is Status.COMPLETED else task.progress
 
-    async def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
-        """A page of all tasks, newest first, and how many there are."""
-        tasks, total = await self._journal.history(status, limit, offset)
-        return [self.active(task.id) or task for task in tasks], total
+    def steps_done(self, task: Task) -> tuple[int, int]:
+        """Denoising steps done and to do, over all runs of the task; the first only grows."""
+        job = task.job
+        model = self._catalog.get(job.model) if job.model in self._catalog else None
+        known = Work.of(model, job).runs if model and job.task in model.pipelines else None
+        total = job.steps * (known or job.repeat_generation * job.batch_size)
+        return total if task.status is Status.COMPLETED else task.steps_done, total
+
+    def estimate_s(self, job: Job) -> float | None:
+        """Seconds of its own work that `job` will take; None if its model has never run."""
+        return self.facts.estimate_s(job, self.lanes.loaded(job.model))
+
+    def eta_s(self, task: Task) -> float | None:
+        """Seconds of work still ahead of this task, none of them spent in the queue; None if nothing is known."""
+        if task.status.ended:
+            return None
+        if task.started_at and task.progress >= KNOWN_PERCENT:
+            return round((time.time() - task.started_at) * (100 - task.progress) / task.progress, 1)
+        estimate_s = self.estimate_s(task.job)
+        return None if estimate_s is None else round(estimate_s * (1 - task.progress / 100), 1)
+
+    def estimated_wait_s(self) -> float | None:
+        """Seconds until a task that is submitted now would start; None if a task without history decides it."""
+        for task in self._not_added_up():
+            eta_s = self.eta_s(task)
+            heapq.heapreplace(self._free_at, self._free_at[0] + (math.inf if eta_s is None else eta_s))
+        return None if math.isinf(self._free_at[0]) else round(self._free_at[0], 1)
+
+    def _not_added_up(self) -> list[Task]:
+        """The tasks that `_free_at` lacks: new ones, so that a submission costs the same however many wait.
+
+        It is all of them if anything else has happened, or a second has passed.
+        """
+        now, seen_id, self._seen_id = time.monotonic(), self._seen_id, self.events.last_id
+        with contextlib.suppress(EventsLost):
+            new = self.events.since(seen_id)
+            if now - self._added_up_at < ADDED_UP_S and all(event.kind is EventKind.QUEUED for event in new):
+                return [event.task for event in new if event.task]
+        self._free_at, self._added_up_at = [0.0] * (len(self.lanes.up()) or len(self.lanes)), now
+        return self.listing()

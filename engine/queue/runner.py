@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from engine.catalog.models import Catalog, Model, UnknownModel
+from engine.files.outputs import Outputs
 from engine.job import NO_TASK, Cancelled, EngineError, Result
 from engine.queue.facts import Facts
 from engine.queue.journal import JournalFault
@@ -21,22 +22,9 @@ log = logging.getLogger("wangpd.queue")
 READ_S = 0.2  # between two looks at the boards: at most 5 progress events a second and task
 
 
-class Files(Protocol):
-    """What the queue needs of the output folder."""
-
-    def remove_attempt(self, task_id: int) -> int:
-        """Delete what a broken attempt of this task left, finished files too."""
-
-    def remove_parts(self, task_id: int) -> int:
-        """Delete what this task did not finish writing."""
-
-    def prepare(self) -> None:
-        """Make room for a task by the rules of retention. Raises EngineError if the disk is too full."""
-
-
 @dataclass(frozen=True)
 class Limits:
-    """How much the queue holds and keeps, and what it does with work that a restart interrupted."""
+    """The queue's part of the configuration."""
 
     max_queue: int = 1000
     max_attempts: int = 2
@@ -51,11 +39,11 @@ class QueueRunner:
     """One asyncio task that hands out work, one for each lane that does it, and one that reads the progress."""
 
     def __init__(
-        self, store: TaskStore, lanes: Lanes, facts: Facts, *, catalog: Catalog, files: Files, limits: Limits
+        self, store: TaskStore, lanes: Lanes, facts: Facts, *, catalog: Catalog, outputs: Outputs, limits: Limits
     ) -> None:
-        self._store, self._lanes, self._catalog, self._files = store, lanes, catalog, files
-        self._facts, self._limits = facts, limits
-        self.closed = False
+        self._store, self._lanes, self._facts = store, lanes, facts
+        self._catalog, self._outputs, self._limits = catalog, outputs, limits
+        self.closed = False  # no new work is taken
         self.wake = asyncio.Event()  # set when there may be something to do
         self.to_load: list[Model] = []  # one for each lane that is to load it
         self._put_back = False  # running tasks are to wait again: the daemon is shutting down
@@ -64,7 +52,7 @@ class QueueRunner:
     # -- life
 
     async def restore(self) -> None:
-        """Let the tasks of the journal wait again: first those that ran when the daemon ended, by their start."""
+        """Let the tasks of the journal wait again; first those that ran when the daemon ended, by their start."""
         unfinished = await self._store.journal.unfinished()
         waiting = [task for task in unfinished if task.status is Status.QUEUED]
         broken = sorted((task for task in unfinished if task not in waiting), key=lambda task: task.started_at or 0)
@@ -72,16 +60,15 @@ class QueueRunner:
         await self._store.restore([task for task in (*taken_up, *waiting) if not task.status.ended])
 
     async def _taken_up(self, task: Task) -> Task:
-        """What becomes of a task that ran when the daemon ended: saved, and its files removed."""
-        await self._tidy(task.id, self._files.remove_attempt)
+        """The new version of a task that ran when the daemon ended: saved, and its files removed."""
+        await self._tidy(task.id, self._outputs.remove_attempt)
         if task.status is Status.CANCELLING:
             task = ended(task, Status.CANCELLED)
         elif self._limits.on_restart == "fail":
             task = ended(task, Status.FAILED, "restarted", 'wangpd ended while this task ran; on_restart is "fail".')
         elif task.attempts >= self._limits.max_attempts:
-            sentence = (
-                f"wangpd ended {task.attempts} times while this task ran; max_attempts is {self._limits.max_attempts}."
-            )
+            most = self._limits.max_attempts
+            sentence = f"wangpd ended {task.attempts} times while this task ran; max_attempts is {most}."
             task = ended(task, Status.FAILED, "too_many_attempts", sentence)
         else:
             task = put_back(task, task.attempts)
@@ -104,16 +91,16 @@ class QueueRunner:
             reading.cancel()
 
     def close(self) -> None:
-        """Start no more tasks."""
+        """Take no new work and start none."""
         self.closed = True
         self.wake.set()
 
     def interrupt(self) -> None:
-        """Start no more tasks, and begin to stop those that run, which will be put back."""
+        """Take no new work, and begin to stop the running tasks, which will be put back."""
         self.close()
         if not self._put_back:
             self._put_back = True
-            for task_id in (*self._store.running, NO_TASK):
+            for task_id in (*self._store.started, NO_TASK):
                 self._lanes.cancel(task_id)
 
     # -- what to do next
@@ -144,7 +131,7 @@ class QueueRunner:
     async def _read_boards(self) -> None:
         """Turn what the engines show into the progress of their tasks, as long as some run."""
         while True:
-            if not self._store.running:
+            if not self._store.started:
                 self._at_work.clear()
             await self._at_work.wait()
             await asyncio.sleep(READ_S)
@@ -167,7 +154,7 @@ class QueueRunner:
     # -- the life of a task that runs
 
     async def _work(self, lane: Lane, task: Task) -> None:
-        """Bring a task to its end, or back to those that wait. Its lane is free by then, at times before it."""
+        """Bring a task to its end, or back to those that wait. Its lane may be free before that."""
         try:
             await self._process(lane, task)
         except Exception:  # a fault of one task must not end the queue
@@ -175,23 +162,25 @@ class QueueRunner:
             self._store.forget(task.id)
         finally:
             self._release(lane, task)
-        await self._prune()  # only now: who waits for the task need not wait for this
+        try:  # only now: who waits for the task need not wait for this
+            await self._store.journal.prune(self._limits.history_count, self._limits.history_s)
+        except Exception as fault:  # whatever it was, the queue goes on, and the next task tries again
+            log.warning("old tasks can't be forgotten now: %s", fault)
 
     def _release(self, lane: Lane, holder: Task | Model) -> None:
-        """Let `lane` take the next task, though `holder` may not have come to its end yet."""
+        """Let `lane` take the next task, though `holder` may not have ended yet."""
         lane.release(holder)
         self.wake.set()
 
     async def _process(self, lane: Lane, task: Task) -> None:
         warm = lane.engine.loaded(task.job.model)
         try:
-            await asyncio.to_thread(self._files.prepare)
+            await asyncio.to_thread(self._outputs.prepare)
             model = self._catalog.get(task.job.model)
             if self._put_back or self._cancelling(task.id):  # before the engine knew of it
                 raise Cancelled
             patience_s = self._facts.patience_s(task.job, self._limits.step_timeout_s)
-            free = partial(self._release, lane, task)
-            result = await lane.engine.run(task.id, task.job, model, patience_s, free)
+            result = await lane.engine.run(task.id, task.job, model, patience_s, partial(self._release, lane, task))
         except Cancelled:
             await self._stopped(task.id)
         except (EngineError, UnknownModel) as error:
@@ -204,64 +193,54 @@ class QueueRunner:
             await self._completed(lane, task, result, warm)
 
     def _cancelling(self, task_id: int) -> bool:
-        return self._store.running[task_id].status is Status.CANCELLING
+        return self._store.started[task_id].status is Status.CANCELLING
 
     async def _completed(self, lane: Lane, task: Task, result: Result, warm: bool) -> None:
         lane.fault = ""
-        facts = self._facts.used(lane.engine, task.job.model) | self._facts.finished(task.job, result, loaded=not warm)
+        facts = self._facts.used(lane.engine, task.job.model) | self._facts.learn(task.job, result, loaded=not warm)
+        made = {name: getattr(result, name) for name in ("files", "timings", "plan", "peak_memory_bytes")}
 
-        def outcome(now: Task) -> Task:
+        def end(now: Task) -> Task:
             # A cancel that came after the last file was whole: `cancelling` was shown, so `cancelled` must follow.
-            status = Status.CANCELLED if now.status is Status.CANCELLING else Status.COMPLETED
-            made = {name: getattr(result, name) for name in ("files", "timings", "plan", "peak_memory_bytes")}
-            return ended(now, status, **made)
+            return ended(now, Status.CANCELLED if now.status is Status.CANCELLING else Status.COMPLETED, **made)
 
-        await self._settle(task.id, outcome, **facts)
+        await self._settle(task.id, end, **facts)
 
     async def _failed(self, lane: Lane, task_id: int, code: str, sentence: str) -> None:
-        """It ends, unless it is only this engine that can't work, and another can."""
+        """End the task, unless only this engine can't work: then it waits for another."""
         others = False
         if code in ENGINE_FAULTS:
             lane.fail(sentence)
             others = any(other is not lane for other in self._lanes.up())
         if others:
             log.error("%s takes no tasks for a while, others do: %s", lane.engine.device, sentence)
-        await self._tidy(task_id, self._files.remove_parts)
-
-        def outcome(now: Task) -> Task:
-            back = others and now.status is not Status.CANCELLING
-            return put_back(now) if back else ended(now, Status.FAILED, code, sentence)
-
-        await self._settle(task_id, outcome)
+        await self._tidy(task_id, self._outputs.remove_parts)
+        await self._settle(task_id, lambda now: ended(now, Status.FAILED, code, sentence), back=others)
 
     async def _stopped(self, task_id: int) -> None:
-        """Its work has ended before its time: by a client, or by a shutdown that puts it back.
+        """End a task that a client cancelled, or put it back at a shutdown.
 
         A client keeps the files of earlier runs, each of them whole; a task that goes back will make them all again.
         """
         back = self._put_back and not self._cancelling(task_id)
-        await self._tidy(task_id, self._files.remove_attempt if back else self._files.remove_parts)
+        await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
+        await self._settle(task_id, lambda now: ended(now, Status.CANCELLED), back=back)
 
-        def outcome(now: Task) -> Task:  # a client may have cancelled it meanwhile
-            return put_back(now) if back and now.status is Status.PROCESSING else ended(now, Status.CANCELLED)
+    async def _settle(self, task_id: int, end: Callable[[Task], Task], *, back: bool = False, **facts: Any) -> None:
+        """Commit the end of a running task, however long the disk needs; `facts` in the same commit.
 
-        await self._settle(task_id, outcome)
+        With `back`, it waits again, unless a client has cancelled it meanwhile.
+        """
 
-    async def _settle(self, task_id: int, outcome: Callable[[Task], Task], **facts: Any) -> None:
-        """Commit what becomes of a running task, however long the disk needs; `facts` in the same commit."""
+        def outcome(now: Task) -> Task:
+            return put_back(now, now.attempts - 1) if back and now.status is Status.PROCESSING else end(now)
+
         task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
         log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
 
     async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:
-        """Delete what an attempt left. A file that stays is a nuisance; a task without its end would be a fault."""
+        """Delete the files of an attempt; one that can't be deleted must not cost the task its end."""
         try:
             await asyncio.to_thread(remove, task_id)
         except OSError as error:
             log.warning("task %d: what it left in the output folder can't be removed: %s", task_id, error)
-
-    async def _prune(self) -> None:
-        """Forget tasks by the rules of retention; if that can't be done now, then after the next one."""
-        try:
-            await self._store.journal.prune(self._limits.history_count, self._limits.history_s)
-        except Exception as fault:  # whatever it was, the queue goes on
-            log.warning("old tasks can't be forgotten now: %s", fault)

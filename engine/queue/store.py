@@ -4,144 +4,175 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from engine.queue.events import EventKind, Events
+from engine.queue.events import EventKind, Events, EventsLost
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.order import Order, ranks_of
-from engine.queue.tasks import Status, Task, ended
+from engine.queue.tasks import NoSuchTask, Status, Task, WrongState, ended
 
 log = logging.getLogger("wangpd.queue")
 T = TypeVar("T")
 SAVE_AGAIN_S = 5.0
-KINDS: Mapping[Status, EventKind] = {
-    Status.QUEUED: EventKind.REQUEUED,
-    Status.PROCESSING: EventKind.STARTED,
-    Status.CANCELLING: EventKind.CANCELLING,
-    Status.COMPLETED: EventKind.COMPLETED,
-    Status.FAILED: EventKind.FAILED,
-    Status.CANCELLED: EventKind.CANCELLED,
-}
+KINDS: Mapping[Status, EventKind] = {Status.QUEUED: EventKind.REQUEUED, Status.PROCESSING: EventKind.STARTED}
 
 
 class TaskStore:
-    """Owns the current version of each task that has not ended.
+    """Owns the current version of each task that has not ended. Used on the event loop only.
 
     A Task that was handed out is never changed: a change makes another version of it, whose row is committed before
     any client can see it. Changes are made one at a time; reading waits for none of them. Ended tasks are only in the
-    journal, so memory does not grow with history. Used on the event loop only.
+    journal, so memory does not grow with history. A change that raises JournalFault has changed nothing.
     """
 
     def __init__(self, journal: Journal) -> None:
         self.journal, self.events = journal, Events()
         self.waiting = Order()
-        self.running: dict[int, Task] = {}  # in order of start
-        self.paused = False
-        self.fault = ""  # of the journal, while the end or the start of a task can't be written
+        self.started: dict[int, Task] = {}  # those that run, in the order of their start
+        self.paused = False  # no waiting task starts
+        self.journal_fault = ""  # while the end or the start of a task can't be written
         self._changing = asyncio.Lock()
+
+    # -- reading
 
     def active(self, task_id: int) -> Task | None:
         """The current version of a task that has not ended."""
-        return self.running.get(task_id) or self.waiting.get(task_id)
+        return self.started.get(task_id) or self.waiting.get(task_id)
 
-    async def restore(self, order: Sequence[Task]) -> None:
-        """Let the tasks of a former life wait in this order."""
-        ranks = ranks_of([task.id for task in order])
-        await self.journal.save(ranks=ranks)
-        self.waiting.rerank(ranks)
-        for task in order:
-            self.waiting.add(task)
+    def listing(self) -> list[Task]:
+        """The tasks that have not ended: those that run, then those that wait, in their order."""
+        return [*self.started.values(), *self.waiting]
+
+    @property
+    def at_work(self) -> list[Task]:
+        """The tasks that run, in the order in which they started."""
+        return list(self.started.values())
+
+    def position(self, task: Task) -> int | None:
+        """1 for a task that runs or is next, the others count on from those that run; None once it has ended."""
+        if task.id in self.started:
+            return 1
+        place = self.waiting.place(task.id)
+        return None if place is None else place + 1 + len(self.started)
+
+    async def get(self, task_id: int) -> Task:
+        """The task with this id, ended or not. Raises NoSuchTask."""
+        task = self.active(task_id) or await self.journal.get(task_id)
+        if task is None:
+            raise NoSuchTask(f"Task {task_id} not found")
+        return task
+
+    async def wait(self, task_id: int, timeout_s: float) -> Task:
+        """The task once it has ended, or as it is after `timeout_s`. Raises NoSuchTask."""
+        subscription = self.events.subscribe()  # first: an end that comes while `get` asks the journal is not missed
+        task = await self.get(task_id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not task.status.ended:
+                    try:
+                        news = [event.task for event in await subscription.read() if event.task]
+                    except EventsLost:
+                        news = [await self.get(task_id)]
+                    task = next((newer for newer in reversed(news) if newer.id == task_id), task)
+        return task
+
+    async def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
+        """A page of all tasks, newest first, and how many there are."""
+        tasks, total = await self.journal.history(status, limit, offset)
+        return [self.active(task.id) or task for task in tasks], total
+
+    # -- changes by clients
 
     def add(self, task: Task) -> None:
         """Let a new task wait, whose row is in the journal."""
         self.waiting.add(task)
         self.events.publish(EventKind.QUEUED, task)
 
+    async def remove(self, task_id: int) -> Status:
+        """Cancel a waiting task, or let a running one be `cancelling`; returns its new status.
+
+        Raises NoSuchTask, WrongState if it has ended, or JournalFault.
+        """
+        async with self._changing:
+            task = self.active(task_id)
+            if task is None:
+                status = (await self.get(task_id)).status
+                raise WrongState(f"Task {task_id} has already ended ({status}); there is nothing to remove")
+            if task.status is not Status.CANCELLING:
+                running = task_id in self.started
+                task = replace(task, status=Status.CANCELLING) if running else ended(task, Status.CANCELLED)
+                await self._commit(task)
+            return task.status
+
+    async def clear(self) -> int:
+        """Take out all waiting tasks and return how many there were; those that run go on. Raises JournalFault."""
+        async with self._changing:
+            cleared = [ended(task, Status.CANCELLED) for task in self.waiting]
+            await self._commit(*cleared)
+            self.events.publish(EventKind.CLEARED)
+            return len(cleared)
+
+    async def move(self, task_id: int, position: int) -> int:
+        """Put a waiting task at `position` and return where it is: never before those that run, or past the end.
+
+        Raises NoSuchTask, WrongState if it does not wait, or JournalFault.
+        """
+        async with self._changing:
+            task, ahead = self.waiting.get(task_id), 1 + len(self.started)
+            if task is None:
+                status = (await self.get(task_id)).status
+                raise WrongState(f"Task {task_id} is {status}; only a waiting task can be moved")
+            place = min(max(position - ahead, 0), len(self.waiting) - 1)
+            await self._rerank(self.waiting.ranks_for(task_id, place))
+            self.events.publish(EventKind.MOVED, task)
+            return place + ahead
+
+    async def pause(self, paused: bool) -> None:
+        """Start no waiting task, or start them again; remembered over a restart. Running tasks go on."""
+        async with self._changing:
+            await self.journal.save(paused=paused)
+            if paused is not self.paused:
+                self.paused = paused
+                self.events.publish(EventKind.PAUSED if paused else EventKind.RESUMED)
+
+    # -- changes by the runner
+
+    async def restore(self, order: Sequence[Task]) -> None:
+        """Let the tasks of a former life wait in this order."""
+        await self._rerank(ranks_of([task.id for task in order]))
+        for task in order:
+            self.waiting.add(task)
+
     async def start(self, task: Task) -> bool:
         """Let the first waiting task run; False if it is not the first any more, or the queue is paused by now."""
         async with self._changing:
             if self.waiting.first is not task or self.paused:
                 return False
-            await self._commit(
-                [replace(task, status=Status.PROCESSING, started_at=time.time(), attempts=task.attempts + 1)]
-            )
+            attempts = task.attempts + 1
+            await self._commit(replace(task, status=Status.PROCESSING, started_at=time.time(), attempts=attempts))
             return True
 
     async def settle(self, task_id: int, outcome: Callable[[Task], Task], **facts: Any) -> Task:
         """End a running task, or put it back, as `outcome` makes of its current version; stores `facts` with that."""
         async with self._changing:
-            task = outcome(self.running[task_id])
-            await self._commit([task], **facts)
+            task = outcome(self.started[task_id])
+            await self._commit(task, **facts)
             return task
-
-    async def cancel(self, task_id: int) -> Task | None:
-        """Cancel a waiting task, or let a running one be `cancelling`; its new version, or None if it has ended."""
-        async with self._changing:
-            task = self.active(task_id)
-            if task and task.status is not Status.CANCELLING:
-                running = task_id in self.running
-                task = replace(task, status=Status.CANCELLING) if running else ended(task, Status.CANCELLED)
-                await self._commit([task])
-            return task
-
-    async def clear(self) -> int:
-        """Cancel all waiting tasks; returns how many there were."""
-        async with self._changing:
-            cleared = [ended(task, Status.CANCELLED) for task in self.waiting]
-            await self._commit(cleared)
-            self.events.publish(EventKind.CLEARED)
-            return len(cleared)
-
-    async def move(self, task_id: int, position: int) -> int | None:
-        """Move a waiting task to `position`, never before those that run, or past the end; None if it does not wait."""
-        async with self._changing:
-            task, ahead = self.waiting.get(task_id), 1 + len(self.running)
-            if task is None:
-                return None
-            place = min(max(position - ahead, 0), len(self.waiting) - 1)
-            ranks = self.waiting.ranks_for(task_id, place)
-            await self.journal.save(ranks=ranks)
-            self.waiting.rerank(ranks)
-            self.events.publish(EventKind.MOVED, task)
-            return place + ahead
-
-    async def pause(self, paused: bool) -> None:
-        """Let no waiting task start, or let them start again; remembered over a restart."""
-        async with self._changing:
-            await self.journal.set_fact("paused", paused)
-            if paused is not self.paused:
-                self.paused = paused
-                self.events.publish(EventKind.PAUSED if paused else EventKind.RESUMED)
 
     async def advance(self, newer: Callable[[Task], Task]) -> None:
         """Let running tasks be further on, as `newer` makes of each. The journal learns of it with their end."""
         async with self._changing:
-            for task in list(self.running.values()):
+            for task in self.at_work:
                 if (further := newer(task)) is not task:
-                    self.running[task.id] = further
+                    self.started[task.id] = further
                     self.events.publish(EventKind.PROGRESS, further)
 
     def forget(self, task_id: int) -> None:
         """Let go of a task that could not be brought to its end; the next start of the daemon takes it up."""
-        self.running.pop(task_id, None)
+        self.started.pop(task_id, None)
         self.waiting.remove(task_id)
-
-    async def _commit(self, tasks: Sequence[Task], **facts: Any) -> None:
-        """Make these versions the current ones. Raises JournalFault, and then nothing has changed."""
-        await self.journal.save(*tasks, **facts)
-        for task in tasks:
-            if task.status in (Status.PROCESSING, Status.CANCELLING):
-                self.waiting.take(task.id)
-                self.running[task.id] = task
-                continue
-            self.running.pop(task.id, None)
-            if task.status is Status.QUEUED:
-                self.waiting.add(task)
-            else:
-                self.waiting.remove(task.id)
-        for task in tasks:
-            self.events.publish(KINDS[task.status], task)
 
     async def insist(self, change: Callable[[], Awaitable[T]]) -> T:
         """The result of `change`, which is tried until it is committed, however long the disk needs."""
@@ -149,9 +180,29 @@ class TaskStore:
             try:
                 done = await change()
             except JournalFault as fault:
-                self.fault = str(fault)
+                self.journal_fault = str(fault)
                 log.error("%s", fault)
                 await asyncio.sleep(SAVE_AGAIN_S)
             else:
-                self.fault = ""
+                self.journal_fault = ""
                 return done
+
+    async def _rerank(self, ranks: Mapping[int, float]) -> None:
+        await self.journal.save(ranks=ranks)
+        self.waiting.rerank(ranks)
+
+    async def _commit(self, *tasks: Task, **facts: Any) -> None:
+        """Make these versions the current ones. Raises JournalFault, and then nothing has changed."""
+        await self.journal.save(*tasks, **facts)
+        for task in tasks:
+            if task.status in (Status.PROCESSING, Status.CANCELLING):
+                self.waiting.take(task.id)
+                self.started[task.id] = task
+                continue
+            self.started.pop(task.id, None)
+            if task.status is Status.QUEUED:
+                self.waiting.add(task)
+            else:
+                self.waiting.remove(task.id)
+        for task in tasks:
+            self.events.publish(KINDS.get(task.status) or EventKind(task.status), task)

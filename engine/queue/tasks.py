@@ -1,5 +1,6 @@
-"""A task: one accepted request and everything that becomes of it, in memory and as a row of the journal."""
+"""A task: one accepted request, its states and its results, in memory and as a record of the journal."""
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -11,8 +12,10 @@ from engine.job import Job, Lora, OutputFile
 
 
 class Status(StrEnum):
-    """`queued → processing → completed | failed | cancelled`, by way of `cancelling`; back to `queued` only where the
-    daemon ends, or the engine can't work."""
+    """`queued → processing → completed | failed | cancelled`, by way of `cancelling`.
+
+    Back to `queued` only where the daemon ends, or the engine can't work.
+    """
 
     QUEUED = "queued"
     PROCESSING = "processing"
@@ -30,12 +33,17 @@ class Status(StrEnum):
 ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
+class NoSuchTask(Exception):
+    """No task has this id, or its record is no longer kept."""
+
+
+class WrongState(Exception):
+    """The task is not in a state that allows this."""
+
+
 @dataclass(slots=True, eq=False)
 class Task:
-    """One version of a task: see TaskStore. Times are seconds since the epoch.
-
-    `attempts` counts the starts, but for those of attempts that were put back.
-    """
+    """One version of a task, see TaskStore. Times are seconds since the epoch."""
 
     id: int
     job: Job
@@ -43,7 +51,7 @@ class Task:
     created_at: float = field(default_factory=time.time)
     started_at: float | None = None
     finished_at: float | None = None
-    attempts: int = 0
+    attempts: int = 0  # starts, less those that were put back
     warnings: tuple[str, ...] = ()
     error: Mapping[str, str] | None = None  # {"code", "message"}
     files: tuple[OutputFile, ...] = ()
@@ -54,27 +62,22 @@ class Task:
     steps_done: int = 0  # denoising steps, over all runs
     phase: str = ""  # loading, encoding … while it runs
 
-    def record(self) -> dict[str, Any]:
-        """This task as JSON values, for the journal."""
-        record = asdict(self)
-        record["job"]["loras"] = [{"path": str(lora.path), "phases": lora.phases} for lora in self.job.loras]
-        record["job"]["inputs"] = {name: [str(path) for path in paths] for name, paths in self.job.inputs.items()}
-        return record
+    def record(self) -> str:
+        """This task as JSON, for the journal."""
+        return json.dumps(asdict(self), default=str)  # a path is the only value that JSON lacks
 
     @classmethod
-    def restore(cls, record: Mapping[str, Any]) -> "Task":
-        """The task that `record` came from. Keys that a later version wrote raise TypeError."""
-        job = dict(record["job"])
+    def restore(cls, record: str) -> "Task":
+        """The task that `record` came from. Raises ValueError, TypeError or LookupError if it is not one."""
+        values = json.loads(record)
+        job = values["job"]
         job["loras"] = tuple(Lora(Path(lora["path"]), tuple(map(tuple, lora["phases"]))) for lora in job["loras"])
         job["inputs"] = {name: tuple(map(Path, paths)) for name, paths in job["inputs"].items()}
-        plain = {
-            **record,
-            "job": Job(**job),
-            "status": Status(record["status"]),
-            "warnings": tuple(record["warnings"]),
-            "files": tuple(OutputFile(**file) for file in record["files"]),
-        }
-        return cls(**plain)
+        values["job"] = Job(**job)
+        values["status"] = Status(values["status"])
+        values["warnings"] = tuple(values["warnings"])
+        values["files"] = tuple(OutputFile(**file) for file in values["files"])
+        return cls(**values)
 
 
 def ended(task: Task, status: Status, code: str = "", sentence: str = "", **changes: Any) -> Task:
@@ -83,15 +86,7 @@ def ended(task: Task, status: Status, code: str = "", sentence: str = "", **chan
     return replace(task, status=status, finished_at=time.time(), phase="", error=error, **changes)
 
 
-def put_back(task: Task, attempts: int | None = None) -> Task:
-    """The version of `task` that waits again, as if it had never started; with `attempts`, after so many starts."""
-    return replace(
-        task,
-        status=Status.QUEUED,
-        started_at=None,
-        attempts=task.attempts - 1 if attempts is None else attempts,
-        files=(),
-        progress=0.0,
-        steps_done=0,
-        phase="",
-    )
+def put_back(task: Task, attempts: int) -> Task:
+    """The version of `task` that waits again, with nothing done, after so many starts."""
+    nothing: dict[str, Any] = {"started_at": None, "files": (), "progress": 0.0, "steps_done": 0, "phase": ""}
+    return replace(task, status=Status.QUEUED, attempts=attempts, **nothing)

@@ -1,7 +1,7 @@
 """The lanes: engines that work side by side, one a device, which of them is free, and what keeps one from working."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +27,8 @@ class Progress:
 class Runner(Protocol):
     """What the queue needs of an engine: the seam for more devices and machines."""
 
+    device: str  # as configured
+
     async def run(self, task_id: int, job: Job, model: Model, patience_s: float, free: Callable[[], object]) -> Result:
         """Run one job; `free` is called as soon as the next may be run. Raises EngineError or Cancelled."""
 
@@ -44,10 +46,6 @@ class Runner(Protocol):
 
     def progress(self, task_id: int) -> Progress | None:
         """How far it is; None if another one runs."""
-
-    @property
-    def device(self) -> str:
-        """Where it works, as configured."""
 
     @property
     def plan(self) -> str:
@@ -83,68 +81,59 @@ class Lane:
         return bool(self.fault) and time.monotonic() - self.fault_at < ENGINE_FAULT_S
 
 
-class Lanes:
+class Lanes(tuple[Lane, ...]):
     """All lanes, in the order of the configuration. Used on the event loop only."""
 
-    def __init__(self, engines: Sequence[Runner]) -> None:
-        self._lanes = [Lane(engine) for engine in engines]
+    __slots__ = ()
 
-    def __iter__(self) -> Iterator[Lane]:
-        return iter(self._lanes)
-
-    def __len__(self) -> int:
-        return len(self._lanes)
+    def __new__(cls, engines: Sequence[Runner]) -> "Lanes":
+        return super().__new__(cls, map(Lane, engines))
 
     def up(self) -> list[Lane]:
         """The lanes that work, as far as is known."""
-        return [lane for lane in self._lanes if not lane.down]
+        return [lane for lane in self if not lane.down]
 
     def take(self, holder: object, model_id: str) -> Lane | None:
         """Give `holder` the free lane where its model is warm, or else the longest idle one; None if none is free.
 
         Where no lane works, each is tried all the same: what waits has to come to an end.
         """
-        free = [lane for lane in self.up() or self._lanes if lane.holder is None]
+        free = [lane for lane in self.up() or self if lane.holder is None]
         lane = min(free, key=lambda lane: (not lane.engine.loaded(model_id), lane.idle_since), default=None)
         if lane:
             lane.holder = holder
         return lane
 
     @property
-    def busy(self) -> bool:
-        """Some lane works."""
-        return any(lane.holder is not None for lane in self._lanes)
-
-    @property
     def fault(self) -> str:
         """Why no lane can work; empty as long as one can."""
-        return self._lanes[0].fault if all(lane.fault for lane in self._lanes) else ""
+        return self[0].fault if all(lane.fault for lane in self) else ""
 
     def remarks(self) -> list[str]:
         """What keeps some lanes from working, a sentence each, while others do."""
-        return [] if self.fault else [f"{lane.engine.device}: {lane.fault}" for lane in self._lanes if lane.fault]
+        return [] if self.fault else [f"{lane.engine.device}: {lane.fault}" for lane in self if lane.fault]
 
     def loaded(self, model_id: str) -> bool:
-        """True if a model is warm in some lane."""
-        return any(lane.engine.loaded(model_id) for lane in self._lanes)
+        """True if a model is warm in some lane: a task of it loads nothing there."""
+        return any(lane.engine.loaded(model_id) for lane in self)
 
     def progress(self, task_id: int) -> Progress | None:
         """How far a task is, by the engine that runs it; None if none does."""
-        return next(filter(None, (lane.engine.progress(task_id) for lane in self._lanes)), None)
+        return next(filter(None, (lane.engine.progress(task_id) for lane in self)), None)
 
     def cancel(self, task_id: int) -> None:
         """End the work on this task, wherever it runs."""
-        for lane in self._lanes:
+        for lane in self:
             lane.engine.cancel(task_id)
 
     def unload(self) -> bool:
         """Give all memory back; False if there was nothing to give."""
-        return sum(lane.engine.unload() for lane in self._lanes) > 0  # not `any`, which would stop at the first
+        return sum(lane.engine.unload() for lane in self) > 0  # not `any`, which would stop at the first
 
     def unload_idle(self, idle_s: float) -> list[str]:
         """Give back the memory of lanes that have been idle for `idle_s` seconds; returns the devices that had some."""
         now = time.monotonic()
-        idle = [lane for lane in self._lanes if lane.holder is None and now - lane.idle_since >= idle_s]
+        idle = [lane for lane in self if lane.holder is None and now - lane.idle_since >= idle_s]
         for lane in idle:
             lane.idle_since = now
         return [lane.engine.device for lane in idle if lane.engine.unload()]
@@ -154,6 +143,6 @@ class Lanes:
 
         None if neither will happen by itself.
         """
-        idle = [lane.idle_since + idle_s for lane in self._lanes if idle_s and lane.holder is None]
-        down = [lane.fault_at + ENGINE_FAULT_S for lane in self._lanes if lane.down]
+        idle = [lane.idle_since + idle_s for lane in self if idle_s and lane.holder is None]
+        down = [lane.fault_at + ENGINE_FAULT_S for lane in self if lane.down]
         return max(0.0, min([*idle, *down]) - time.monotonic()) if idle or down else None

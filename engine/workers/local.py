@@ -6,14 +6,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.catalog.models import Model
@@ -35,7 +34,6 @@ class _Spawn(SpawnContext):
     child: BaseProcess | None = None
 
     def Process(self, *arguments: Any, **options: Any) -> BaseProcess:  # type: ignore[override]
-        """The new process, which the executor starts."""
         self.child = SpawnContext.Process(*arguments, **options)
         return self.child
 
@@ -48,12 +46,8 @@ class _Worker:
         self.board = self._context.RawValue(Board)
         ours, self._theirs = self._context.Pipe(duplex=False)
         self.reports = Reports(ours)
-        self._executor = ProcessPoolExecutor(
-            max_workers=1,
-            mp_context=self._context,
-            initializer=worker.start,
-            initargs=(self.board, self._theirs, config),
-        )
+        arguments = self.board, self._theirs, config
+        self._executor = ProcessPoolExecutor(1, self._context, worker.start, arguments)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
         """Run `function` in the process, which is started by the first call. Raises BrokenProcessPool if it died."""
@@ -69,7 +63,7 @@ class _Worker:
             except (ProcessLookupError, PermissionError):
                 self._context.child.kill()
 
-    def discard(self, wait: bool = False) -> None:
+    def discard(self, wait: bool) -> None:
         """End the process for good. With `wait`, it is gone afterwards."""
         self.reports.close()
         self.kill()
@@ -87,15 +81,14 @@ class _Saving:
 
 
 class Engine:
-    """Runs one job at a time in a process of its own, which a fault, a cancel or `unload` may end at any moment."""
+    """The Runner of this machine: works in a process that a fault, a cancel or `unload` may end at any moment."""
 
     def __init__(self, config: EngineConfig, cancel_grace_s: float = 10.0) -> None:
-        self._config = config
-        self._grace_s = cancel_grace_s
+        self.device = " + ".join((config.device, *config.team))  # as configured
+        self._config, self._grace_s = config, cancel_grace_s
         self._worker: _Worker | None = None
         self._task: int | None = None
         self._saving: dict[int, _Saving] = {}
-        self._killing: asyncio.TimerHandle | None = None
         self._hung_s: float | None = None  # how long the process that was ended had made no progress
 
     @property
@@ -130,7 +123,7 @@ class Engine:
             del self._saving[task_id]
 
     async def _saved(self, saving: _Saving, patience_s: float) -> Result:
-        """The result once its files are whole. Who cancels meanwhile wants the last one no more."""
+        """The result once its files are whole. A cancel removes the last of them."""
         since = time.monotonic()
         try:
             async with asyncio.timeout(patience_s):
@@ -146,16 +139,16 @@ class Engine:
             raise _died("while saving")
         if fault:
             raise EngineError(fault, "save_failed")
-        timings = {**saving.result.timings, "saving": time.monotonic() - since}
-        files = await asyncio.to_thread(self._whole, saving.result.files)
+        timings = {**saving.result.timings, Phase.SAVING.label: time.monotonic() - since}
+        files = await asyncio.to_thread(lambda: tuple(map(self._sized, saving.result.files)))
         return replace(saving.result, files=files, timings=timings, pending=0)
 
-    def _whole(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
-        """The files with their sizes; 0 for one that somebody has deleted already."""
-        return tuple(replace(file, size_bytes=_size_bytes(self._config.save_path / file.filename)) for file in files)
+    def _sized(self, file: OutputFile) -> OutputFile:
+        with suppress(FileNotFoundError):  # somebody has deleted it already
+            return replace(file, size_bytes=(self._config.save_path / file.filename).stat().st_size)
+        return file
 
     async def load(self, model: Model) -> None:
-        """Make `model` warm. Raises EngineError."""
         await self._call(NO_TASK, math.inf, worker.warm, model)
 
     async def _call(self, task_id: int, patience_s: float, function: Callable[..., T], *arguments: Any) -> T:
@@ -173,7 +166,6 @@ class Engine:
         finally:
             self._task = None
             watching.cancel()
-            self._stop_timer()
             used.reports.read()  # what it has reported during the call is known after it
         log.warning("the generation process had died while it was idle; another one is started")
         return await self._call(task_id, patience_s, function, *arguments)
@@ -186,39 +178,31 @@ class Engine:
             board, now = bytes(watched.board), time.monotonic()
             if board != seen:
                 seen, since = board, now
-            elif now - since > self._patience_s(patience_s):
+            elif now - since > self._patience_s(watched.board, patience_s):
                 self._hung_s = now - since
                 self._kill()
                 return
 
-    def _patience_s(self, patience_s: float) -> float:
+    def _patience_s(self, board: Board, patience_s: float) -> float:
         """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them.
 
         In the first step, blocks may be compiled.
         """
-        if self._config.compile and self._board.phase == Phase.DENOISING and not self._board.step:
+        if self._config.compile and board.phase == Phase.DENOISING and not board.step:
             return LOADING_PATIENCE * patience_s
-        if self._board.phase != Phase.LOADING:
+        if board.phase != Phase.LOADING:
             return patience_s
         return math.inf if self._config.allow_download else LOADING_PATIENCE * patience_s
 
     def loaded(self, model_id: str) -> bool:
-        """True if the process holds this model, so that a task of it loads nothing."""
         return self._board.loaded == fingerprint(model_id)
 
     @property
-    def device(self) -> str:
-        """Where it works, as configured."""
-        return " + ".join((self._config.device, *self._config.team))
-
-    @property
     def plan(self) -> str:
-        """Where the weights of the loaded model are, in a line; empty without one."""
         return self._worker.reports.plan if self._worker and self._board.loaded else ""
 
     @property
     def machine(self) -> Machine | None:
-        """What the process has measured of its device; None until then."""
         return self._worker.reports.machine if self._worker else None
 
     def _death(self, board: Board, task_id: int) -> Exception:
@@ -226,16 +210,15 @@ class Engine:
         self._discard()
         if board.cancel == task_id:
             return Cancelled("the generation process was ended")
-        where = f"while {Phase(board.phase).name.lower()}" if board.task == task_id else "before it began"
+        where = f"while {Phase(board.phase).label}" if board.task == task_id else "before it began"
         if board.phase == Phase.DENOISING:
             where += f", at step {board.step} of {board.total}"
         return _hung(self._hung_s, where) if self._hung_s else _died(where)
 
     def progress(self, task_id: int) -> Progress | None:
-        """How far `task_id` is, or None if it is not the one that runs."""
-        board = self._board
         if saving := self._saving.get(task_id):
             return saving.progress
+        board = self._board
         if self._task != task_id or board.task != task_id:
             return None
         return Progress(Phase(board.phase), board.run, board.runs, board.step, board.total)
@@ -245,22 +228,18 @@ class Engine:
 
         The process is not ended for the sake of files that are being written while it makes the next ones.
         """
-        if (saving := self._saving.get(task_id)) and not saving.cancelled:
+        saving = self._saving.get(task_id)
+        if saving and not saving.cancelled:
             saving.cancelled = True
-            asyncio.get_running_loop().call_later(self._grace_s, self._kill_idle, task_id)
-        if self._task == task_id and self._board.cancel != task_id:  # asked twice, the grace does not begin again
+        elif self._task == task_id and self._board.cancel != task_id:
             self._board.cancel = task_id
-            self._stop_timer()
-            self._killing = asyncio.get_running_loop().call_later(self._grace_s, self._kill)
+        else:
+            return  # asked twice, the grace does not begin again
+        asyncio.get_running_loop().call_later(self._grace_s, self._kill_late, task_id)
 
-    def _kill_idle(self, task_id: int) -> None:
-        if task_id in self._saving and self._task is None:
+    def _kill_late(self, task_id: int) -> None:
+        if self._task == task_id or (task_id in self._saving and self._task is None):
             self._kill()
-
-    def _stop_timer(self) -> None:
-        if self._killing:
-            self._killing.cancel()
-            self._killing = None
 
     def _kill(self) -> None:
         if self._worker:
@@ -281,7 +260,6 @@ class Engine:
 
     def close(self) -> None:
         """End the process, whatever it does, and wait until it is gone: for the daemon's own end. Blocks briefly."""
-        self._stop_timer()
         self._discard(wait=True)  # else the pool's thread would find its pipes closed by the interpreter's end
 
 
@@ -299,9 +277,3 @@ def _died(where: str) -> EngineError:
         " video_length, and see the log.",
         "worker_died",
     )
-
-
-def _size_bytes(path: Path) -> int:
-    with suppress(FileNotFoundError):
-        return path.stat().st_size
-    return 0

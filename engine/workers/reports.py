@@ -1,12 +1,13 @@
-"""What a worker reports once, and its board can't hold: the daemon's end of the pipe. See `report` in the worker.
+"""The daemon's end of the pipe on which a worker reports what its board can't hold: a line of JSON each.
 
-A report is a line of JSON. The pipe has one end in each process and no lock, so that a worker may be killed at any
-moment: what it has not sent whole is dropped, and the end of the pipe is the end of the worker.
+The pipe has one end in each process and no lock, so that a worker may be killed at any moment: what it has not sent
+whole is dropped, and the end of the pipe is the end of the worker.
 """
 
 import asyncio
 import json
 import os
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from engine.planning.machine import Machine
@@ -30,11 +31,9 @@ class Reports:
 
     def read(self) -> None:
         """Take in whatever has arrived; waits for nothing."""
-        try:
+        with suppress(BlockingIOError):
             while not self.ended:
                 self._take(os.read(self._pipe.fileno(), CHUNK_BYTES))
-        except BlockingIOError:
-            pass
         self._news.set()
         self._news.clear()
 

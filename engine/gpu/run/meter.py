@@ -16,14 +16,9 @@ class Meter:
         board.phase, board.run, board.runs, board.step, board.total = Phase.IDLE, 0, 0, 0, 0
         board.task = task_id  # last, so that the numbers above are never another task's
 
-    @property
-    def cancelled(self) -> bool:
-        """The daemon has asked to cancel this task."""
-        return self._board.cancel == self._task_id
-
     def check(self) -> None:
         """Raises Cancelled if the daemon has asked for it."""
-        if self.cancelled:
+        if self._board.cancel == self._task_id:
             raise Cancelled
 
     def enter(self, phase: Phase) -> None:
@@ -36,13 +31,12 @@ class Meter:
     def _stop_clock(self) -> None:
         now = time.perf_counter()
         if self._board.phase != Phase.IDLE:
-            self._seconds[Phase(self._board.phase).name.lower()] += now - self._entered
+            self._seconds[self.where] += now - self._entered
         self._entered = now
 
     def begin_run(self, run: int, runs: int, steps: int) -> None:
         """Start pass `run` of `runs` through the pipeline, which will take `steps` denoising steps."""
-        self._board.step = 0
-        self._board.run, self._board.runs, self._board.total = run, runs, steps
+        self._board.step, self._board.run, self._board.runs, self._board.total = 0, run, runs, steps
 
     def step_done(self, step: int) -> None:
         """Report that `step` denoising steps of this run are done. Raises Cancelled."""
@@ -52,7 +46,7 @@ class Meter:
     @property
     def where(self) -> str:
         """The phase in words, for an error sentence."""
-        return Phase(self._board.phase).name.lower()
+        return Phase(self._board.phase).label
 
     def done(self) -> dict[str, float]:
         """The job is over, however it ended; returns the seconds of each phase."""
