@@ -1,4 +1,4 @@
-"""Reading a folder that others change meanwhile, and keeping it within a size."""
+"""Reading a folder that others change meanwhile."""
 
 import os
 from collections.abc import Iterator
@@ -17,16 +17,3 @@ def stats(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     for item in scan(folder):
         with suppress(FileNotFoundError):
             yield item.name, item.stat(follow_symlinks=False)
-
-
-def trim(folder: Path, limit_bytes: int, goal_bytes: int) -> int:
-    """Remove the oldest files of a folder above `limit_bytes` until `goal_bytes` are left; returns the bytes left."""
-    files = sorted(stats(folder), key=lambda file: file[1].st_mtime_ns)
-    left_bytes = sum(about.st_size for _, about in files)
-    if left_bytes > limit_bytes:
-        for name, about in files:
-            if left_bytes <= goal_bytes:
-                break
-            (folder / name).unlink(missing_ok=True)
-            left_bytes -= about.st_size
-    return left_bytes

@@ -65,11 +65,9 @@ class Blank:
 
 def blanked(arguments: Any) -> Any:
     """`arguments` (nested lists and mappings) with a Blank for each tensor, so that they can be pickled."""
-
-    def blank(tensor: torch.Tensor) -> Blank:
-        return Blank(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
-
-    return pytree.tree_map_only(torch.Tensor, blank, arguments)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda tensor: Blank(tensor.shape, tensor.dtype, tensor.device.type == "cpu"), arguments
+    )
 
 
 class Group:
