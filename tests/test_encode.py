@@ -7,9 +7,11 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import av
@@ -413,6 +415,20 @@ def test_publishing_saves_the_bytes_then_the_name(tmp_path: Path, monkeypatch: p
     with published(tmp_path / "x") as part:
         part.write_bytes(b"x")
     assert synced == [(str(tmp_path / ".x.part"), [".x.part"]), (str(tmp_path), ["x"])]
+
+
+def test_two_that_publish_the_same_file_do_not_write_into_one(tmp_path: Path) -> None:
+    both_write = Barrier(2)
+
+    def publish(data: bytes) -> None:
+        with published(tmp_path / "x", rivals=True) as part:
+            part.write_bytes(data)
+            both_write.wait(10)
+            assert part.read_bytes() == data
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(publish, [b"one", b"two"]))
+    assert left_in(tmp_path) == ["x"]
 
 
 def test_no_file_handle_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

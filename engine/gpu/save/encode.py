@@ -156,7 +156,6 @@ def _spooled(data: bytes) -> Iterator[str]:
     """The name under which ffmpeg can read `data` within the block."""
     with TemporaryFile() as file:
         file.write(data)
-        file.flush()
         file.seek(0)  # the name may stand for this very handle, with its position in the file
         yield f"{_HANDLE}{file.fileno()}"
 

@@ -22,7 +22,6 @@ from engine.job import EngineConfig, Job, OutputFile
 
 log = logging.getLogger("wangpd.worker")
 RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
-IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 class Saved(NamedTuple):
@@ -38,7 +37,7 @@ class Saved(NamedTuple):
 
 
 class Saver:
-    """Writes the files of a job; each is visible in the output folder only when it is whole."""
+    """Writes the files of a job; each gets its final name only when it is whole (see `engine.files.publish`)."""
 
     def __init__(self, config: EngineConfig, settled: Callable[[str], None]) -> None:
         """`settled` is called for each `finish`, with the reason if a file could not be written."""
@@ -51,8 +50,8 @@ class Saver:
         """Make the frames of `clip` and write them meanwhile; returns when the last one is made. Raises as `feed`."""
         kind = "audio" if clip.frames is None else "video" if job.frames > 1 else "image"
         config, layer = self._config, f"_{clip.layer}" if clip.layer else ""
-        suffix = {"audio": f".{config.audio_format}", "video": ".mp4", "image": IMAGE_SUFFIXES[config.image_format]}
-        path = config.save_path / encode.output_name(job, clip.seed, task_id, started, layer + suffix[kind])
+        suffix = {"audio": config.audio_format, "video": "mp4", "image": config.image_format.replace("jpeg", "jpg")}
+        path = config.save_path / encode.output_name(job, clip.seed, task_id, started, f"{layer}.{suffix[kind]}")
         height = width = count = 0
 
         def pieces() -> Iterator[torch.Tensor]:
@@ -77,7 +76,6 @@ class Saver:
         return self._finished
 
     def _write(self, path: Path, kind: str, clip: Clip, job: Job, pieces: Iterator[torch.Tensor]) -> None:
-        """Encode to `path`, which appears there when it is whole (see `engine.files.publish`), and keep its poster."""
         config = self._config
         frames = (frame.numpy() for frame in chain.from_iterable(pieces))
         sound = None if clip.sound is None else encode.Sound(clip.sound.numpy(), clip.sample_rate)

@@ -116,9 +116,7 @@ class Group:
 
     def send(self, arguments: Any) -> None:
         """Send the tensors among `arguments` to all others, who must call `receive` with `blanked(arguments)`."""
-        for leaf in pytree.tree_leaves(arguments):
-            if isinstance(leaf, torch.Tensor):
-                _broadcast(leaf.to(self._device).contiguous())
+        pytree.tree_map_only(torch.Tensor, lambda tensor: _broadcast(tensor.to(self._device).contiguous()), arguments)
 
     def receive(self, blanks: Any) -> Any:
         """The arguments that the lead sends, with a tensor in the place of each blank."""
