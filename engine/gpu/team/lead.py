@@ -92,8 +92,7 @@ class Team:
     def least(self, machine: Machine) -> Machine:
         """What every process of the team can use; they share the RAM. `machine` is the lead's."""
         self._joined()
-        count = 1 + len(self._machines)
-        least = Machine(*map(min, astuple(machine), *map(astuple, self._machines)))
+        least, count = Machine(*map(min, astuple(machine), *map(astuple, self._machines))), self._rank.count
         return replace(least, free_ram_bytes=least.free_ram_bytes // count, cards=count)
 
     @contextmanager
@@ -176,12 +175,11 @@ class Team:
         """Give all followers an order. Raises EngineError if one has failed at an earlier one; then all are ended."""
         for follower, connection in self._followers:
             with self._reaching():
-                fault = connection.recv() if connection.poll() else None  # else it says nothing unasked
-                if not fault:
-                    connection.send((name, arguments))
-            if fault:
-                self.close()
-                raise EngineError(f"{follower.name}: {fault}")
+                if connection.poll():  # all that it sends unasked is a fault
+                    fault = connection.recv()
+                    self.close()
+                    raise EngineError(f"{follower.name}: {fault}")
+                connection.send((name, arguments))
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
