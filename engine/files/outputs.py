@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from engine.files import media
-from engine.files.folders import scan, stats
+from engine.files.folders import stats
 from engine.files.thumbnails import ThumbnailCache, key_of
 from engine.job import EngineError
 
@@ -106,7 +106,7 @@ class Outputs:
 
     def _remove(self, pattern: str) -> int:
         """Names that the worker gives begin with a time, so that a user's own "trip_t000123_.mp4" stays."""
-        left = [item.name for item in scan(self._folder) if re.fullmatch(pattern, item.name)]
+        left = [name for name, _ in stats(self._folder) if re.fullmatch(pattern, name)]
         for name in left:
             (self._folder / name).unlink(missing_ok=True)
         return len(left)
@@ -139,7 +139,7 @@ class Outputs:
 
     def highest_task_id(self) -> int:
         """Return the largest task id in a name that the worker gave, or 0: needed when the journal is lost."""
-        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", item.name) for item in scan(self._folder))
+        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", name) for name, _ in stats(self._folder))
         return max((int(match[1]) for match in found if match), default=0)
 
 
