@@ -28,10 +28,7 @@ class Rank:
 
 
 def prepare(config: EngineConfig, device: str, visible: str | None) -> None:
-    """Make this process one that works on `device`, as configured, and that ends with the process that started it.
-
-    `visible` is CUDA_VISIBLE_DEVICES as the daemon has it.
-    """
+    """Make this process work on `device` of `visible`, the daemon's CUDA_VISIBLE_DEVICES, and end with its parent."""
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
     if config.compile:

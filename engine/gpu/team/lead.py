@@ -31,7 +31,6 @@ from engine.planning.machine import Machine
 from engine.planning.placement import Plan
 
 log = logging.getLogger("wangpd.worker")
-DEATH_S = 0.5  # the connections of a process that dies are closed a little before it is dead
 
 
 class Team:
@@ -139,7 +138,7 @@ class Team:
             if self._in_step:
                 self._order("end")
             else:  # the followers still wait in the call that has failed
-                if wait(self._sentinels, DEATH_S):
+                if wait(self._sentinels, 0.5):  # the connections of a process are closed a little before it is dead
                     self._ended.wait(GRACE_S)  # for `_watch`, which is about to end this process too
                 log.warning("a call of the denoiser has failed: the other processes of the team are ended")
                 self.close()

@@ -1,7 +1,7 @@
 """Context parallelism: each call of a denoiser is computed by several processes, each on its share of the tokens.
 
-Diffusers splits the tokens and gathers them (Ulysses: for attention each process has all tokens of some heads), in the
-classes that have a `_cp_plan`; each addition here says why it is needed.
+Diffusers splits and gathers them (Ulysses: for attention each process has all tokens of some heads), in the classes
+that have a `_cp_plan`; each addition here says why it is needed.
 """
 
 from collections.abc import Iterator, Mapping
