@@ -216,7 +216,7 @@ def test_the_worker_keeps_what_it_compiles_in_the_state_folder(
     for name in names:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(process.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
-    process.prepare(EngineConfig(tmp_path, tmp_path, state_path=tmp_path, compile=wanted), "cpu")
+    process.prepare(EngineConfig(tmp_path, tmp_path, state_path=tmp_path, compile=wanted), "cpu", None)
     assert all((os.environ.get(name, "").startswith(str(tmp_path / "compiled"))) == wanted for name in names)
 
 

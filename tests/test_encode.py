@@ -7,8 +7,11 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import av
@@ -21,6 +24,7 @@ from PIL import Image
 
 from engine.files import media
 from engine.files.outputs import Outputs
+from engine.files.publish import published
 from engine.gpu.save import encode
 from engine.job import EngineError, Job
 from tests.embedded import read_settings
@@ -390,21 +394,41 @@ def test_the_error_crosses_the_process_border(tmp_path: Path, monkeypatch: pytes
 
 def test_a_file_is_hidden_until_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    publish = encode.publish
-    monkeypatch.setattr(encode, "publish", lambda part, final: (seen.append(left_in(tmp_path)), publish(part, final)))
+
+    @contextmanager
+    def watched(final: Path) -> Iterator[Path]:
+        with published(final) as part:
+            yield part
+            seen.append(left_in(tmp_path))
+
+    monkeypatch.setattr(encode, "published", watched)
     encode.write_video(tmp_path / "x.mp4", noise_frames(), 16, None)
     encode.write_image(tmp_path / "y.png", noise_frames(1)[0], None, "png")
     assert seen == [[".x.mp4.part"], [".y.png.part", "x.mp4"]]
 
 
 def test_publishing_saves_the_bytes_then_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".x.part").write_bytes(b"x")
     synced: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(
         os, "fsync", lambda handle: synced.append((str(Path(f"/proc/self/fd/{handle}").readlink()), left_in(tmp_path)))
     )
-    encode.publish(tmp_path / ".x.part", tmp_path / "x")
+    with published(tmp_path / "x") as part:
+        part.write_bytes(b"x")
     assert synced == [(str(tmp_path / ".x.part"), [".x.part"]), (str(tmp_path), ["x"])]
+
+
+def test_two_that_publish_the_same_file_do_not_write_into_one(tmp_path: Path) -> None:
+    both_write = Barrier(2)
+
+    def publish(data: bytes) -> None:
+        with published(tmp_path / "x", rivals=True) as part:
+            part.write_bytes(data)
+            both_write.wait(10)
+            assert part.read_bytes() == data
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(publish, [b"one", b"two"]))
+    assert left_in(tmp_path) == ["x"]
 
 
 def test_no_file_handle_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Videos and sounds as FFmpeg reads them: whether an input is whole, how long it is, and its frames.
 
-Everything here is synchronous: call it through `asyncio.to_thread`. PyAV is imported inside the functions, since a
-daemon that only queues must not pay for it.
+All of it blocks. PyAV is imported inside the functions, since a daemon that only queues must not pay for it.
 """
 
 import io
@@ -32,10 +31,7 @@ class BadFootage(Exception):
 
 
 def check(data: bytes, kind: str, max_pixels: int) -> float:
-    """The length in seconds of a video or of a sound (`kind` "video" or "audio"), its first moments decoded.
-
-    A frame of more than `max_pixels` is refused before it is decoded. Raises BadFootage and nothing else.
-    """
+    """The length in seconds of a `kind` "video" or "audio", its first moments decoded. Raises BadFootage only."""
     with opened(io.BytesIO(data), kind) as container:
         stream = getattr(container.streams, kind)[0]
         if kind == "video":
@@ -65,10 +61,7 @@ def picture(frame: "VideoFrame") -> "Image":
 
 
 def read_frames(path: Path, fps: int, count: int, start: int = 0) -> "list[Image]":
-    """`count` frames from frame `start` on (fewer if the video is shorter) at `fps` frames a second, mode RGB.
-
-    Each is the frame that is shown at its time, upright. Raises BadFootage.
-    """
+    """At most `count` frames from `start` on, as shown at `fps` frames a second: RGB, upright. Raises BadFootage."""
     with path.open("rb") as file, opened(file, "video") as container:
         return [picture(frame) for frame in islice(_at_rate(container, fps), start, start + count)]
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from engine.files.folders import stats
+from engine.files.publish import published
 
 SAFE_AGE_S = 3600  # a younger file may belong to a request that has no row yet
 
@@ -27,12 +28,8 @@ class Inputs:
             os.utime(path)  # so that `sweep` keeps it for its new request
             return path
         self._folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
+        with published(path, rivals=True) as part:
+            part.write_bytes(data)
         return path
 
     def sweep(self, needed: set[str]) -> int:

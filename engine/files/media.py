@@ -1,7 +1,7 @@
 """Picture and video files for the daemon: whether an input is whole, and a thumbnail.
 
-Everything here is synchronous: call it through `asyncio.to_thread`. Pillow and PyAV are imported inside the functions:
-together they cost 26 MiB and a tenth of a second, which a daemon that only queues must not pay at its start.
+All of it blocks. Pillow and PyAV are imported inside the functions: together they cost 26 MiB and a tenth of a second,
+which a daemon that only queues must not pay at its start.
 """
 
 import io
@@ -45,26 +45,22 @@ class NoPreview(Exception):
 def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
     """Decode a PNG, JPEG or WebP to its end and return (width, height) in pixels as shown, EXIF orientation applied.
 
-    The size is read from the header and checked first, so a decompression bomb is refused before it takes memory.
-    Raises BadImage and nothing else.
+    Raises BadImage and nothing else; for more than `max_pixels` before memory is taken for them.
     """
     with _opened(io.BytesIO(data), max_pixels) as image:
         return _upright(image).size
 
 
 def open_image(path: Path) -> "Image":
-    """Return the picture, or the first frame of an animated one: mode RGB, upright, transparency on white.
-
-    The content decides the format, not the suffix. Raises BadImage, or FileNotFoundError where there is no file.
-    """
+    """Return the picture (of an animation the first): RGB, upright, on white. Raises BadImage, FileNotFoundError."""
     with path.open("rb") as file, _opened(file) as image:
         return _flattened(_upright(image))
 
 
 def thumbnail(path: Path, width: int) -> bytes:
-    """Return a JPEG of the image or of the video's first frame, `width` pixels wide or less: it is never upscaled.
+    """Return a JPEG of the image or of the video's first frame, `width` pixels wide or, as the source is, less.
 
-    The aspect is kept. Raises NoPreview for audio and for what can't be decoded, FileNotFoundError for no file.
+    Raises NoPreview for audio and for what can't be decoded, FileNotFoundError for no file.
     """
     kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("of an unknown type", ""))
     if kind not in ("image", "video"):
@@ -96,10 +92,7 @@ def reduced(image: "Image", width: int) -> bytes:
 
 @contextmanager
 def _opened(file: BinaryIO, max_pixels: int = _MAX_PREVIEW_PIXELS) -> Iterator["Image"]:
-    """A picture whose header has been read and whose size is within `max_pixels`; no pixel is decoded yet.
-
-    Whatever the decoders raise, here or inside the `with` block, leaves as BadImage.
-    """
+    """A picture of at most `max_pixels`, none decoded yet; what the decoders raise in the block becomes BadImage."""
     # Pillow knows PNG and JPEG from the start; for a WebP plugin not yet imported it would import all 45 that it has.
     from PIL import Image, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
@@ -137,6 +130,5 @@ def _flattened(image: "Image") -> "Image":
         return image.point(lambda value: value / 256).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    coloured = image.convert("RGBA")
-    white = Image.new("RGBA", coloured.size, "white")
-    return Image.alpha_composite(white, coloured).convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

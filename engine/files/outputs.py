@@ -1,21 +1,18 @@
-"""The output folder: its listing, the names that it serves, and the thumbnails of its files.
+"""The output folder. It is the only source of truth: users may add, overwrite and delete files too."""
 
-The folder is the only source of truth: the worker publishes by rename, and users may add, overwrite and delete files.
-"""
-
+import math
 import re
 import shutil
 import stat
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from engine.files import media
-from engine.files.folders import scan, stats
+from engine.files.folders import stats
 from engine.files.thumbnails import ThumbnailCache, key_of
 from engine.job import EngineError
 
@@ -30,23 +27,17 @@ _MAX_AGE_S: Final = 30.0
 _UNSAFE_NAME: Final = re.compile(r"^\.|[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A media file of the output folder. Times are epoch seconds.
-
-    Python's `stat` has no time of birth on Linux, so `created_at` is the earlier of the last modification of the file
-    and of its inode: exact for a file that the worker published, and never later than `modified_at`.
-    """
+class Entry(NamedTuple):
+    """A media file of the output folder."""
 
     filename: str
     type: str  # video, image, audio
     size_bytes: int
-    created_at: float
-    modified_at: float
+    created_at: float  # epoch seconds; the earlier of mtime and ctime, as `stat` has no time of birth on Linux
+    modified_at: float  # epoch seconds
 
 
-@dataclass(frozen=True)
-class Retention:
+class Retention(NamedTuple):
     """How much room the folder may take and must leave; 0 means no limit."""
 
     keep_s: float = 0
@@ -54,14 +45,13 @@ class Retention:
     min_free_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    """One reading of the folder. `by_type[None]` holds every entry."""
+class _Snapshot(NamedTuple):
+    """One reading of the folder."""
 
-    folder_mtime_ns: int | None = None  # None: no such folder
-    read_at: float = float("-inf")  # time.monotonic() before the reading
-    settled: bool = False  # nothing was touched so recently that its time stamp could hide a change
-    by_type: Mapping[str | None, tuple[Entry, ...]] = field(default_factory=dict)
+    folder_mtime_ns: int | None  # None: no such folder
+    read_at: float  # time.monotonic() before the reading
+    settled: bool  # nothing was touched so recently that its time stamp could hide a change
+    by_type: Mapping[str | None, Sequence[Entry]]  # None: of every type
 
 
 class Outputs:
@@ -71,7 +61,7 @@ class Outputs:
         self._folder = folder
         self._retention = retention or Retention()
         self._thumbnails = ThumbnailCache(cache)
-        self._snapshot = _Snapshot()
+        self._snapshot = _Snapshot(None, -math.inf, False, {})
         self._reading = threading.Lock()
 
     def fresh(self) -> bool:
@@ -81,10 +71,7 @@ class Outputs:
         return valid and known.folder_mtime_ns == _mtime_ns(self._folder)
 
     def listing(self, file_type: str | None = None) -> Sequence[Entry]:
-        """Return the media files, all or of one type, newest modification first, ties by name.
-
-        One stat while nothing changes, else one stat a file. A folder that is not there is an empty one.
-        """
+        """Return the media files, all or of one type, newest modification first, ties by name; none if no folder."""
         if not self.fresh():
             asked_at = time.monotonic()
             with self._reading:
@@ -93,10 +80,7 @@ class Outputs:
         return self._snapshot.by_type.get(file_type, ())
 
     def find(self, filename: str) -> Path | None:
-        """Return the regular file of that name, or None for any other string. No name leads out of the folder.
-
-        Symbolic links, folders, devices, names without a media suffix and all that `listing` hides are None. One lstat.
-        """
+        """Return the regular file of that name in the folder, else None: for links, devices, what `listing` hides."""
         path = self._folder / filename
         try:
             return path if _kind(filename) and stat.S_ISREG(path.lstat().st_mode) else None
@@ -104,21 +88,15 @@ class Outputs:
             return None
 
     def thumbnail(self, path: Path, width: int) -> Path | bytes:
-        """Return the file with the JPEG of `media.thumbnail`, or its bytes if no file can be written now.
-
-        It is made once for a file and a width. Raises what `media.thumbnail` raises.
-        """
-        key = key_of(path.name, path.lstat(), width)
+        """Return the cached file of `media.thumbnail`, or its bytes if none can be written. Raises what that raises."""
+        key = key_of(path, width)
         if kept := self._thumbnails.get(key):
             return kept
         jpeg = media.thumbnail(path, width)
         return self._thumbnails.put(key, jpeg) or jpeg
 
     def remove_attempt(self, task_id: int) -> int:
-        """Delete the files of a broken attempt at a task, published or partial, and return how many there were.
-
-        Only names that the worker gives are touched: a user's own "trip_t000123_.mp4" stays. Raises OSError.
-        """
+        """Delete the files of a broken attempt at a task, published or partial; returns how many. Raises OSError."""
         return self._remove(rf"\.?\d{{8}}-\d{{6}}_t{task_id:06d}_.+")
 
     def remove_parts(self, task_id: int | None = None) -> int:
@@ -127,16 +105,14 @@ class Outputs:
         return self._remove(rf"\.\d{{8}}-\d{{6}}_t{number}_.+\.part")
 
     def _remove(self, pattern: str) -> int:
-        left = [item.name for item in scan(self._folder) if re.fullmatch(pattern, item.name)]
+        """Names that the worker gives begin with a time, so that a user's own "trip_t000123_.mp4" stays."""
+        left = [name for name, _ in stats(self._folder) if re.fullmatch(pattern, name)]
         for name in left:
             (self._folder / name).unlink(missing_ok=True)
         return len(left)
 
     def prepare(self) -> None:
-        """Make room for a task: remove the oldest files beyond what is to be kept.
-
-        Raises EngineError if that is not enough: better now than after an hour of denoising.
-        """
+        """Remove the oldest files beyond what is to be kept. Raises EngineError if a task still has no room."""
         keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
         entries = self.listing() if keep_s or keep_bytes else ()
         total_bytes, now = sum(entry.size_bytes for entry in entries), time.time()
@@ -163,7 +139,7 @@ class Outputs:
 
     def highest_task_id(self) -> int:
         """Return the largest task id in a name that the worker gave, or 0: needed when the journal is lost."""
-        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", item.name) for item in scan(self._folder))
+        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", name) for name, _ in stats(self._folder))
         return max((int(match[1]) for match in found if match), default=0)
 
 

@@ -1,7 +1,4 @@
-"""What a process of the engine does before anything else, torch included: logging, environment, the card that it sees.
-
-The daemon starts a worker, and a worker its followers (see engine.gpu.team).
-"""
+"""What a worker or a follower does before it imports torch: logging, environment, the card that it sees."""
 
 import logging
 import multiprocessing
@@ -30,15 +27,15 @@ class Rank:
     rendezvous: Path
 
 
-def prepare(config: EngineConfig, device: str) -> None:
-    """Make this process one that works on `device`, as configured, and that ends with the process that started it."""
+def prepare(config: EngineConfig, device: str, visible: str | None) -> None:
+    """Make this process work on `device` of `visible`, the daemon's CUDA_VISIBLE_DEVICES, and end with its parent."""
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
     if config.compile:
         os.environ.update(compile_environment(config.state_path))
     hide_unused_packages(config.transformer_quantization)
     if device.startswith("cuda:"):
-        os.environ[VISIBLE] = only_card(int(device[5:]), os.environ.get(VISIBLE))
+        os.environ[VISIBLE] = only_card(int(device[5:]), visible)
     if not config.allow_download:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if config.team:
@@ -49,7 +46,7 @@ def prepare(config: EngineConfig, device: str) -> None:
 def _end_with_parent() -> None:
     """Without this, a daemon that was killed would leave the GPU taken."""
     parent = multiprocessing.parent_process()
-    assert parent is not None
+    assert parent
     wait([parent.sentinel])
     end_all()
 

@@ -4,10 +4,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 MOST_WAITING_BYTES = 2**30  # of frames that are made and not yet encoded
 
@@ -55,8 +54,8 @@ class _Handover(Generic[T]):
 
 
 def feed(
-    thread: ThreadPoolExecutor, pieces: Iterable[T], write: Callable[[Iterator[T]], R], size_bytes: Callable[[T], int]
-) -> "Future[R]":
+    thread: ThreadPoolExecutor, pieces: Iterable[T], write: Callable[[Iterator[T]], Any], size_bytes: Callable[[T], int]
+) -> "Future[Any]":
     """Pass `pieces` to `write` in `thread`, each as soon as it is made; returns when the last one is made.
 
     Raises what making them or `write` raises, and then `write` has ended: with Broken, if making them failed.

@@ -1,6 +1,7 @@
-"""Frames and sound to files with their settings inside, visible in the output folder only when whole.
+"""Encodes frames and sound to files with their settings inside, published when whole (see `engine.files.publish`).
 
-Settings travel as JSON in pure ASCII: no container, tag reader or shell can garble that, not even a lone surrogate.
+Each `write_…` raises EngineError with code "save_failed", or what making the frames raises, and leaves no file then.
+Settings are JSON in pure ASCII: no container, tag reader or shell can garble that, not even a lone surrogate.
 """
 
 import io
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin
 
+from engine.files.publish import published
 from engine.job import EngineError, Job
 
 log = logging.getLogger(__name__)
@@ -31,9 +33,7 @@ log = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
-_SLUG_CHARS: Final = 40
 _HANDLE: Final = "/dev/fd/"
-_NICENESS: Final = 5  # of ffmpeg: a third of the generation's share where both need the same core
 _JPEG_SEGMENT_BYTES: Final = 65533  # a JPEG segment's length has 16 bits and counts itself
 
 # Without the matrix named at both ends, swscale converts with BT.601 and players decode small videos with BT.601 and
@@ -72,12 +72,9 @@ class Sound(NamedTuple):
 
 
 def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: str) -> str:
-    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4"; `suffix` brings its dot.
-
-    The prompt's start is in a-z, 0-9 and hyphens, so that no shell needs quotes.
-    """
+    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4", which no shell needs to quote."""
     plain = unicodedata.normalize("NFKD", job.prompt).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_CHARS].rstrip("-") or "untitled"
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].rstrip("-") or "untitled"
     return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_{slug}_s{seed}{suffix}"
 
 
@@ -94,9 +91,7 @@ def write_video(
 ) -> None:
     """Write an H.264 yuv420p MP4 that plays everywhere: BT.709, its index in front, `settings` in the comment tag.
 
-    An odd width or height gains one column or row, a copy of the last. The file's mtime is the time of completion.
-    `sound` becomes its AAC track. Raises EngineError with code "save_failed", or what `frames` raises; nothing is left
-    in the folder then.
+    An odd width or height gains one column or row, a copy of the last. `sound` becomes its AAC track.
     """
     coming = iter(frames)
     first = next(coming)
@@ -120,18 +115,14 @@ def works(encoder: str) -> bool:
     """True if this machine can encode with it: NVENC needs a card that has it (an H100 has none) and a driver."""
     codec = _CODECS[encoder].format(preset="veryfast", crf=18)
     trial = f"-v error -f lavfi -i color=size=256x256:rate=1 -frames:v 1 -pix_fmt yuv420p {codec} -f null -"
-    try:
-        done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *trial.split()], capture_output=True, check=False)
-    except (OSError, RuntimeError):  # the first real file reports it
-        return False
-    return done.returncode == 0
+    with suppress(OSError, RuntimeError, subprocess.CalledProcessError):  # without ffmpeg, the first real file says so
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *trial.split()], capture_output=True, check=True)
+        return True
+    return False
 
 
 def write_sound(path: Path, sound: Sound, settings: Mapping[str, Any] | None) -> None:
-    """Write a WAV, FLAC or MP3, by the suffix of `path`, with `settings` in its comment tag.
-
-    Raises EngineError with code "save_failed"; nothing is left in the folder then.
-    """
+    """Write a WAV, FLAC or MP3, by the suffix of `path`, with `settings` in its comment tag."""
     options, samples = _pcm(sound)
     _encode(path, [samples], settings, [*options, "pipe:0"], ["-map", "1:a", *_SOUND_OPTIONS[path.suffix]])
 
@@ -140,18 +131,24 @@ def _encode(
     path: Path, chunks: Iterable[bytes], settings: Mapping[str, Any] | None, inputs: list[str], end: list[str]
 ) -> None:
     """Let ffmpeg make `path` of what is piped in. Its input 0 are the settings; those of `inputs` follow."""
-    with _part_of(path) as part, TemporaryFile() as complaints, _spooled(_ffmetadata(settings)) as tags:
+    comment = "" if settings is None else "comment=" + re.sub(r"([\\=;#\n])", r"\\\1", json.dumps(dict(settings)))
+    # In a file: one argument of a command line holds 128 KiB, which two long prompts can outgrow.
+    metadata = f";FFMETADATA1\n{comment}\n".encode("ascii")
+    with _part_of(path) as part, TemporaryFile() as complaints, _spooled(metadata) as tags:
         command = ["-hide_banner", "-loglevel", "error", "-y", "-f", "ffmetadata", "-i", tags, *inputs]
         command += ["-map_metadata", "0", *end, f"file:{part}"]
         # stderr goes to a file: a pipe that nobody reads while the frames are written would fill up and stop ffmpeg.
         with _started(command, complaints, path) as ffmpeg:
-            # x264 alone would take every core.
-            os.setpriority(os.PRIO_PROCESS, ffmpeg.pid, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
+            # x264 would take every core: at +5 it gets a third of the generation's share of a core that both need.
+            os.setpriority(os.PRIO_PROCESS, ffmpeg.pid, os.getpriority(os.PRIO_PROCESS, 0) + 5)
             assert ffmpeg.stdin
             with suppress(BrokenPipeError), ffmpeg.stdin as pipe:  # it may end early; its status then says why
                 pipe.writelines(chunks)
         if ffmpeg.returncode:
-            raise _save_failed(path, _reason(ffmpeg.returncode, complaints))
+            complaints.seek(0)
+            text, status = complaints.read().decode(errors="replace"), f"ffmpeg ended with status {ffmpeg.returncode}"
+            log.error("%s: %s", status, text.strip())  # its own words hold paths
+            raise _save_failed(path, next((cause for cause in _REMEDIES if cause in text), status))
 
 
 @contextmanager
@@ -159,7 +156,6 @@ def _spooled(data: bytes) -> Iterator[str]:
     """The name under which ffmpeg can read `data` within the block."""
     with TemporaryFile() as file:
         file.write(data)
-        file.flush()
         file.seek(0)  # the name may stand for this very handle, with its position in the file
         yield f"{_HANDLE}{file.fileno()}"
 
@@ -171,10 +167,7 @@ def _pcm(sound: Sound) -> tuple[list[str], bytes]:
 
 
 def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, format: ImageFormat) -> None:
-    """Write one picture, (H, W, 3) uint8 RGB or (H, W, 4) RGBA, `settings` in its PNG text or its EXIF UserComment.
-
-    Raises EngineError with code "save_failed"; nothing is left in the folder then.
-    """
+    """Write one picture, (H, W, 3) uint8 RGB or (H, W, 4) RGBA, `settings` in its PNG text or its EXIF UserComment."""
     with _part_of(path) as part:
         buffer = io.BytesIO()  # Pillow hides why a write has failed ("encoder error -2"): the disk comes after it
         comment = {} if settings is None else _comment_option(format, json.dumps(dict(settings)))
@@ -182,41 +175,14 @@ def write_image(path: Path, frame: Pixels, settings: Mapping[str, Any] | None, f
         part.write_bytes(buffer.getbuffer())
 
 
-def publish(part: Path, final: Path) -> None:
-    """Rename `part` to `final` in the same folder; bytes, then name are on the disk. Raises OSError."""
-    _sync(part)
-    part.replace(final)
-    _sync(final.parent)
-
-
 @contextmanager
 def _part_of(final: Path) -> Iterator[Path]:
-    """A hidden path to write to: published as `final` at the end of the block, removed when the block raises."""
-    part = final.with_name(f".{final.name}.part")
+    """As `published`, but what the disk or Pillow raises becomes an EngineError."""
     try:
-        yield part
-        publish(part, final)
+        with published(final) as part:
+            yield part
     except (OSError, ValueError) as error:  # ValueError: Pillow, on sizes that a format can't hold
         raise _save_failed(final, getattr(error, "strerror", None) or str(error)) from error
-    finally:
-        with suppress(OSError):  # gone by rename; or the disk is worse off than one leftover
-            part.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _ffmetadata(settings: Mapping[str, Any] | None) -> bytes:
-    """FFmpeg's metadata file: one argument of a command line holds 128 KiB, which two long prompts can outgrow."""
-    if settings is None:
-        return b";FFMETADATA1\n"
-    escaped = re.sub(r"([\\=;#\n])", r"\\\1", json.dumps(dict(settings)))
-    return f";FFMETADATA1\ncomment={escaped}\n".encode("ascii")
 
 
 def _started(command: list[str], complaints: IO[bytes], path: Path) -> "subprocess.Popen[bytes]":
@@ -231,14 +197,6 @@ def _started(command: list[str], complaints: IO[bytes], path: Path) -> "subproce
     except (OSError, RuntimeError) as error:  # RuntimeError: imageio-ffmpeg found none at all
         log.error("ffmpeg can't be started: %s", error)
         raise _save_failed(path, "ffmpeg can't be started") from None
-
-
-def _reason(status: int, complaints: IO[bytes]) -> str:
-    """Why ffmpeg failed: a cause that has a remedy, else its exit status. Its own words, with paths, go to the log."""
-    complaints.seek(0)
-    text = complaints.read().decode(errors="replace")
-    log.error("ffmpeg ended with status %d: %s", status, text.strip())
-    return next((cause for cause in _REMEDIES if cause in text), f"ffmpeg ended with status {status}")
 
 
 def _save_failed(path: Path, reason: str) -> EngineError:

@@ -2,11 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +26,7 @@ ANSWERED = ("measure", "load")  # the orders whose answer the lead waits for
 GRACE_S = 5.0  # in which the lead notices by itself that a follower is gone
 
 
-@dataclass(frozen=True)
-class ModelSource:
+class ModelSource(NamedTuple):
     """What the lead loads and a follower too: the weights of `model`, as those of `kind`."""
 
     model: Model
@@ -43,13 +40,9 @@ class Follower:
 
     def __init__(self, connection: Connection, rank: Rank, config: EngineConfig) -> None:
         self._connection, self._rank, self._config = connection, rank, config
-        self._device: torch.device
-        self._group: Group
-        self._model: Model
         self._pipe: Any = None
         self._adapters = Adapters()
         self._job = ExitStack()  # what is set for the job that runs
-        self.step: Callable[[int], None]  # the order after each denoising step, with how many are done
 
     def serve(self) -> None:
         """Report what this device can do, then carry out orders until the lead ends this process, or itself."""
@@ -64,15 +57,14 @@ class Follower:
             answer = getattr(self, order)(*arguments)
         except Exception as fault:
             log.exception("%s: fault at '%s'", self._rank.device, order)
-            answer = _plain(fault)
-        if order in ANSWERED:
+            kind = torch.OutOfMemoryError if isinstance(fault, torch.OutOfMemoryError) else EngineError
+            plain = kind(f"{type(fault).__name__}: {fault}")  # can be pickled, whatever the fault holds
+            answer = fault if isinstance(fault, EngineError) else plain
+        if order in ANSWERED or answer:
             self._connection.send(answer)
-        elif answer:
-            self._connection.send(answer)
+        if order not in ANSWERED and answer:
             time.sleep(GRACE_S)  # the lead may have met the same fault, and then ends only its followers
             process.end_all()
-
-    # ---- the orders
 
     def measure(self) -> Machine:
         """Return what this device can do. Raises EngineError if it is not available."""
@@ -86,17 +78,17 @@ class Follower:
     def load(self, source: ModelSource, plan: Plan, kernel: str) -> None:
         """Load the denoisers, and place them as the lead does."""
         self.unload()
-        model = source.model
+        self._model = source.model
         pipe, _ = quantization.load(
-            model, source.task, source.weights, self._device,
+            self._model, source.task, source.weights, self._device,
             kind=source.kind, models_dir=self._config.models_dir, denoisers_only=True,
         )  # fmt: skip
         if self._config.compile:
             compiling.compile_blocks(pipe)
         offloading.carry_out(pipe, plan, self._device)
-        if not model.attention_backend:
+        if not self._model.attention_backend:
             kernels.set_kernel(pipe, kernel, self._device, tokens=0, together=True)
-        self._pipe, self._model = pipe, model
+        self._pipe = pipe
 
     def unload(self) -> None:
         """Drop the model."""
@@ -104,7 +96,7 @@ class Follower:
         give_back(self._device)
 
     def begin(self, job: Job) -> None:
-        """Prepare the denoisers for a job."""
+        """Prepare the denoisers for a job. `step` is the order after each denoising step, with how many are done."""
         prepared = render.prepared(self._pipe, self._model, job, self._adapters)
         pipe, self.step = self._job.enter_context(prepared)
         self._job.enter_context(self._group.shared(pipe))
@@ -121,11 +113,3 @@ class Follower:
         self._job.close()
         self._pipe.maybe_free_model_hooks()
         give_back(self._device)
-
-
-def _plain(fault: Exception) -> Exception:
-    """The fault as an exception that can be pickled, whatever it holds."""
-    if isinstance(fault, EngineError):
-        return fault
-    kind = torch.OutOfMemoryError if isinstance(fault, torch.OutOfMemoryError) else EngineError
-    return kind(f"{type(fault).__name__}: {fault}")

@@ -1,8 +1,8 @@
 """A team: the worker and its followers, processes on other devices that compute every call of a denoiser with it.
 
-The worker leads. It alone encodes prompts, draws noise, decodes and saves; a follower holds the same denoisers, gets
-the arguments of each call, and computes its share (see `sharing`). So a task can be cancelled between any two calls. A
-fault within a call leaves the others waiting: the followers are ended, and started again for the next task.
+The worker leads. It alone encodes prompts, draws noise, decodes and saves; a follower gets the arguments of each call
+and computes its share (see `sharing`), so a task can be cancelled between any two calls. A fault within a call leaves
+the others waiting: the followers are ended, and started again for the next task.
 """
 
 import itertools
@@ -31,8 +31,6 @@ from engine.planning.machine import Machine
 from engine.planning.placement import Plan
 
 log = logging.getLogger("wangpd.worker")
-SPAWN = multiprocessing.get_context("spawn")
-DEATH_S = 0.5  # the connections of a process that dies are closed a little before it is dead
 
 
 class Team:
@@ -41,7 +39,6 @@ class Team:
     def __init__(self, config: EngineConfig, device: torch.device, visible: str | None) -> None:
         """`visible` is CUDA_VISIBLE_DEVICES as it was before the worker chose its own card."""
         self._config, self._device, self._visible = config, device, visible
-        self._folder = config.state_path / "team"
         self._starts = itertools.count()  # each has its own rendezvous file: torch may delete the last one's late
         self._followers: list[tuple[Any, Connection]] = []
         self._machines: list[Machine] = []
@@ -50,18 +47,16 @@ class Team:
         self._in_step = True  # all wait for the lead; else some may wait for each other
         self._start()
 
-    # ---- their processes
-
     def _start(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        count, rendezvous = 1 + len(self._config.team), self._folder / f"rendezvous-{next(self._starts)}"
-        self._rank = Rank(0, count, self._config.device, rendezvous)
-        for number, device in enumerate(self._config.team, 1):
-            ours, theirs = SPAWN.Pipe()
-            rank = replace(self._rank, number=number, device=device)
-            arguments = (theirs, rank, self._config, self._visible)
-            follower = SPAWN.Process(target=follow, args=arguments, name=f"follower {number}", daemon=True)
+        config, spawn = self._config, multiprocessing.get_context("spawn")
+        folder = config.state_path / "team"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._rank = Rank(0, 1 + len(config.team), config.device, folder / f"rendezvous-{next(self._starts)}")
+        for number, device in enumerate(config.team, 1):
+            ours, theirs = spawn.Pipe()
+            arguments = (theirs, replace(self._rank, number=number, device=device), config, self._visible)
+            follower = spawn.Process(target=follow, args=arguments, name=f"follower {number}", daemon=True)
             follower.start()
             theirs.close()  # so that its end is seen at ours
             self._followers.append((follower, ours))
@@ -93,13 +88,10 @@ class Team:
             self._group.leave()
         self._followers, self._group, self._model_id, self._in_step = [], None, "", True
 
-    # ---- what they hold
-
     def least(self, machine: Machine) -> Machine:
         """What every process of the team can use; they share the RAM. `machine` is the lead's."""
         self._joined()
-        count = 1 + len(self._machines)
-        least = Machine(*map(min, astuple(machine), *map(astuple, self._machines)))
+        least, count = Machine(*map(min, astuple(machine), *map(astuple, self._machines))), self._rank.count
         return replace(least, free_ram_bytes=least.free_ram_bytes // count, cards=count)
 
     @contextmanager
@@ -125,8 +117,6 @@ class Team:
         if self._group:
             self._order("unload")
 
-    # ---- what they do
-
     @contextmanager
     def together(self, pipe: Any, job: Job, set_strengths: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
         """Within the block all compute each call of the denoisers of `pipe`, which are prepared for `job`.
@@ -145,17 +135,13 @@ class Team:
                 self._in_step = True
                 yield after_step
         finally:
-            self._end()
-
-    def _end(self) -> None:
-        """End the job, and if it ended within a call also the followers, which still wait in it."""
-        if self._in_step:
-            self._order("end")
-            return
-        if wait(self._sentinels, DEATH_S):
-            self._ended.wait(GRACE_S)  # for `_watch`, which is about to end this process too
-        log.warning("a call of the denoiser has failed: the other processes of the team are ended")
-        self.close()
+            if self._in_step:
+                self._order("end")
+            else:  # the followers still wait in the call that has failed
+                if wait(self._sentinels, 0.5):  # the connections of a process are closed a little before it is dead
+                    self._ended.wait(GRACE_S)  # for `_watch`, which is about to end this process too
+                log.warning("a call of the denoiser has failed: the other processes of the team are ended")
+                self.close()
 
     @contextmanager
     def _followed(self, pipe: Any) -> Iterator[None]:
@@ -184,18 +170,15 @@ class Team:
                     hooks.callback(delattr, denoiser, "cache_context")  # the instance's, which hides the class's
             yield
 
-    # ---- orders and answers
-
     def _order(self, name: str, *arguments: Any) -> None:
         """Give all followers an order. Raises EngineError if one has failed at an earlier one; then all are ended."""
         for follower, connection in self._followers:
             with self._reaching():
-                fault = connection.recv() if connection.poll() else None  # else it says nothing unasked
-                if not fault:
-                    connection.send((name, arguments))
-            if fault:
-                self.close()
-                raise EngineError(f"{follower.name}: {fault}")
+                if connection.poll():  # all that it sends unasked is a fault
+                    fault = connection.recv()
+                    self.close()
+                    raise EngineError(f"{follower.name}: {fault}")
+                connection.send((name, arguments))
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -210,9 +193,8 @@ class Team:
         """Each follower's answer to the last order that has one. Raises the fault that one answers."""
         with self._reaching():
             answers = [connection.recv() for _, connection in self._followers]
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
+        if fault := next((answer for answer in answers if isinstance(answer, Exception)), None):
+            raise fault
         return answers
 
 

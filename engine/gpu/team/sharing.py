@@ -1,7 +1,7 @@
 """Context parallelism: each call of a denoiser is computed by several processes, each on its share of the tokens.
 
-Diffusers splits the tokens and gathers them (Ulysses: for attention each process has all tokens of some heads), in the
-classes that have a `_cp_plan`; each addition here says why it is needed.
+Diffusers splits and gathers them (Ulysses: for attention each process has all tokens of some heads), in the classes
+that have a `_cp_plan`; each addition here says why it is needed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -65,11 +65,9 @@ class Blank:
 
 def blanked(arguments: Any) -> Any:
     """`arguments` (nested lists and mappings) with a Blank for each tensor, so that they can be pickled."""
-
-    def blank(tensor: torch.Tensor) -> Blank:
-        return Blank(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
-
-    return pytree.tree_map_only(torch.Tensor, blank, arguments)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda tensor: Blank(tensor.shape, tensor.dtype, tensor.device.type == "cpu"), arguments
+    )
 
 
 class Group:
@@ -118,9 +116,7 @@ class Group:
 
     def send(self, arguments: Any) -> None:
         """Send the tensors among `arguments` to all others, who must call `receive` with `blanked(arguments)`."""
-        for leaf in pytree.tree_leaves(arguments):
-            if isinstance(leaf, torch.Tensor):
-                _broadcast(leaf.to(self._device).contiguous())
+        pytree.tree_map_only(torch.Tensor, lambda tensor: _broadcast(tensor.to(self._device).contiguous()), arguments)
 
     def receive(self, blanks: Any) -> Any:
         """The arguments that the lead sends, with a tensor in the place of each blank."""

@@ -1,0 +1,35 @@
+"""Gives a file its final name once it is whole."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def published(final: Path, *, rivals: bool = False, durable: bool = True) -> Iterator[Path]:
+    """Yield the hidden path beside `final` to write to; after the block it is renamed, or removed if the block raises.
+
+    `rivals`: other threads and processes may write the same file now. `durable`: it returns once the bytes, and then
+    the name, are on the disk. Raises OSError.
+    """
+    part = final.with_name(f".{final.name}{f'.{threading.get_native_id()}' if rivals else ''}.part")
+    try:
+        yield part
+        if durable:
+            _sync(part)
+        part.replace(final)
+        if durable:
+            _sync(final.parent)
+    finally:
+        with suppress(OSError):  # gone by rename; or the disk is worse off than one leftover
+            part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
