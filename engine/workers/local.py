@@ -186,11 +186,11 @@ class Engine:
     def _patience_s(self, board: Board, patience_s: float) -> float:
         """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them.
 
-        In the first step, blocks may be compiled.
+        The start of the process counts as loading. In the first step, blocks may be compiled.
         """
         if self._config.compile and board.phase == Phase.DENOISING and not board.step:
             return LOADING_PATIENCE * patience_s
-        if board.phase != Phase.LOADING:
+        if board.phase not in (Phase.IDLE, Phase.LOADING):
             return patience_s
         return math.inf if self._config.allow_download else LOADING_PATIENCE * patience_s
 
