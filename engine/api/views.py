@@ -125,7 +125,7 @@ def task_state(app: web.Application, task: Task) -> dict[str, Any]:
 
 def output_entry(entry: Entry) -> dict[str, Any]:
     """Return a file as the listing shows it."""
-    return {**asdict(entry), "created_at": iso(entry.created_at), "modified_at": iso(entry.modified_at)}
+    return {**entry._asdict(), "created_at": iso(entry.created_at), "modified_at": iso(entry.modified_at)}
 
 
 def public_config(app: web.Application) -> dict[str, Any]:
