@@ -1,8 +1,8 @@
 """Quantised denoisers: made once from the weights that are installed, and read back from then on.
 
-The linear layers of the blocks are nearly all of a denoiser's weights, and the only ones that are quantised: an error
-in an embedding or in the last projection is seen everywhere. `int8` and `fp8` are tensors of torchao, which diffusers
-moves, saves and loads, and peft adds LoRAs to; `nf4` is a layer of ours around the numbers of bitsandbytes.
+Only the linear layers of the blocks, nearly all of the weights, are quantised: an error in an embedding or in the last
+projection is seen everywhere. `int8` and `fp8` are tensors of torchao, which diffusers moves, saves and loads, and peft
+adds LoRAs to; `nf4` is a layer of ours around the numbers of bitsandbytes.
 """
 
 import logging
@@ -74,27 +74,22 @@ def load(
     folder = prepared.entry(models_dir, what, _sources(weights), method)
     ready = _read(folder, kind, dtype_of)
     pipe = pipelines.load(model, pipeline, weights, device, ready, denoisers_only=denoisers_only)
-    denoisers = offloading.denoisers(pipe)
-    if not ready:
-        started = time.monotonic()
-        for denoiser in denoisers.values():
-            quantize(denoiser, kind, device)
-        log.info("model %s: denoiser quantized to %s in %.0f s", model.id, kind, time.monotonic() - started)
-    parts = replace(offloading.parts_of(pipe, model), quantization=kind, changed=not ready)
-    if not ready:
-        prepared.publish(folder, parts.denoisers, partial(_write, denoisers))
+    if ready:
+        return pipe, replace(offloading.parts_of(pipe, model), quantization=kind, changed=False)
+    started, denoisers = time.monotonic(), offloading.denoisers(pipe)
+    for denoiser in denoisers.values():
+        quantize(denoiser, kind, device)
+    log.info("model %s: denoiser quantized to %s in %.0f s", model.id, kind, time.monotonic() - started)
+    parts = replace(offloading.parts_of(pipe, model), quantization=kind, changed=True)
+    prepared.publish(folder, parts.denoisers, partial(_write, denoisers))
     return pipe, parts
 
 
 def _sources(weights: Weights) -> list[Path]:
-    """The files that the denoisers come from."""
     own = {path.name: path for path in weights.folder.iterdir() if path.is_dir()}
     folders = [folder for name, folder in {**own, **weights.parts}.items() if offloading.is_denoiser(name)]
     inside = [path for folder in folders for path in folder.iterdir() if path.is_file()]
     return [*sorted(inside), *weights.files.values(), *weights.loras]
-
-
-# ---- how a layer is quantised
 
 
 @torch.no_grad()
@@ -173,9 +168,6 @@ class FourBit(nn.Linear):
         state = QuantState(self.scales, shape, blocksize=FOUR_BIT_BLOCK, quant_type="nf4", dtype=self.widened)
         wide: torch.Tensor = dequantize_4bit(self.packed, state)
         return wide
-
-
-# ---- in files
 
 
 def _write(denoisers: Mapping[str, Any], folder: Path) -> None:

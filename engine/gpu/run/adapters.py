@@ -1,6 +1,6 @@
 """The LoRAs of a job on the loaded model. Once loaded they stay, and are enabled and disabled from task to task."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,10 @@ EXPERTS = ("transformer", "transformer_2")
 
 def load_file(pipe: Any, path: Path, name: str, target: str) -> None:
     """Load a LoRA file as the adapter `name` of the denoiser `target`."""
-    second = {"load_into_transformer_2": True} if target == EXPERTS[1] else {}
-    pipe.load_lora_weights(
-        path.parent,
-        weight_name=path.name,
-        adapter_name=name,
-        use_safetensors=True,
-        local_files_only=True,
-        **second,
-    )
+    options = {"use_safetensors": True, "local_files_only": True}
+    if target == EXPERTS[1]:
+        options["load_into_transformer_2"] = True
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, **options)
 
 
 class Adapters:
@@ -38,8 +33,8 @@ class Adapters:
         if not job.loras:
             yield lambda _: None
             return
-        names = [self._loaded(pipe, lora.path) for lora in job.loras]
-        two = getattr(pipe, EXPERTS[1], None) is not None
+        experts = [expert for expert in EXPERTS if getattr(pipe, expert, None) is not None] or EXPERTS[:1]
+        names = [self._loaded(pipe, lora.path, experts) for lora in job.loras]
         current: list[dict[str, float]] = []
 
         def set_strengths(step: int) -> None:
@@ -49,7 +44,7 @@ class Adapters:
             wanted = [strength(lora, step, job.steps) for lora in job.loras]
             if wanted != current:
                 current = wanted
-                pipe.set_adapters(names, wanted if two else [each[EXPERTS[0]] for each in wanted])
+                pipe.set_adapters(names, wanted if EXPERTS[1] in experts else [each[EXPERTS[0]] for each in wanted])
 
         pipe.enable_lora()
         try:
@@ -58,12 +53,11 @@ class Adapters:
         finally:
             pipe.disable_lora()
 
-    def _loaded(self, pipe: Any, path: Path) -> str:
+    def _loaded(self, pipe: Any, path: Path, experts: Sequence[str]) -> str:
         """The adapter's name; the file is loaded the first time."""
         if path not in self._names:
             name = f"lora_{len(self._names)}"
-            experts = [expert for expert in EXPERTS if getattr(pipe, expert, None) is not None]
-            for expert in experts or EXPERTS[:1]:
+            for expert in experts:
                 load_file(pipe, path, name, expert)
             self._names[path] = name
         return self._names[path]

@@ -1,10 +1,11 @@
 """Step caches: denoising steps whose result follows from the steps before are not computed.
 
-The request says how many (`skip_steps_multiplier`); each cache decides in its own way which.
+The request's `skip_steps_multiplier` says how many; each cache decides in its own way which.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,16 +58,9 @@ def _mag(_: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagCacheCon
     whole = calibration.ratios(model.mag_calibration, job.steps)
     ends_run = timesteps[0] < (model.boundary_ratio or 0) * TRAIN_TIMESTEPS  # as the low-noise expert does
     ratios = whole[-steps:] if ends_run else whole[:steps]
-    threshold = calibration.threshold_for(
-        job.skip_steps_multiplier, lambda value: calibration.mag_schedule(ratios, value, warm)
-    )
-    return MagCacheConfig(
-        threshold=threshold,
-        max_skip_steps=calibration.MAX_SKIPS,
-        retention_ratio=warm / steps,
-        num_inference_steps=steps,
-        mag_ratios=ratios,
-    )
+    schedule = partial(calibration.mag_schedule, ratios, warm_steps=warm)
+    threshold = calibration.threshold_for(job.skip_steps_multiplier, schedule)
+    return MagCacheConfig(threshold, calibration.MAX_SKIPS, warm / steps, steps, ratios)
 
 
 def _first_block(_d: Any, _t: torch.Tensor, _m: Model, job: Job) -> FirstBlockCacheConfig:
@@ -92,18 +86,9 @@ def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagC
     coefficients = calibration.constants()["teacache"][model.tea_calibration]["coefficients"]
     changes = embedding_changes(denoiser, timesteps.to(denoiser.device))
     steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
-
-    def schedule(threshold: float) -> list[bool]:
-        return calibration.tea_schedule(coefficients, changes, threshold, warm)
-
+    schedule = partial(calibration.tea_schedule, coefficients, changes, warm_steps=warm)
     computed = schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule))
-    return MagCacheConfig(
-        threshold=BETWEEN,
-        max_skip_steps=steps,
-        retention_ratio=0.0,
-        num_inference_steps=steps,
-        mag_ratios=[COMPUTE if compute else SKIP for compute in computed],
-    )
+    return MagCacheConfig(BETWEEN, steps, 0.0, steps, [COMPUTE if compute else SKIP for compute in computed])
 
 
 @torch.no_grad()

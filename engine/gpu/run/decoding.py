@@ -1,7 +1,6 @@
 """From latents to frames: the precision in which a VAE decodes, and Wan's VAE piece by piece.
 
-The encoder keeps the precision of the catalogue: an error in a condition shows in everything that is made from it, an
-error of the decoder only where it happens.
+The encoder keeps the catalogue's: an error in a condition shows in all that is made from it, the decoder's only there.
 """
 
 from collections.abc import Iterator
@@ -50,7 +49,10 @@ def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tens
     if hook := getattr(vae, "_hf_hook", None):  # it moves the VAE to the card, but only in `decode`
         hook.pre_forward(vae)
     count = (frames - 1) // vae.config.scale_factor_temporal + 1
-    z = _restored(vae, latents[:, :, -count:])
+    z = latents[:, :, -count:].to(get_module_execution_device(vae), dtype=vae.dtype)
+    about = (vae.config.latents_mean, vae.config.latents_std)
+    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1).to(z) for values in about)
+    z = z / (1.0 / deviation) + mean  # as the classes write it: the last bit counts
     try:
         # A tile goes through all frames at once, so that tiles can't be decoded frame by frame.
         for chunk in [vae.decode(z, return_dict=False)[0]] if _in_tiles(vae, z) else _chunks(vae, z):
@@ -58,15 +60,6 @@ def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tens
     finally:
         vae.clear_cache()
         pipe.maybe_free_model_hooks()
-
-
-def _restored(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The latents as the VAE knows them, with the mean and the deviation of the VAE's config."""
-    z = latents.to(get_module_execution_device(vae), dtype=vae.dtype)
-    mean, deviation = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(z) for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return z / (1.0 / deviation) + mean  # as the classes write it: the last bit counts
 
 
 def _in_tiles(vae: Any, z: torch.Tensor) -> bool:
