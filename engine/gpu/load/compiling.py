@@ -36,10 +36,7 @@ class Block:
 
 
 def compile_blocks(pipe: Any) -> int:
-    """Let the repeated blocks that the denoisers' classes name be compiled at their first call; returns their number.
-
-    To be called before anything hooks them.
-    """
+    """Let the repeated blocks, which nothing hooks yet, be compiled at their first call; returns how many there are."""
     # Each new shape and kind of call of a block counts. Beyond torch's own 8, it would run uncompiled from then on.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 1024

@@ -146,14 +146,14 @@ def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pin
 def _showing(module: nn.Module, shown: Collection[nn.Module], alone: bool = False) -> Iterator[None]:
     """Within, the block lists of `module` hold only the blocks `shown`; `alone`, it has nothing else.
 
-    So what is done to a whole module can be done to a part of it. The empty buffer is there because diffusers
-    prefetches only if a module has something of its own to move.
+    So what is done to a whole module can be done to a part of it.
     """
     own = module._modules, module._parameters, module._buffers
     lists = {name: part for name, part in module.named_children() if isinstance(part, nn.ModuleList)}
     fewer = {name: nn.ModuleList(block for block in blocks if block in shown) for name, blocks in lists.items()}
     module._modules = {**({} if alone else own[0]), **fewer}
     if alone:
+        # Diffusers prefetches only if a module has something of its own to move.
         module._parameters, module._buffers = {}, {"nothing": torch.empty(0)}
     try:
         yield
@@ -162,10 +162,7 @@ def _showing(module: nn.Module, shown: Collection[nn.Module], alone: bool = Fals
 
 
 def tile_vae(pipe: Any, side: int) -> None:
-    """Let the VAE work on tiles of `side` pixels that overlap by a quarter, where it can; 0 means whole frames.
-
-    The stride is set too: a class's own may be longer than a small tile.
-    """
+    """Let the VAE work on tiles of `side` pixels that overlap by a quarter, where it can; 0 means whole frames."""
     vae: Any = getattr(pipe, "vae", None)
     if not side or not hasattr(vae, "use_tiling"):
         return
@@ -173,6 +170,7 @@ def tile_vae(pipe: Any, side: int) -> None:
     for edge in ("height", "width", "size"):
         latent, sample = (getattr(vae, f"tile_{kind}_min_{edge}", 0) for kind in ("latent", "sample"))
         shrunk = round(side * latent / sample) if latent and sample else latent
+        # The stride too: a class's own may be longer than a small tile.
         for kind, size in (("sample_min", side), ("sample_stride", side * 3 // 4), ("latent_min", shrunk)):
             if hasattr(vae, f"tile_{kind}_{edge}"):  # not as arguments: half of the classes take none
                 setattr(vae, f"tile_{kind}_{edge}", size)

@@ -1,7 +1,4 @@
-"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names.
-
-A checkpoint in a single file, as people share them, has a denoiser (safetensors or GGUF) or a whole pipeline.
-"""
+"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names."""
 
 import inspect
 import json

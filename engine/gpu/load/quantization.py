@@ -57,10 +57,7 @@ def load(
     models_dir: Path,
     denoisers_only: bool = False,
 ) -> tuple[Any, Parts]:
-    """The pipeline for `task` in RAM (see `pipelines.load`), with its denoisers in `kind`, and what its parts weigh.
-
-    Raises EngineError if the device can't compute with that kind.
-    """
+    """The pipeline for `task` in RAM, denoisers in `kind`, and its parts. Raises EngineError if the device can't."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if sentence := quantization_fault(kind, device.type, capability):
         raise EngineError(sentence, "no_device")
@@ -188,7 +185,6 @@ def _read(folder: Path, kind: str, dtype_of: Callable[[str], torch.dtype]) -> di
 
 
 def _denoiser(folder: Path, kind: str, dtype: torch.dtype) -> Any:
-    """Raises what is caught above."""
     if KINDS[kind].package == "torchao":
         return pipelines.component(folder.name, folder, dtype)
     # Diffusers has no quantizer for layers of ours: `from_pretrained` would look for the weights that they replace.

@@ -26,10 +26,7 @@ class Adapters:
 
     @contextmanager
     def applied(self, pipe: Any, job: Job) -> Iterator[Callable[[int], None]]:
-        """Within the block the job's LoRAs are enabled, with the strengths of the first step.
-
-        Yields what to call after each step with the number of steps that are done.
-        """
+        """Within the block the job's LoRAs are enabled; yields what to call after each step, with how many are done."""
         if not job.loras:
             yield lambda _: None
             return
@@ -64,9 +61,6 @@ class Adapters:
 
 
 def strength(lora: Lora, step: int, steps: int) -> dict[str, float]:
-    """The strength at a step for each expert: the first phase is for the first, the last one for the second.
-
-    Several values are spread evenly over the steps.
-    """
+    """The strength at a step for each expert: of the first and the last phase, whose values spread over the steps."""
     phases = zip(EXPERTS, (lora.phases[0], lora.phases[-1]), strict=True)
     return {expert: phase[step * len(phase) // steps] for expert, phase in phases}

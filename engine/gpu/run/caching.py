@@ -1,7 +1,4 @@
-"""Step caches: denoising steps whose result follows from the steps before are not computed.
-
-The request's `skip_steps_multiplier` says how many; each cache decides in its own way which.
-"""
+"""Step caches: denoising steps that follow from those before are skipped, as many as `skip_steps_multiplier` says."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -53,7 +50,6 @@ def _warm_steps(steps: int, job: Job) -> int:
 
 
 def _mag(_: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagCacheConfig:
-    """MagCache, with this denoiser's share of the ratios."""
     steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
     whole = calibration.ratios(model.mag_calibration, job.steps)
     ends_run = timesteps[0] < (model.boundary_ratio or 0) * TRAIN_TIMESTEPS  # as the low-noise expert does

@@ -1,8 +1,4 @@
-"""The input media of a job as arguments of a pipeline: pictures, lists of frames, masks, waveforms.
-
-The form of a class (`start_image_as` in the catalogue) is how it takes start picture, end picture and source video;
-every other input has a parameter of its own.
-"""
+"""The input media of a job as arguments of a pipeline, in the form of its class (`start_image_as` in the catalogue)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,10 +39,7 @@ class Call:
 
 
 def roles(pipeline: Pipeline, call: Call, sample_rate: int) -> dict[str, Any]:
-    """Role → value for every input; what fills the frame is cropped to it and never stretched.
-
-    Sound comes at `sample_rate` samples a second.
-    """
+    """Role → value for every input, cropped to the frame, never stretched; sound at `sample_rate` samples a second."""
     job, opened = call.job, {}
     for name, paths in job.inputs.items():
         values = [_opened(path, name, call, sample_rate) for path in paths]
@@ -54,9 +47,8 @@ def roles(pipeline: Pipeline, call: Call, sample_rate: int) -> dict[str, Any]:
     if (count := pipeline.continues_from) and "video_source" in opened:
         # The end of the source video; it may be longer than what is made, and a short one begins with a held frame.
         frames = footage.read_last_frames(job.inputs["video_source"][0], job.fps, count)
-        opened["video_source"] = [
-            _fitted(one, "video_source", job) for one in frames[:1] * (count - len(frames)) + frames
-        ]
+        held = frames[:1] * (count - len(frames))
+        opened["video_source"] = [_fitted(frame, "video_source", job) for frame in held + frames]
     if lead := [Image.fromarray(frame) for frame in call.lead]:
         if pipeline.start_image_as in MASKED_FORMS:
             opened[LEAD] = lead
@@ -95,10 +87,7 @@ def _each(convert: Callable[[Any, Job], Any], pipeline: Pipeline, job: Job, open
 
 
 def _as_masked_video(pipeline: Pipeline, job: Job, opened: Inputs) -> dict[str, Any]:
-    """A video that is grey where nothing is known, and a mask that is black where a frame stays as it is.
-
-    A video without a mask guides the new one and is painted over everywhere.
-    """
+    """A video that is grey where nothing is known, and a mask that is black where a frame stays as it is."""
     taken = FORMS[pipeline.start_image_as] | {LEAD}
     others = {pipeline.role(name): value for name, value in opened.items() if name not in taken}
     if len(others) == len(opened):
@@ -106,17 +95,13 @@ def _as_masked_video(pipeline: Pipeline, job: Job, opened: Inputs) -> dict[str, 
     size, places = (job.width, job.height), {"image_start": 0, "image_end": job.frames - 1}
     stills = {i: opened[name] for name, i in places.items() if name in opened} | dict(enumerate(opened.get(LEAD, ())))
     video = opened.get("video_guide") or opened.get("video_source") or [Image.new("RGB", size, MID_GREY)]
-    masks = opened.get("video_mask") or [Image.new("L", size, GENERATE)]
+    masks = opened.get("video_mask") or [Image.new("L", size, GENERATE)]  # a guide is painted over everywhere
     keep = Image.new("L", size, KEEP)
     return {
         **others,
-        "source_video": [stills.get(i) or _at(video, i) for i in range(job.frames)],
-        "mask": [keep if i in stills else _at(masks, i) for i in range(job.frames)],
+        "source_video": [stills.get(i) or video[min(i, len(video) - 1)] for i in range(job.frames)],
+        "mask": [keep if i in stills else masks[min(i, len(masks) - 1)] for i in range(job.frames)],
     }
-
-
-def _at(frames: list[Image.Image], i: int) -> Image.Image:
-    return frames[min(i, len(frames) - 1)]
 
 
 def _as_conditions(condition: Callable[[Any, int], Any], _: Pipeline, job: Job, opened: Inputs) -> dict[str, Any]:

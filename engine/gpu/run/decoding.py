@@ -53,19 +53,15 @@ def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tens
     about = (vae.config.latents_mean, vae.config.latents_std)
     mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1).to(z) for values in about)
     z = z / (1.0 / deviation) + mean  # as the classes write it: the last bit counts
+    sides = (vae.tile_sample_min_height, vae.tile_sample_min_width)
+    longer = any(size > side // vae.spatial_compression_ratio for size, side in zip(z.shape[3:], sides, strict=True))
     try:
         # A tile goes through all frames at once, so that tiles can't be decoded frame by frame.
-        for chunk in [vae.decode(z, return_dict=False)[0]] if _in_tiles(vae, z) else _chunks(vae, z):
+        for chunk in [vae.decode(z, return_dict=False)[0]] if vae.use_tiling and longer else _chunks(vae, z):
             yield pixels(chunk[0].transpose(0, 1) * 0.5 + 0.5)
     finally:
         vae.clear_cache()
         pipe.maybe_free_model_hooks()
-
-
-def _in_tiles(vae: Any, z: torch.Tensor) -> bool:
-    ratio = vae.spatial_compression_ratio
-    height, width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
-    return bool(vae.use_tiling) and (z.shape[3] > height or z.shape[4] > width)
 
 
 def _chunks(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -34,14 +34,13 @@ class Embeddings:
         if not all(isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
             raise TypeError
         self.size_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
-        kept = [_to(leaf, "cpu", memory_format=torch.contiguous_format) for leaf in leaves]
-        self._leaves = [
-            (copy, str(getattr(leaf, "device", "")) == "cpu") for copy, leaf in zip(kept, leaves, strict=True)
-        ]
+        self._leaves = [_to(leaf, "cpu", memory_format=torch.contiguous_format) for leaf in leaves]
+        self._were_on_cpu = [isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves]
 
     def on(self, device: torch.device) -> Any:
         """The result: copies on `device`, or on the CPU if they were there, as a pipeline may write into them."""
-        return tree_unflatten([_to(leaf, "cpu" if cpu else device) for leaf, cpu in self._leaves], self._structure)
+        pairs = zip(self._leaves, self._were_on_cpu, strict=True)
+        return tree_unflatten([_to(leaf, "cpu" if on_cpu else device) for leaf, on_cpu in pairs], self._structure)
 
 
 def _to(leaf: Any, device: torch.device | str, **layout: Any) -> Any:

@@ -1,7 +1,4 @@
-"""Run a Job through a loaded diffusers pipeline.
-
-Classes differ in the names of their parameters: the catalogue has a table of those, and no code here names a class.
-"""
+"""Run a Job through a loaded diffusers pipeline. How its class names its parameters is in the catalogue, not here."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -61,7 +58,6 @@ def render(
 def _run(
     pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters, *, together: Together | None
 ) -> Iterator[Clip]:
-    """One call of the pipeline, and the clips that it makes."""
     job, pipeline = call.job, model.pipelines[call.job.task]
     with prepared(pipe, model, job, adapters) as (fitted, set_strengths):
         torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
@@ -76,10 +72,7 @@ def _run(
 
 @contextmanager
 def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[tuple[Any, AfterStep]]:
-    """Within the block, the pipeline for the job's task with its schedule, guidance, LoRAs and step cache.
-
-    Yields it with what sets the LoRAs' strengths after each step.
-    """
+    """Within, the pipeline is set for `job`; yields that of its task, and what sets LoRA strengths after each step."""
     pipe = pipelines.sibling(pipe, model.pipelines[job.task])
     schedule.adjust(pipe, model, job)
     kernel = attention_backend(model.attention_backend or kernels.NATIVE)
@@ -94,7 +87,6 @@ def _sample_rate(pipe: Any, pipeline: Pipeline) -> int:
 
 
 def _call_arguments(pipe: Any, model: Model, call: Call) -> dict[str, Any]:
-    """The keyword arguments of the pipeline's `__call__`."""
     job, seeds, pipeline = call.job, call.seeds, model.pipelines[call.job.task]
     roles = {**_plain_roles(model, job), **conditioning.roles(pipeline, call, _sample_rate(pipe, pipeline))}
     # A CPU generator draws the same noise on every device.
