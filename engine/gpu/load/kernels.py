@@ -46,7 +46,6 @@ def set_backend(denoiser: Any, backend: str) -> None:
 
 
 def _heads(denoiser: Any) -> tuple[int, int] | None:
-    """Number and width of the attention heads."""
     count, width = map(denoiser.config.get, ("num_attention_heads", "attention_head_dim"))
     return (count, width) if isinstance(count, int) and isinstance(width, int) else None
 

@@ -144,10 +144,7 @@ def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pin
 
 @contextmanager
 def _showing(module: nn.Module, shown: Collection[nn.Module], alone: bool = False) -> Iterator[None]:
-    """Within, the block lists of `module` hold only the blocks `shown`; `alone`, it has nothing else.
-
-    So what is done to a whole module can be done to a part of it.
-    """
+    """Within, `module` has only the blocks `shown`, so that they can be placed; `alone`, it has nothing else."""
     own = module._modules, module._parameters, module._buffers
     lists = {name: part for name, part in module.named_children() if isinstance(part, nn.ModuleList)}
     fewer = {name: nn.ModuleList(block for block in blocks if block in shown) for name, blocks in lists.items()}

@@ -135,10 +135,9 @@ def dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:
 
 
 def _class_of(pipeline: Pipeline) -> Any:
-    try:
-        return getattr(diffusers, pipeline.cls)
-    except AttributeError:
-        raise EngineError(f"This diffusers ({diffusers.__version__}) has no {pipeline.cls}.", "no_such_class") from None
+    if (cls := getattr(diffusers, pipeline.cls, None)) is None:
+        raise EngineError(f"This diffusers ({diffusers.__version__}) has no {pipeline.cls}.", "no_such_class")
+    return cls
 
 
 def sibling(pipe: Any, pipeline: Pipeline) -> Any:

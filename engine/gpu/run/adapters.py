@@ -1,6 +1,6 @@
 """The LoRAs of a job on the loaded model. Once loaded they stay, and are enabled and disabled from task to task."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,12 @@ class Adapters:
             yield lambda _: None
             return
         experts = [expert for expert in EXPERTS if getattr(pipe, expert, None) is not None] or EXPERTS[:1]
-        names = [self._loaded(pipe, lora.path, experts) for lora in job.loras]
+        for path in (lora.path for lora in job.loras if lora.path not in self._names):
+            name = f"lora_{len(self._names)}"
+            for expert in experts:
+                load_file(pipe, path, name, expert)
+            self._names[path] = name
+        names = [self._names[lora.path] for lora in job.loras]
         current: list[dict[str, float]] = []
 
         def set_strengths(step: int) -> None:
@@ -49,15 +54,6 @@ class Adapters:
             yield set_strengths
         finally:
             pipe.disable_lora()
-
-    def _loaded(self, pipe: Any, path: Path, experts: Sequence[str]) -> str:
-        """The adapter's name; the file is loaded the first time."""
-        if path not in self._names:
-            name = f"lora_{len(self._names)}"
-            for expert in experts:
-                load_file(pipe, path, name, expert)
-            self._names[path] = name
-        return self._names[path]
 
 
 def strength(lora: Lora, step: int, steps: int) -> dict[str, float]:

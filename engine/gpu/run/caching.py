@@ -74,17 +74,15 @@ def _taylor(denoiser: Any, timesteps: torch.Tensor, _: Model, job: Job) -> Taylo
 
 
 def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagCacheConfig:
-    """TeaCache (arXiv:2411.19108): the steps where the time embedding has hardly changed are skipped.
-
-    The embedding depends on the timestep alone, so the steps to compute are known before the run; MagCache is given
-    the ratios with which it computes exactly those.
-    """
+    """TeaCache (arXiv:2411.19108): the steps where the time embedding has hardly changed are skipped."""
+    # The embedding depends on the timestep alone, so the steps to compute are known before the run.
     coefficients = calibration.constants()["teacache"][model.tea_calibration]["coefficients"]
     changes = embedding_changes(denoiser, timesteps.to(denoiser.device))
     steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
     schedule = partial(calibration.tea_schedule, coefficients, changes, warm_steps=warm)
     computed = schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule))
-    return MagCacheConfig(BETWEEN, steps, 0.0, steps, [COMPUTE if compute else SKIP for compute in computed])
+    ratios = [COMPUTE if compute else SKIP for compute in computed]  # with which MagCache computes exactly those
+    return MagCacheConfig(BETWEEN, steps, retention_ratio=0.0, num_inference_steps=steps, mag_ratios=ratios)
 
 
 @torch.no_grad()

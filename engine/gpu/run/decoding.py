@@ -1,7 +1,4 @@
-"""From latents to frames: the precision in which a VAE decodes, and Wan's VAE piece by piece.
-
-The encoder keeps the catalogue's: an error in a condition shows in all that is made from it, the decoder's only there.
-"""
+"""From latents to frames: the precision in which a VAE decodes, and Wan's VAE piece by piece."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +14,8 @@ from engine.gpu.run.results import pixels
 def set_precision(pipe: Any, wanted: str, device: torch.device) -> None:
     """Let the VAE decode in 16 bits where that is safe; `wanted` is auto (16 on CUDA), 16 or 32.
 
-    Safe is Wan's: bfloat16's 8 bits of mantissa distinguish all levels. Inputs and outputs keep the encoder's dtype.
+    Safe is Wan's: bfloat16's 8 bits of mantissa distinguish all levels. Inputs and outputs keep the encoder's dtype:
+    an error in a condition would show in all that is made from it.
     """
     vae: Any = getattr(pipe, "vae", None)
     halved = wanted == "16" or (wanted == "auto" and device.type == "cuda")

@@ -33,7 +33,8 @@ def clips(output: Any, pipeline: Pipeline, seeds: Sequence[int], sample_rate: in
     """The clips of one call, in the order of their seeds. A class that makes more than `most_frames` is cut."""
     videos, sounds = _field(output, PICTURES, pipeline), _field(output, SOUND, pipeline)
     for i, seed in enumerate(seeds):
-        sound = None if sounds is None else torch.atleast_2d(torch.as_tensor(sounds[i]).float().cpu()).clamp(-1, 1)
+        sound = None if sounds is None else torch.as_tensor(sounds[i]).float().cpu().clamp(-1, 1)
+        sound = sound[None] if sound is not None and sound.ndim == 1 else sound
         if videos is None:
             yield Clip(seed, None, sound, sample_rate)
             continue

@@ -60,12 +60,10 @@ def _task(model: Model, job: Job, given: frozenset[str], *, first: bool) -> str:
 
 
 def recoloured(made: torch.Tensor, known: torch.Tensor, strength: float) -> torch.Tensor:
-    """`made` with the colours of `known`, which are its first frames as they should be; both (F, H, W, 3) uint8.
-
-    Mean and contrast of each channel are matched: encoding a frame again and again shifts both a little every time.
-    """
+    """`made` with the colours of `known`, which are its first frames as they should be; both (F, H, W, 3) uint8."""
     if not strength:
         return made
+    # Encoding a frame again and again shifts the mean and the contrast of each channel a little every time.
     seen, wanted = (frames.float().reshape(-1, 3) for frames in (made[: len(known)], known))
     gain = (wanted.std(0) / seen.std(0).clamp(min=1e-6)).clamp(1 / MOST_GAIN, MOST_GAIN)
     levels = torch.arange(256.0).view(-1, 1)
