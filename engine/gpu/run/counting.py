@@ -37,9 +37,9 @@ def counted_steps(
     elif pipeline.progress == "callback":  # older classes
         yield {"callback": step_done, "callback_steps": 1}
     else:  # a class without a callback: each step of the scheduler is one
-        plain = pipe.scheduler.step
-        pipe.scheduler.step = lambda *arguments, **options: counted(plain(*arguments, **options))
+        scheduler, plain = pipe.scheduler, pipe.scheduler.step
+        scheduler.step = lambda *arguments, **options: counted(plain(*arguments, **options))
         try:
             yield {}
         finally:
-            del pipe.scheduler.step  # the instance's, which hides the class's
+            del scheduler.step  # the instance's, which hides the class's
