@@ -41,25 +41,22 @@ class ModelSession:
 
         `visible` are the cards that a team can have, as CUDA_VISIBLE_DEVICES; None: all.
         """
-        self._config = config
-        self._device = choose_device(config.device)
+        self._config, self._device = config, choose_device(config.device)
         self._team = Team(config, self._device, visible) if config.team else None
-        self._profile = config.profile
-        self._tiled = False  # whatever vae_config says: memory has just run out
-        self.model_id = ""  # of the model that is loaded
-        self._pipe: Any = None
-        self._adapters = Adapters()
+        self._profile, self._tiled = config.profile, False  # tiled whatever vae_config says, once memory has run out
         self._saver = Saver(config, settled)
         self._prompts = prompts.PromptCache(config.prompt_cache_mb * 2**20)
-        self._helping: Team | None = None  # the team, if it computes what is loaded too
+        self.model_id, self._adapters = "", Adapters()  # of the model that is loaded
+        self._pipe: Any = None
         self._plan: plans.Plan | None = None
         self._parts: Parts | None = None
+        self._helping: Team | None = None  # the team, if it computes what is loaded too
 
     def make(self, task_id: int, job: Job, model: Model, meter: Meter) -> Result:
         """Load what is not loaded, generate, and return the files, which are still being written.
 
-        Out of memory, it gives everything back and tries once more with the next more frugal profile and the VAE in
-        its smallest tiles. Raises EngineError or Cancelled.
+        Out of memory, it unloads and tries once more with the next more frugal profile and the VAE in its smallest
+        tiles. Raises EngineError or Cancelled.
         """
         started = datetime.now(UTC)
         try:
@@ -78,42 +75,42 @@ class ModelSession:
             self._profile, self._tiled = self._config.profile, False
 
     def _attempt(self, task_id: int, job: Job, model: Model, meter: Meter, started: datetime) -> Result:
-        if self._device.type == "cuda":
+        if cuda := self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         meter.enter(Phase.LOADING)
         pipe = self.load(model, job.task, job)
         saved: list[Saved] = []
         try:
             together = self._helping.together if self._helping else None
-            for clip in render.render(pipe, model, job, meter, self._adapters, together=together):
+            for clip in render.render(pipe, model, job, meter, loras=self._adapters, together=together):
                 for file in saved:
                     file.require_well()  # else no more of them are made
                 saved.append(self._saver.save(task_id, clip, job, started))
         except BaseException:
             wait([file.written for file in saved])  # nothing is written behind the daemon's back; what is whole stays
             raise
+        # The most memory in use at once: of the card, or on a CPU of this process since it started.
+        rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak_bytes = int(torch.cuda.max_memory_allocated(self._device)) if cuda else rss_bytes
         pending = self._saver.finish(saved)
-        return Result(tuple(file.file for file in saved), meter.done(), self._peak_bytes(), self.plan, pending)
+        return Result(tuple(file.file for file in saved), meter.done(), peak_bytes, self.plan, pending)
 
     def load(self, model: Model, task: str, job: Job | None = None) -> Any:
         """The pipeline of `model`, ready to run `job`; nothing happens if it is loaded and placed well for it."""
         work = Work.of(model, job) if job else Work.usual(model)
-        if not self._serves(model, work):
-            self._unload()  # first: two may not fit
-            found, kind = self._weights(model), self._kind_of_weights(model, work)
-            cast = self._cast(found, model, kind)
-            pipe, parts = quantization.load(
-                model, task, cast, self._device, kind=kind, models_dir=self._config.models_dir
-            )
-            self._prompts.attach(pipe, prompts.encoder_of(pipe, found))
-            self._fit(pipe, parts, ModelSource(model, task, cast, kind), work)
-            self.model_id, self._pipe = model.id, pipe
-            # The garbage collector no longer searches the model and the libraries: half a million objects, a third of
-            # a second after each task.
-            gc.collect()
-            gc.freeze()
-            log.info("loaded model %s on %s", model.id, self._device)
-        return self._pipe
+        if self._serves(model, work):
+            return self._pipe
+        self._unload()  # first: two may not fit
+        found, kind = self._weights(model), self._kind_of_weights(model, work)
+        cast = self._cast(found, model, kind)
+        pipe, parts = quantization.load(model, task, cast, self._device, kind=kind, models_dir=self._config.models_dir)
+        self._prompts.attach(pipe, prompts.encoder_of(pipe, found))
+        self._fit(pipe, parts, ModelSource(model, task, cast, kind), work)
+        self.model_id, self._pipe = model.id, pipe
+        gc.collect()
+        gc.freeze()  # else half a million objects of the libraries are searched after each task: a third of a second
+        log.info("loaded model %s on %s", model.id, self._device)
+        return pipe
 
     def _fit(self, pipe: Any, parts: Parts, source: ModelSource, work: Work) -> None:
         """Make the pipeline, which is in RAM, ready for `work` on the device, and let a team load the same."""
@@ -138,10 +135,9 @@ class ModelSession:
 
     def _serves(self, model: Model, work: Work) -> bool:
         """True if `model` is loaded, by the whole team if it is made together, and placed well for `work`."""
-        if self.model_id != model.id or not self._plan:
-            return False
-        followed = not self._helping or self._helping.holds(model)  # False once its followers were ended
-        return followed and plans.serves(self._plan, model, work, self._parts)
+        if self.model_id != model.id or not self._plan or (self._helping and not self._helping.holds(model)):
+            return False  # the last when the followers were ended
+        return plans.serves(self._plan, model, work, self._parts)
 
     @property
     def plan(self) -> str:
@@ -154,10 +150,10 @@ class ModelSession:
         return self._team.least(own) if self._team else own
 
     def _kind_of_weights(self, model: Model, work: Work) -> str:
-        configured = self._config.transformer_quantization
-        return quantization.kind_for(
-            model, configured, lambda: self._planned(model, work, self.machine(), AUTO).placement.quantization
-        )
+        def planned() -> str:
+            return self._planned(model, work, self.machine(), AUTO).placement.quantization
+
+        return quantization.kind_for(model, self._config.transformer_quantization, planned)
 
     def _planned(self, model: Model, work: Work, machine: Machine, kind: str, parts: Parts | None = None) -> plans.Plan:
         """Where the model is to be for `work`, as configured. Raises EngineError if it fits nowhere."""
@@ -186,22 +182,15 @@ class ModelSession:
 
     def _cast(self, found: Weights, model: Model, kind: str) -> Weights:
         """The same weights, without float32 where the device computes in less."""
-
-        def dtype_of(name: str) -> torch.dtype:
-            if kind != NONE and offloading.is_denoiser(name):
-                return torch.float32  # as it is: it has a quantised entry of its own in the store
-            return pipelines.dtype_of(model, self._device, name)
-
         if not self._config.convert_float32:
             return found
+
+        def dtype_of(name: str) -> torch.dtype:
+            quantized = kind != NONE and offloading.is_denoiser(name)  # stays: it has an entry of its own in the store
+            return torch.float32 if quantized else pipelines.dtype_of(model, self._device, name)
+
         return conversion.cast(found, model.variant, dtype_of, self._config.models_dir)
 
     def give_back(self) -> None:
         """Return what no tensor holds any more to the card; after a fault too."""
         give_back(self._device)
-
-    def _peak_bytes(self) -> int:
-        """The most memory in use at once: of the card, or on a CPU of this process since it started."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
 """The denoisers' repeated blocks, compiled by TorchInductor at their first call; all blocks of a kind share the result.
 
-Only a block's own forward is compiled: step caches and offloading hook blocks from outside, and work as they do on
-plain ones. Where something inside a block is hooked, or a LoRA is there, the blocks run uncompiled for that task.
+Only a block's own forward is compiled, so that step caches and offloading can hook blocks from outside. Where something
+inside a block is hooked, or a LoRA is there, the blocks run uncompiled for that task.
 """
 
 import logging
@@ -34,19 +34,9 @@ class Block:
     def _compiled(self) -> Callable[..., Any]:
         return torch.compile(self._forward)  # not before it is needed: this imports the compiler
 
-    @property
-    def hooked_inside(self) -> bool:
-        """True while diffusers hooks a part of the block, which compiled code would not see."""
-        _, *inside = self.module.modules()
-        registries = [vars(part).get("_diffusers_hook") for part in inside]
-        return any(registry.hooks for registry in registries if registry)
-
 
 def compile_blocks(pipe: Any) -> int:
-    """Let the repeated blocks of the denoisers be compiled when they are first called; returns how many there are.
-
-    To be called before anything hooks them. A class that names no such blocks stays as it is.
-    """
+    """Let the repeated blocks, which nothing hooks yet, be compiled at their first call; returns how many there are."""
     # Each new shape and kind of call of a block counts. Beyond torch's own 8, it would run uncompiled from then on.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 1024
@@ -65,7 +55,9 @@ def compile_blocks(pipe: Any) -> int:
 def suit(pipe: Any, job: Job) -> None:
     """Let the compiled blocks run as they are where this job needs it. To be called when its hooks are in place."""
     blocks = [block for denoiser in offloading.denoisers(pipe).values() for block in getattr(denoiser, BLOCKS, ())]
-    inside = any(block.hooked_inside for block in blocks)
+    # Compiled code would not see what diffusers hooks inside a block.
+    registries = (vars(part).get("_diffusers_hook") for block in blocks for part in list(block.module.modules())[1:])
+    inside = any(registry.hooks for registry in registries if registry)
     for block in blocks:
         block.plain = bool(job.loras) or inside
     if blocks and blocks[0].plain:

@@ -30,10 +30,9 @@ WIDE = (torch.float32, torch.float64)
 
 
 def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.dtype], models_dir: Path) -> Weights:
-    """`weights`, with a copy for each component that is stored in float32 and computed in less.
+    """`weights`, with a copy for each component that is stored in float32 and computed in less, as `dtype_of` says.
 
-    `dtype_of` a component is what it is computed in. Copies that are missing are made first; where that can't be, the
-    component stays as it is, and the log says why.
+    Copies that are missing are made first; where that can't be, the component stays as it is, and the log says why.
     """
     if pipelines.is_whole(weights):
         return weights
@@ -50,10 +49,7 @@ def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.
 
 
 def _copy(folder: Path, variant: str | None, dtype: torch.dtype, indexed: Any, models_dir: Path) -> Path | None:
-    """The copy in `dtype` of the component in `folder`, made if it is not there; `indexed` is its entry in the index.
-
-    None if it needs none or can't have one.
-    """
+    """The copy of a component, made if it is not there; None if it needs none or can't have one."""
     try:
         names = component_files([path.name for path in folder.iterdir() if path.is_file()], variant)
         files = [folder / name for name in sorted(names)]
@@ -96,7 +92,6 @@ def _write(cls: Any, files: list[Path], dtype: torch.dtype, folder: Path) -> Non
 
 
 def _shards(files: list[Path], dtype: torch.dtype, kept: re.Pattern[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of the copy, as many at a time as fit a file."""
     shard: dict[str, torch.Tensor] = {}
     size_bytes = 0
     for name, stored in _tensors(files):

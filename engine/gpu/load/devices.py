@@ -1,7 +1,7 @@
 """The device that a process works on."""
 
 import gc
-import time
+import timeit
 from collections.abc import Callable
 
 import torch
@@ -10,10 +10,7 @@ from engine.job import EngineError
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing.
-
-    `cuda:1` is the only card that the process sees (see `process.only_card`), and so the first one here.
-    """
+    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return torch.device(next(name for name, there in available.items() if there))
@@ -21,19 +18,18 @@ def choose_device(wanted: str) -> torch.device:
     if not available.get(kind, False):
         remedy = 'set device = "auto", or name others in devices'
         raise EngineError(f"device: '{wanted}' is not available on this machine; {remedy}", "no_device")
-    return torch.device(kind)
+    return torch.device(kind)  # cuda:1 is the only card that the process sees, and so the first (`process.only_card`)
 
 
 def shortest_s(work: Callable[[], object], device: torch.device) -> float:
     """The shortest time of three runs of some work on the device, after one that starts its libraries."""
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
+
+    def whole_work() -> None:
         work()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+
+    return min(timeit.repeat(whole_work, repeat=4, number=1)[1:])
 
 
 def give_back(device: torch.device) -> None:

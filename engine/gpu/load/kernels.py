@@ -22,8 +22,7 @@ EXACT = ("sdpa", "cudnn", "flash", "flash3", "xformers")
 def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, together: bool = False) -> str:
     """Let the denoisers of `pipe` run with the kernel of `mode`; returns its name.
 
-    `tokens` is the length of the job's sequence, which several devices share if they compute it `together`. Raises
-    EngineError if the card can't run a kernel that was named.
+    `tokens`: of the job's sequence, shared by devices that work `together`. Raises EngineError if a named one fails.
     """
     parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     sized = {part: size for part in parts if hasattr(part, "set_attention_backend") and (size := _heads(part))}
@@ -47,15 +46,12 @@ def set_backend(denoiser: Any, backend: str) -> None:
 
 
 def _heads(denoiser: Any) -> tuple[int, int] | None:
-    """Number and width of the attention heads."""
-    config = denoiser.config
-    count, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+    count, width = map(denoiser.config.get, ("num_attention_heads", "attention_head_dim"))
     return (count, width) if isinstance(count, int) and isinstance(width, int) else None
 
 
 @cache
 def _measured(count: int, width: int, length: int, device: torch.device, names: tuple[str, ...]) -> str:
-    """The fastest of the kernels for `count` heads of this width and `length` tokens, measured once."""
     query = torch.randn(1, length, count, width, device=device, dtype=torch.bfloat16)
     name = fastest(query, seconds, names)
     log.info("attention: %s is the fastest of those here, at %d tokens", name, length)
@@ -76,5 +72,5 @@ def fastest(query: torch.Tensor, clock: Callable[[str, torch.Tensor], float], na
 
 @torch.no_grad()
 def seconds(backend: str, query: torch.Tensor) -> float:
-    """The shortest of some calls of a kernel."""
+    """The shortest time of some calls of a kernel."""
     return shortest_s(lambda: dispatch_attention_fn(query, query, query, backend=backend), query.device)

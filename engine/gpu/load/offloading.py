@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from engine.job import Job
 from engine.planning.machine import Machine, free_ram_bytes
 from engine.planning.placement import Plan, streamed_blocks
 from engine.planning.work import Parts
-
-# ---- what is there
 
 
 def measure(device: torch.device) -> Machine:
@@ -91,9 +89,6 @@ def _by_role(pipe: Any) -> tuple[list[nn.Module], list[nn.Module], list[nn.Modul
     return steps, encoders, [part for part in rest if part not in encoders]
 
 
-# ---- where it goes
-
-
 def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
     """Put the parts, which are in RAM, where `plan` says; copies are only hidden behind the arithmetic on CUDA."""
     where = plan.placement
@@ -115,27 +110,19 @@ def carry_out(pipe: Any, plan: Plan, device: torch.device) -> None:
         elif where.denoisers == "streamed":
             _stream_blocks(denoiser, round(share * size_bytes(denoiser)), device, where.pinned)
         else:
-            _stream(denoiser, device, where.pinned)
+            apply_group_offloading(denoiser, **_streaming(device, where.pinned))
     for encoder in encoders:
         if where.encoders == "streamed":
-            _stream(encoder, device, where.encoders_pinned)
+            apply_group_offloading(encoder, **_streaming(device, where.encoders_pinned))
         else:
             encoder.to(device)
 
 
-def _stream(part: Any, device: torch.device, pinned: bool, level: str = "leaf_level", *, checked: bool = False) -> None:
-    """Copy each layer when it is its turn, or block. (An encoder's are nested too deep for diffusers to find.)
-
-    `checked` raises ValueError for a class that diffusers knows to fail with this.
-    """
-    offload = part.enable_group_offload if checked else partial(apply_group_offloading, part)
-    offload(  # without `record_stream`: with it, blocks that came early pile up on the card
-        device,
-        offload_type=level,
-        num_blocks_per_group=1,
-        use_stream=device.type == "cuda",
-        low_cpu_mem_usage=not pinned,
-    )
+def _streaming(device: torch.device, pinned: bool, level: str = "leaf_level") -> dict[str, Any]:
+    """Options of diffusers' group offload: it copies each layer, or block, to `device` when it is its turn."""
+    # Without `record_stream`: with it, blocks that came early pile up on the card.
+    stream = {"use_stream": device.type == "cuda", "low_cpu_mem_usage": not pinned}
+    return {"onload_device": device, "offload_type": level, "num_blocks_per_group": 1, **stream}
 
 
 def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pinned: bool) -> None:
@@ -152,21 +139,18 @@ def _stream_blocks(denoiser: Any, resident_bytes: int, device: torch.device, pin
     # that is not pinned, layers are quicker: it would copy twice.
     level = "block_level" if pinned and len(blocks) >= 8 else "leaf_level"
     with _showing(denoiser, streamed, alone=True):
-        _stream(denoiser, device, pinned, level, checked=True)
+        denoiser.enable_group_offload(**_streaming(device, pinned, level))  # ValueError for a class that fails with it
 
 
 @contextmanager
 def _showing(module: nn.Module, shown: Collection[nn.Module], alone: bool = False) -> Iterator[None]:
-    """Within, the block lists of `module` hold only the blocks `shown`; `alone`, it has nothing else.
-
-    So what is done to a whole module can be done to a part of it. The empty buffer is there because diffusers
-    prefetches only if a module has something of its own to move.
-    """
+    """Within, `module` has only the blocks `shown`, so that they can be placed; `alone`, it has nothing else."""
     own = module._modules, module._parameters, module._buffers
     lists = {name: part for name, part in module.named_children() if isinstance(part, nn.ModuleList)}
     fewer = {name: nn.ModuleList(block for block in blocks if block in shown) for name, blocks in lists.items()}
     module._modules = {**({} if alone else own[0]), **fewer}
     if alone:
+        # Diffusers prefetches only if a module has something of its own to move.
         module._parameters, module._buffers = {}, {"nothing": torch.empty(0)}
     try:
         yield
@@ -175,10 +159,7 @@ def _showing(module: nn.Module, shown: Collection[nn.Module], alone: bool = Fals
 
 
 def tile_vae(pipe: Any, side: int) -> None:
-    """Let the VAE work on tiles of `side` pixels that overlap by a quarter, where it can; 0 means whole frames.
-
-    The stride is set too: a class's own may be longer than a small tile.
-    """
+    """Let the VAE work on tiles of `side` pixels that overlap by a quarter, where it can; 0 means whole frames."""
     vae: Any = getattr(pipe, "vae", None)
     if not side or not hasattr(vae, "use_tiling"):
         return
@@ -186,12 +167,10 @@ def tile_vae(pipe: Any, side: int) -> None:
     for edge in ("height", "width", "size"):
         latent, sample = (getattr(vae, f"tile_{kind}_min_{edge}", 0) for kind in ("latent", "sample"))
         shrunk = round(side * latent / sample) if latent and sample else latent
+        # The stride too: a class's own may be longer than a small tile.
         for kind, size in (("sample_min", side), ("sample_stride", side * 3 // 4), ("latent_min", shrunk)):
             if hasattr(vae, f"tile_{kind}_{edge}"):  # not as arguments: half of the classes take none
                 setattr(vae, f"tile_{kind}_{edge}", size)
-
-
-# ---- when it was too much
 
 
 def more_frugal(profile: float) -> float:

@@ -1,7 +1,4 @@
-"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names.
-
-Checkpoints in a single file, as people share them, have a denoiser (safetensors or GGUF) or a whole pipeline.
-"""
+"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names."""
 
 import inspect
 import json
@@ -18,7 +15,7 @@ from safetensors import safe_open
 from engine.catalog.models import Model, Pipeline
 from engine.catalog.weights import DENOISER, INDEX, Weights, named_parts
 from engine.gpu.load import kernels, offloading
-from engine.gpu.run import prompts
+from engine.gpu.run import prompts, schedule
 from engine.gpu.run.adapters import load_file
 from engine.job import EngineError
 
@@ -52,10 +49,9 @@ def load(
     denoiser = next(iter(sorted(DENOISER & index.keys())), "transformer")
     files = {} if whole else {name or denoiser: file for name, file in weights.files.items()}
     for name, place in {**weights.parts, **files}.items():
-        if name in files and name not in given:
-            given[name] = _of_file(name, place, dtype(name), index.get(name), weights.folder)
-        elif name not in given:
-            given[name] = component(name, place, dtype(name), index.get(name))
+        if name not in given:
+            made = partial(_of_file, weights.folder) if name in files else component
+            given[name] = made(name, place, dtype(name), index.get(name))
     pipe = cls.from_pretrained(
         weights.folder, dtype={name: dtype(name) for name in index}, variant=model.variant, use_safetensors=True,
         local_files_only=True, **given,
@@ -66,7 +62,7 @@ def load(
     if model.attention_backend:
         kernels.set_backend(pipe.transformer, model.attention_backend)
     if model.schedule:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **model.schedule)
+        schedule.reschedule(pipe, **model.schedule)
     if model.recipe_loras and not ready:
         _fuse_recipe(pipe, model, weights)
     return pipe
@@ -85,13 +81,10 @@ def _of_checkpoint(cls: Any, weights: Weights, dtype: Callable[[str], torch.dtyp
     """Every component of a whole checkpoint: what the file lacks comes from the folder."""
     pipe = _from_single_file(cls, cls.__name__, weights.files[""], weights.folder)
     parts = {name: part for name, part in pipe.components.items() if part is not None}
-    for name, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            part.to(dtype(name))
-    return parts
+    return {name: part.to(dtype(name)) if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
 
 
-def _of_file(name: str, file: Path, dtype: torch.dtype, indexed: Any, folder: Path) -> Any:
+def _of_file(folder: Path, name: str, file: Path, dtype: torch.dtype, indexed: Any) -> Any:
     """The component in a single file, with its configuration from the pipeline's folder. GGUF stays quantised."""
     options: dict[str, Any] = {"subfolder": name, "dtype": dtype}
     if file.suffix == ".gguf":
@@ -136,17 +129,15 @@ def component_class(folder: Path, indexed: Any = None) -> Any:
 
 def dtype_of(model: Model, device: torch.device, name: str) -> torch.dtype:
     """The dtype in which the component `name` is computed."""
-    if device.type == "cpu":
-        return torch.float32
-    dtype: torch.dtype = getattr(torch, model.dtypes.get(name, model.dtypes.get("transformer", "bfloat16")))
+    on_card = model.dtypes.get(name, model.dtypes.get("transformer", "bfloat16"))
+    dtype: torch.dtype = getattr(torch, "float32" if device.type == "cpu" else on_card)
     return dtype
 
 
 def _class_of(pipeline: Pipeline) -> Any:
-    try:
-        return getattr(diffusers, pipeline.cls)
-    except AttributeError:
-        raise EngineError(f"This diffusers ({diffusers.__version__}) has no {pipeline.cls}.", "no_such_class") from None
+    if (cls := getattr(diffusers, pipeline.cls, None)) is None:
+        raise EngineError(f"This diffusers ({diffusers.__version__}) has no {pipeline.cls}.", "no_such_class")
+    return cls
 
 
 def sibling(pipe: Any, pipeline: Pipeline) -> Any:

@@ -1,7 +1,7 @@
-"""The store of prepared weights: made from the installed ones once, and read back from then on.
+"""The store of prepared weights, made from the installed ones once: a folder each in `models_dir/.prepared`.
 
-Each entry is a folder in `models_dir/.prepared`. Its name says what it is and ends with a digest of what it was made
-from, so weights that change get another entry, which replaces the outdated one. The store can be deleted at any time.
+Its name ends with a digest of what it was made from, so that weights that change get another entry, which replaces the
+outdated one. The store can be deleted at any time.
 """
 
 import fcntl
@@ -26,10 +26,7 @@ SHARD_BYTES = GIB // 2  # of a file: a copy in another dtype is made in RAM, a f
 
 
 def entry(models_dir: Path, what: str, sources: Iterable[Path], method: Any) -> Path:
-    """The folder for `what`, which may not be there yet.
-
-    Its name changes with the sources (by name, size and time) and with the method, any JSON.
-    """
+    """The folder for `what`, whose name changes with the sources (name, size, time) and the method, any JSON."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
     digest = hashlib.sha256(json.dumps([method, files]).encode()).hexdigest()[:12]
     return models_dir / STORE / f"{what}.{digest}"
@@ -51,7 +48,9 @@ def publish(folder: Path, size_bytes: int, write: Callable[[Path], None]) -> boo
             try:
                 part.mkdir()
                 write(part)
-                _sync(part)
+                for path in filter(Path.is_file, part.rglob("*")):
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())  # the folder's name must not outlive its bytes
                 part.rename(folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)  # there only after a failure, as when the disk is full
@@ -73,10 +72,3 @@ def _alone(store: Path) -> Iterator[None]:
         for unfinished in store.glob("*.part"):
             shutil.rmtree(unfinished)
         yield
-
-
-def _sync(folder: Path) -> None:
-    """Wait until all bytes are on the disk: the folder's name must not outlive them."""
-    for path in filter(Path.is_file, folder.rglob("*")):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

@@ -1,8 +1,8 @@
 """Quantised denoisers: made once from the weights that are installed, and read back from then on.
 
-The linear layers of the blocks are nearly all of a denoiser's weights, and the only ones that are quantised: an error
-in an embedding or in the last projection is seen everywhere. `int8` and `fp8` are tensors of torchao, which diffusers
-moves, saves and loads, and peft adds LoRAs to; `nf4` is a layer of ours around the numbers of bitsandbytes.
+Only the linear layers of the blocks, nearly all of the weights, are quantised: an error in an embedding or in the last
+projection is seen everywhere. `int8` and `fp8` are tensors of torchao, which diffusers moves, saves and loads, and peft
+adds LoRAs to; `nf4` is a layer of ours around the numbers of bitsandbytes.
 """
 
 import logging
@@ -57,10 +57,7 @@ def load(
     models_dir: Path,
     denoisers_only: bool = False,
 ) -> tuple[Any, Parts]:
-    """The pipeline for `task` in RAM (see `pipelines.load`), with its denoisers in `kind`, and what its parts weigh.
-
-    Raises EngineError if the device can't compute with that kind.
-    """
+    """The pipeline for `task` in RAM, denoisers in `kind`, and its parts. Raises EngineError if the device can't."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if sentence := quantization_fault(kind, device.type, capability):
         raise EngineError(sentence, "no_device")
@@ -74,27 +71,22 @@ def load(
     folder = prepared.entry(models_dir, what, _sources(weights), method)
     ready = _read(folder, kind, dtype_of)
     pipe = pipelines.load(model, pipeline, weights, device, ready, denoisers_only=denoisers_only)
-    denoisers = offloading.denoisers(pipe)
-    if not ready:
-        started = time.monotonic()
-        for denoiser in denoisers.values():
-            quantize(denoiser, kind, device)
-        log.info("model %s: denoiser quantized to %s in %.0f s", model.id, kind, time.monotonic() - started)
-    parts = replace(offloading.parts_of(pipe, model), quantization=kind, changed=not ready)
-    if not ready:
-        prepared.publish(folder, parts.denoisers, partial(_write, denoisers))
+    if ready:
+        return pipe, replace(offloading.parts_of(pipe, model), quantization=kind, changed=False)
+    started, denoisers = time.monotonic(), offloading.denoisers(pipe)
+    for denoiser in denoisers.values():
+        quantize(denoiser, kind, device)
+    log.info("model %s: denoiser quantized to %s in %.0f s", model.id, kind, time.monotonic() - started)
+    parts = replace(offloading.parts_of(pipe, model), quantization=kind, changed=True)
+    prepared.publish(folder, parts.denoisers, partial(_write, denoisers))
     return pipe, parts
 
 
 def _sources(weights: Weights) -> list[Path]:
-    """The files that the denoisers come from."""
     own = {path.name: path for path in weights.folder.iterdir() if path.is_dir()}
     folders = [folder for name, folder in {**own, **weights.parts}.items() if offloading.is_denoiser(name)]
     inside = [path for folder in folders for path in folder.iterdir() if path.is_file()]
     return [*sorted(inside), *weights.files.values(), *weights.loras]
-
-
-# ---- how a layer is quantised
 
 
 @torch.no_grad()
@@ -175,9 +167,6 @@ class FourBit(nn.Linear):
         return wide
 
 
-# ---- in files
-
-
 def _write(denoisers: Mapping[str, Any], folder: Path) -> None:
     for name, denoiser in denoisers.items():
         denoiser.save_pretrained(folder / name, max_shard_size=prepared.SHARD_BYTES)
@@ -196,7 +185,6 @@ def _read(folder: Path, kind: str, dtype_of: Callable[[str], torch.dtype]) -> di
 
 
 def _denoiser(folder: Path, kind: str, dtype: torch.dtype) -> Any:
-    """Raises what is caught above."""
     if KINDS[kind].package == "torchao":
         return pipelines.component(folder.name, folder, dtype)
     # Diffusers has no quantizer for layers of ours: `from_pretrained` would look for the weights that they replace.

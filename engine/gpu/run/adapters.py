@@ -12,15 +12,10 @@ EXPERTS = ("transformer", "transformer_2")
 
 def load_file(pipe: Any, path: Path, name: str, target: str) -> None:
     """Load a LoRA file as the adapter `name` of the denoiser `target`."""
-    second = {"load_into_transformer_2": True} if target == EXPERTS[1] else {}
-    pipe.load_lora_weights(
-        path.parent,
-        weight_name=path.name,
-        adapter_name=name,
-        use_safetensors=True,
-        local_files_only=True,
-        **second,
-    )
+    options = {"use_safetensors": True, "local_files_only": True}
+    if target == EXPERTS[1]:
+        options["load_into_transformer_2"] = True
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, **options)
 
 
 class Adapters:
@@ -31,15 +26,17 @@ class Adapters:
 
     @contextmanager
     def applied(self, pipe: Any, job: Job) -> Iterator[Callable[[int], None]]:
-        """Within the block the job's LoRAs are enabled, with the strengths of the first step.
-
-        Yields what to call after each step with the number of steps that are done.
-        """
+        """Within the block the job's LoRAs are enabled; yields what to call after each step, with how many are done."""
         if not job.loras:
             yield lambda _: None
             return
-        names = [self._loaded(pipe, lora.path) for lora in job.loras]
-        two = getattr(pipe, EXPERTS[1], None) is not None
+        experts = [expert for expert in EXPERTS if getattr(pipe, expert, None) is not None] or EXPERTS[:1]
+        for path in (lora.path for lora in job.loras if lora.path not in self._names):
+            name = f"lora_{len(self._names)}"
+            for expert in experts:
+                load_file(pipe, path, name, expert)
+            self._names[path] = name
+        names = [self._names[lora.path] for lora in job.loras]
         current: list[dict[str, float]] = []
 
         def set_strengths(step: int) -> None:
@@ -49,7 +46,7 @@ class Adapters:
             wanted = [strength(lora, step, job.steps) for lora in job.loras]
             if wanted != current:
                 current = wanted
-                pipe.set_adapters(names, wanted if two else [each[EXPERTS[0]] for each in wanted])
+                pipe.set_adapters(names, wanted if EXPERTS[1] in experts else [each[EXPERTS[0]] for each in wanted])
 
         pipe.enable_lora()
         try:
@@ -58,21 +55,8 @@ class Adapters:
         finally:
             pipe.disable_lora()
 
-    def _loaded(self, pipe: Any, path: Path) -> str:
-        """The adapter's name; the file is loaded the first time."""
-        if path not in self._names:
-            name = f"lora_{len(self._names)}"
-            experts = [expert for expert in EXPERTS if getattr(pipe, expert, None) is not None]
-            for expert in experts or EXPERTS[:1]:
-                load_file(pipe, path, name, expert)
-            self._names[path] = name
-        return self._names[path]
-
 
 def strength(lora: Lora, step: int, steps: int) -> dict[str, float]:
-    """The strength at a step for each expert: the first phase is for the first, the last one for the second.
-
-    Several values are spread evenly over the steps.
-    """
+    """The strength at a step for each expert: of the first and the last phase, whose values spread over the steps."""
     phases = zip(EXPERTS, (lora.phases[0], lora.phases[-1]), strict=True)
     return {expert: phase[step * len(phase) // steps] for expert, phase in phases}

@@ -1,10 +1,8 @@
-"""Step caches: denoising steps whose result follows from the steps before are not computed.
-
-The request says how many (`skip_steps_multiplier`); each cache decides in its own way which.
-"""
+"""Step caches: denoising steps that follow from those before are skipped, as many as `skip_steps_multiplier` says."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,21 +50,13 @@ def _warm_steps(steps: int, job: Job) -> int:
 
 
 def _mag(_: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagCacheConfig:
-    """MagCache, with this denoiser's share of the ratios."""
     steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
     whole = calibration.ratios(model.mag_calibration, job.steps)
     ends_run = timesteps[0] < (model.boundary_ratio or 0) * TRAIN_TIMESTEPS  # as the low-noise expert does
     ratios = whole[-steps:] if ends_run else whole[:steps]
-    threshold = calibration.threshold_for(
-        job.skip_steps_multiplier, lambda value: calibration.mag_schedule(ratios, value, warm)
-    )
-    return MagCacheConfig(
-        threshold=threshold,
-        max_skip_steps=calibration.MAX_SKIPS,
-        retention_ratio=warm / steps,
-        num_inference_steps=steps,
-        mag_ratios=ratios,
-    )
+    schedule = partial(calibration.mag_schedule, ratios, warm_steps=warm)
+    threshold = calibration.threshold_for(job.skip_steps_multiplier, schedule)
+    return MagCacheConfig(threshold, calibration.MAX_SKIPS, warm / steps, steps, ratios)
 
 
 def _first_block(_d: Any, _t: torch.Tensor, _m: Model, job: Job) -> FirstBlockCacheConfig:
@@ -84,26 +74,15 @@ def _taylor(denoiser: Any, timesteps: torch.Tensor, _: Model, job: Job) -> Taylo
 
 
 def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagCacheConfig:
-    """TeaCache (arXiv:2411.19108): the steps where the time embedding has hardly changed are skipped.
-
-    The embedding depends on the timestep alone, so the steps to compute are known before the run; MagCache is given
-    the ratios with which it computes exactly those.
-    """
+    """TeaCache (arXiv:2411.19108): the steps where the time embedding has hardly changed are skipped."""
+    # The embedding depends on the timestep alone, so the steps to compute are known before the run.
     coefficients = calibration.constants()["teacache"][model.tea_calibration]["coefficients"]
     changes = embedding_changes(denoiser, timesteps.to(denoiser.device))
     steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
-
-    def schedule(threshold: float) -> list[bool]:
-        return calibration.tea_schedule(coefficients, changes, threshold, warm)
-
+    schedule = partial(calibration.tea_schedule, coefficients, changes, warm_steps=warm)
     computed = schedule(calibration.threshold_for(job.skip_steps_multiplier, schedule))
-    return MagCacheConfig(
-        threshold=BETWEEN,
-        max_skip_steps=steps,
-        retention_ratio=0.0,
-        num_inference_steps=steps,
-        mag_ratios=[COMPUTE if compute else SKIP for compute in computed],
-    )
+    ratios = [COMPUTE if compute else SKIP for compute in computed]  # with which MagCache computes exactly those
+    return MagCacheConfig(BETWEEN, steps, retention_ratio=0.0, num_inference_steps=steps, mag_ratios=ratios)
 
 
 @torch.no_grad()

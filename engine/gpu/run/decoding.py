@@ -1,8 +1,4 @@
-"""From latents to frames: the precision in which a VAE decodes, and Wan's VAE piece by piece.
-
-The encoder keeps the precision of the catalogue: an error in a condition shows in everything that is made from it, an
-error of the decoder only where it happens.
-"""
+"""From latents to frames: the precision in which a VAE decodes, and Wan's VAE piece by piece."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +14,8 @@ from engine.gpu.run.results import pixels
 def set_precision(pipe: Any, wanted: str, device: torch.device) -> None:
     """Let the VAE decode in 16 bits where that is safe; `wanted` is auto (16 on CUDA), 16 or 32.
 
-    Safe is Wan's: bfloat16's 8 bits of mantissa distinguish all levels. Inputs and outputs keep the encoder's dtype.
+    Safe is Wan's: bfloat16's 8 bits of mantissa distinguish all levels. Inputs and outputs keep the encoder's dtype:
+    an error in a condition would show in all that is made from it.
     """
     vae: Any = getattr(pipe, "vae", None)
     halved = wanted == "16" or (wanted == "auto" and device.type == "cuda")
@@ -50,29 +47,19 @@ def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tens
     if hook := getattr(vae, "_hf_hook", None):  # it moves the VAE to the card, but only in `decode`
         hook.pre_forward(vae)
     count = (frames - 1) // vae.config.scale_factor_temporal + 1
-    z = _restored(vae, latents[:, :, -count:])
+    z = latents[:, :, -count:].to(get_module_execution_device(vae), dtype=vae.dtype)
+    about = (vae.config.latents_mean, vae.config.latents_std)
+    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1).to(z) for values in about)
+    z = z / (1.0 / deviation) + mean  # as the classes write it: the last bit counts
+    sides = (vae.tile_sample_min_height, vae.tile_sample_min_width)
+    longer = any(size > side // vae.spatial_compression_ratio for size, side in zip(z.shape[3:], sides, strict=True))
     try:
         # A tile goes through all frames at once, so that tiles can't be decoded frame by frame.
-        for chunk in [vae.decode(z, return_dict=False)[0]] if _in_tiles(vae, z) else _chunks(vae, z):
+        for chunk in [vae.decode(z, return_dict=False)[0]] if vae.use_tiling and longer else _chunks(vae, z):
             yield pixels(chunk[0].transpose(0, 1) * 0.5 + 0.5)
     finally:
         vae.clear_cache()
         pipe.maybe_free_model_hooks()
-
-
-def _restored(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The latents as the VAE knows them, with the mean and the deviation of the VAE's config."""
-    z = latents.to(get_module_execution_device(vae), dtype=vae.dtype)
-    mean, deviation = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(z) for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return z / (1.0 / deviation) + mean  # as the classes write it: the last bit counts
-
-
-def _in_tiles(vae: Any, z: torch.Tensor) -> bool:
-    ratio = vae.spatial_compression_ratio
-    height, width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
-    return bool(vae.use_tiling) and (z.shape[3] > height or z.shape[4] > width)
 
 
 def _chunks(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:

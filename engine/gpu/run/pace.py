@@ -25,7 +25,9 @@ def evened(frames: torch.Tensor, usual: float) -> torch.Tensor:
     times, tries, made = torch.arange(float(len(frames))), [], frames
     for _ in range(ROUNDS):  # blends change less than the frames around them, so that one round is not quite even
         times = _evened(times, changes(made))
-        made = _at(frames, times)
+        before = times.long().clamp(max=len(frames) - 2)
+        shares = (times - before).view(-1, 1, 1, 1)
+        made = frames[before].float().lerp(frames[before + 1].float(), shares).round().to(torch.uint8)
         tries.append(made)
     return min(tries, key=lambda one: float(changes(one).max()))
 
@@ -37,10 +39,3 @@ def _evened(times: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     after = torch.searchsorted(done, wanted).clamp(min=1)
     shares = (wanted - done[after - 1]) / (done[after] - done[after - 1]).clamp(min=1e-9)  # nothing may change at all
     return torch.cat([times[:1], times[after - 1].lerp(times[after], shares), times[-1:]])
-
-
-def _at(frames: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """The picture at each time: a blend of the two frames around it."""
-    before = times.long().clamp(max=len(frames) - 2)
-    shares = (times - before).view(-1, 1, 1, 1)
-    return frames[before].float().lerp(frames[before + 1].float(), shares).round().to(torch.uint8)

@@ -1,8 +1,7 @@
 """A cache of prompt embeddings in RAM: a prompt that comes again is not encoded again.
 
-`encode_prompt` leads to the text encoders in nearly every class of diffusers, whatever it takes and returns. So its
-arguments are the key and its result is the entry. A call that gets a picture or a tensor, that draws random numbers or
-that leaves something on the pipeline is passed through.
+The key is the arguments of `encode_prompt`, which nearly every class has, and the entry its result. A call that gets a
+picture or a tensor, that draws random numbers or that leaves something on the pipeline is passed through.
 """
 
 import inspect
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from engine.catalog.weights import Weights
@@ -75,8 +75,6 @@ class PromptCache:
 
 
 class _CachedEncode:
-    """`encode_prompt` of one pipeline behind the cache."""
-
     def __init__(self, cache: PromptCache, pipe: Any, encoder: str) -> None:
         self.cache, self.encoder = cache, encoder
         self._pipe, self._encode = pipe, pipe.encode_prompt
@@ -86,8 +84,7 @@ class _CachedEncode:
         key = _key(self._pipe, self._encode, [self.encoder, device.type], arguments, named)
         if key is None or type(self._pipe) in self.cache.uncacheable:
             return self._encode(*arguments, **named)
-        entry = self.cache.get(key)
-        if entry is None:
+        if (entry := self.cache.get(key)) is None:
             result, entry = _observed(self._pipe, device, partial(self._encode, *arguments, **named))
             if entry is None:
                 self.cache.uncacheable.add(type(self._pipe))
@@ -103,31 +100,26 @@ def inherit(pipe: Any, sibling: Any) -> None:
         encode.cache.attach(sibling, encode.encoder)
 
 
-# ---- the key
-
-
 def encoder_of(pipe: Any, weights: Weights) -> str:
     """Identifies the encoders of `pipe`: their classes and dtypes, and path, size and time of the files they are in."""
-    parts = [
-        (name, type(part).__name__, str(getattr(part, "dtype", "")))
-        for name, part in pipe.components.items()
-        if isinstance(part, torch.nn.Module) and not _NO_ENCODER.search(name)
-    ]
+    parts = sorted((name, type(part).__name__, str(getattr(part, "dtype", ""))) for name, part in _encoders(pipe))
     own = {path.name: path for path in weights.folder.iterdir() if path.is_dir()}
     roots = {**own, **weights.parts, **weights.files}
-    files = [
-        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-        for name, root in sorted(roots.items())
-        if not _NO_ENCODER.search(name)
-        for path in sorted([root, *root.rglob("*")])
-        if path.is_file()
-    ]
-    return json.dumps([sorted(parts), files])
+    places = (root for name, root in sorted(roots.items()) if not _NO_ENCODER.search(name))
+    files = [path for root in places for path in sorted([root, *root.rglob("*")]) if path.is_file()]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json.dumps([parts, states])
+
+
+def _encoders(pipe: Any) -> list[tuple[str, nn.Module]]:
+    parts = [(name, part) for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+    return [(name, part) for name, part in parts if not _NO_ENCODER.search(name)]
 
 
 def _key(pipe: Any, encode: Callable[..., Any], encoder: list[str], arguments: Any, named: Any) -> str | None:
-    """The key of this call, or None if its result depends on more than plain values."""
-    if _has_lora(pipe):
+    """None if the result depends on more than plain values."""
+    layers = (layer for _, part in _encoders(pipe) for layer in part.modules() if isinstance(layer, BaseTunerLayer))
+    if any(not layer.disable_adapters for layer in layers):  # a LoRA that changes the embeddings
         return None
     bound = inspect.signature(encode).bind(*arguments, **named)
     bound.apply_defaults()
@@ -140,17 +132,10 @@ def _key(pipe: Any, encode: Callable[..., Any], encoder: list[str], arguments: A
 
 
 def _plain(value: Any) -> str:
-    """What JSON does not know but a key may have. Raises TypeError for anything else."""
+    """Raises TypeError for anything else that JSON does not know."""
     if isinstance(value, torch.dtype | torch.device):
         return str(value).partition(":")[0]  # cards of a machine compute alike, whatever their number
     raise TypeError
-
-
-def _has_lora(pipe: Any) -> bool:
-    """True while a LoRA is active on anything but a denoiser: it changes the embeddings."""
-    parts = (part for name, part in pipe.components.items() if not _NO_ENCODER.search(name))
-    modules = (module for part in parts if isinstance(part, torch.nn.Module) for module in part.modules())
-    return any(isinstance(module, BaseTunerLayer) and not module.disable_adapters for module in modules)
 
 
 def _observed(pipe: Any, device: torch.device, encode: Callable[[], Any]) -> tuple[Any, Embeddings | None]:

@@ -1,8 +1,4 @@
-"""Run a Job through a loaded diffusers pipeline.
-
-Pipeline classes differ in the names of their parameters, and the catalogue has a table of those; no code here depends
-on a class.
-"""
+"""Run a Job through a loaded diffusers pipeline. How its class names its parameters is in the catalogue, not here."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,12 +12,12 @@ from diffusers.models.attention_dispatch import attention_backend
 from engine import settings
 from engine.catalog.models import Model, Pipeline
 from engine.gpu.load import compiling, kernels, offloading, pipelines
-from engine.gpu.run import caching, conditioning, decoding, results, sliding
+from engine.gpu.run import caching, conditioning, decoding, results, schedule, sliding
 from engine.gpu.run.adapters import Adapters
 from engine.gpu.run.conditioning import Call
+from engine.gpu.run.counting import counted_steps
 from engine.gpu.run.meter import Meter
 from engine.gpu.run.results import Clip
-from engine.gpu.run.steps import counted_steps
 from engine.job import SEED_RANGE, Job, Phase
 from engine.planning.work import Work
 
@@ -32,26 +28,20 @@ CHECKS = 8  # for a cancel, within a call of a denoiser: a call takes up to a mi
 
 
 def render(
-    pipe: Any,
-    model: Model,
-    job: Job,
-    meter: Meter,
-    adapters: Adapters | None = None,
-    *,
-    together: Together | None = None,
+    pipe: Any, model: Model, job: Job, meter: Meter, *, loras: Adapters | None = None, together: Together | None = None
 ) -> Iterator[Clip]:
     """Run `job` and yield its clips as they are ready, file i with the seed `job.seed + i`.
 
     Reports encoding, each denoising step and decoding to `meter`, which raises Cancelled on a cancel. Within `together`
     other devices compute each call of a denoiser too.
     """
-    work, numbers, loras = Work.of(model, job), count(), adapters or Adapters()
+    work, numbers, adapters = Work.of(model, job), count(), loras or Adapters()
     seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
 
     def run(call: Call) -> Iterator[Clip]:
         meter.enter(Phase.ENCODING)  # before the run is counted on: progress must not jump ahead and stay there
         meter.begin_run(next(numbers), work.runs, job.steps)
-        return _run(pipe, model, call, meter, loras, together=together)
+        return _run(pipe, model, call, meter, adapters, together=together)
 
     def make_window(call: Call) -> torch.Tensor:
         (clip,) = run(call)
@@ -68,7 +58,6 @@ def render(
 def _run(
     pipe: Any, model: Model, call: Call, meter: Meter, adapters: Adapters, *, together: Together | None
 ) -> Iterator[Clip]:
-    """One call of the pipeline, and the clips that it makes."""
     job, pipeline = call.job, model.pipelines[call.job.task]
     with prepared(pipe, model, job, adapters) as (fitted, set_strengths):
         torch.manual_seed(call.seeds[0])  # some classes draw more than the noise, and not from their generator
@@ -83,12 +72,9 @@ def _run(
 
 @contextmanager
 def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[tuple[Any, AfterStep]]:
-    """Within the block, the pipeline for the job's task with its schedule, guidance, LoRAs and step cache.
-
-    Yields it with what sets the LoRAs' strengths after each step.
-    """
+    """Within, the pipeline is set for `job`; yields that of its task, and what sets LoRA strengths after each step."""
     pipe = pipelines.sibling(pipe, model.pipelines[job.task])
-    _adjust(pipe, model, job)
+    schedule.adjust(pipe, model, job)
     kernel = attention_backend(model.attention_backend or kernels.NATIVE)
     with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job), kernel:
         compiling.suit(pipe, job)
@@ -100,23 +86,7 @@ def _sample_rate(pipe: Any, pipeline: Pipeline) -> int:
     return int(reduce(getattr, pipeline.sample_rate.split("."), pipe)) if pipeline.sample_rate else 0
 
 
-def _adjust(pipe: Any, model: Model, job: Job) -> None:
-    """Set what the job decides and the pipeline's call does not take."""
-    pipeline, shift = model.pipelines[job.task], model.scheduler.get("shift_param")
-    if shift and job.flow_shift is not None and pipe.scheduler.config[shift] != job.flow_shift:
-        # Else the scheduler stays: it starts over when its timesteps are set.
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{shift: job.flow_shift})
-    if pipeline.guider and job.guidance_scale is not None:
-        for name in ("guider", "ocr_guider"):  # some classes have a second one, for prompts that ask for written text
-            if (guider := getattr(pipe, name, None)) is not None:
-                setattr(pipe, name, guider.new(guidance_scale=job.guidance_scale))
-    if pipeline.side_attribute:
-        side = (job.width * job.height) ** 0.5 / pipe.vae_scale_factor  # in latent pixels, of a square of this area
-        setattr(pipe, pipeline.side_attribute, side * (1 + 1e-9))  # a touch longer, as sizes are rounded down
-
-
 def _call_arguments(pipe: Any, model: Model, call: Call) -> dict[str, Any]:
-    """The keyword arguments of the pipeline's `__call__`."""
     job, seeds, pipeline = call.job, call.seeds, model.pipelines[call.job.task]
     roles = {**_plain_roles(model, job), **conditioning.roles(pipeline, call, _sample_rate(pipe, pipeline))}
     # A CPU generator draws the same noise on every device.
@@ -125,22 +95,25 @@ def _call_arguments(pipe: Any, model: Model, call: Call) -> dict[str, Any]:
     if len(seeds) > 1:  # a list of prompts, not `num_videos_per_prompt`: that breaks classes with an image encoder
         roles |= {"seed": generators, "prompt": [job.prompt] * len(seeds)}
     named = {pipeline.call[role]: value for role, value in roles.items() if role in pipeline.call}
-    unset = {name: None for name, steps in pipeline.only_at_steps.items() if job.steps != steps}
     return {
         **model.extra_call,
         **pipeline.by_task.get(job.task, {}),
         **{name: value for name, value in named.items() if value is not None},
-        **unset,
+        **{name: None for name, steps in pipeline.only_at_steps.items() if job.steps != steps},
     }
 
 
 def _plain_roles(model: Model, job: Job) -> dict[str, Any]:
     pipeline = model.pipelines[job.task]
+    # A mark for each reference picture in front of the prompt, where the class wants them and none are there.
+    pictures = range(1, 1 + len(job.inputs.get("image_refs", ()))) if pipeline.picture_mark else ()
+    marks = [mark for mark in map(pipeline.picture_mark.format, pictures) if mark not in job.prompt]
     steps = job.steps if pipeline.stages == 1 else [-(-job.steps // pipeline.stages)] * pipeline.stages
+    negative = job.negative_prompt or (None if pipeline.null_negative else "")
     return {
         **settings.roles(job),
-        "prompt": _marked(job.prompt, pipeline.picture_mark, len(job.inputs.get("image_refs", ()))),
-        "negative_prompt": _negative_prompt(model, job),
+        "prompt": " ".join([*marks, job.prompt]),
+        "negative_prompt": negative if model.has_setting("negative_prompt", job.task) else None,
         "frames": model.frames.told(job.frames),
         "window": min(model.window_frames, job.frames) or None,
         "fps": job.fps,
@@ -151,35 +124,20 @@ def _plain_roles(model: Model, job: Job) -> dict[str, Any]:
     }
 
 
-def _negative_prompt(model: Model, job: Job) -> str | None:
-    if not model.has_setting("negative_prompt", job.task):
-        return None
-    return job.negative_prompt or (None if model.pipelines[job.task].null_negative else "")
-
-
-def _marked(prompt: str, mark: str, pictures: int) -> str:
-    """The prompt with a mark for each reference picture in front, where the class wants them and none are there."""
-    marks = [mark.format(number + 1) for number in range(pictures)] if mark else []
-    return " ".join([*(each for each in marks if each not in prompt), prompt])
-
-
 @contextmanager
 def _reported(pipe: Any, meter: Meter, *, alone: bool) -> Iterator[None]:
     """Within the block, each call of a denoiser or VAE decoder enters its phase in `meter`, and can be cancelled there.
 
     A process that works `alone` can be stopped at some blocks of a denoiser too: no other waits for it.
     """
-    with ExitStack() as hooks:
-        for module, phase in _milestones(pipe, alone):
-            hooks.enter_context(module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase)))
-        yield
-
-
-def _milestones(pipe: Any, blocks: bool) -> Iterator[tuple[torch.nn.Module, Phase]]:
+    watched: dict[Phase, list[Any]] = {Phase.DENOISING: [], Phase.DECODING: []}
     for denoiser in offloading.denoisers(pipe).values():
-        yield denoiser, Phase.DENOISING
-        if blocks:
-            every = list(getattr(denoiser, "blocks", ()))
-            yield from ((block, Phase.DENOISING) for block in every[:: max(1, len(every) // CHECKS)])
+        blocks = list(getattr(denoiser, "blocks", ())) if alone else []
+        watched[Phase.DENOISING] += denoiser, *blocks[:: max(1, len(blocks) // CHECKS)]
     if (decoder := getattr(getattr(pipe, "vae", None), "decoder", None)) is not None:
-        yield decoder, Phase.DECODING
+        watched[Phase.DECODING].append(decoder)
+    with ExitStack() as hooks:
+        for phase, modules in watched.items():
+            for module in modules:
+                hooks.enter_context(module.register_forward_pre_hook(lambda *_, phase=phase: meter.enter(phase)))
+        yield

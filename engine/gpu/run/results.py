@@ -33,11 +33,13 @@ def clips(output: Any, pipeline: Pipeline, seeds: Sequence[int], sample_rate: in
     """The clips of one call, in the order of their seeds. A class that makes more than `most_frames` is cut."""
     videos, sounds = _field(output, PICTURES, pipeline), _field(output, SOUND, pipeline)
     for i, seed in enumerate(seeds):
-        sound = None if sounds is None else waveform(sounds[i])
+        sound = None if sounds is None else torch.as_tensor(sounds[i]).float().cpu().clamp(-1, 1)
+        sound = sound[None] if sound is not None and sound.ndim == 1 else sound
         if videos is None:
             yield Clip(seed, None, sound, sample_rate)
             continue
-        for layer, video in enumerate(_layers(videos[i])):
+        layered = isinstance(videos[i], list) and getattr(videos[i][0], "mode", "") == "RGBA"
+        for layer, video in enumerate(videos[i] if layered else [videos[i]]):
             frames = pixels(video)
             kept = frames[-most_frames:] if pipeline.keeps_end else frames[:most_frames]
             yield Clip(seed, [kept], sound, sample_rate, layer)
@@ -47,12 +49,6 @@ def _field(output: Any, names: Sequence[str], pipeline: Pipeline) -> Any:
     """The first of these fields that the output has, one item a seed; else None."""
     found = next((output[name] for name in names if name in output and output[name] is not None), None)
     return [found] if pipeline.single and found is not None else found
-
-
-def _layers(item: Any) -> list[Any]:
-    """The pictures of a layered image, one by one; anything else is one item."""
-    layered = isinstance(item, list) and getattr(item[0], "mode", "") == "RGBA"
-    return [[layer] for layer in item] if layered else [item]
 
 
 def pixels(item: Any) -> torch.Tensor:
@@ -67,9 +63,3 @@ def pixels(item: Any) -> torch.Tensor:
     video = torch.as_tensor(item)
     levels = (video if video.ndim == 4 else video[None]).clamp(0, 1).mul(255).round().to(torch.uint8)
     return levels if isinstance(item, np.ndarray) else levels.permute(0, 2, 3, 1).contiguous().cpu()
-
-
-def waveform(item: Any) -> torch.Tensor:
-    """(channels, N) or (N,) in any float type → (channels, N) float32 in -1..1 on the CPU."""
-    sound = torch.as_tensor(item).float().cpu()
-    return (sound if sound.ndim == 2 else sound[None]).clamp(-1, 1)

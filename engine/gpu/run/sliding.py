@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain, zip_longest
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ def video(model: Model, job: Job, seed: int, make: Callable[[Call], torch.Tensor
 
 
 def _call(model: Model, job: Job, window: Window, lead: torch.Tensor, seed: int, *, last: bool) -> Call:
-    """The call that makes one window; `lead` are the frames that it begins with."""
     unused = set() if last else {"image_end"}
     task = _task(model, job, frozenset(job.inputs.keys() - unused), first=not window.overlap)
     if window.overlap:  # `lead` takes their place
@@ -61,34 +60,23 @@ def _task(model: Model, job: Job, given: frozenset[str], *, first: bool) -> str:
 
 
 def recoloured(made: torch.Tensor, known: torch.Tensor, strength: float) -> torch.Tensor:
-    """`made` with the colours of `known`, which are its first frames as they should be; both (F, H, W, 3) uint8.
-
-    Mean and contrast of each channel are matched: encoding a frame again and again shifts both a little every time.
-    """
+    """`made` with the colours of `known`, which are its first frames as they should be; both (F, H, W, 3) uint8."""
     if not strength:
         return made
-    tables = [
-        _table(made[: len(known), ..., channel].float(), known[..., channel].float(), strength) for channel in range(3)
-    ]
-    levels = list(chain(*tables))
-    return torch.from_numpy(np.stack([np.asarray(Image.fromarray(frame).point(levels)) for frame in made.numpy()]))
-
-
-def _table(seen: torch.Tensor, wanted: torch.Tensor, strength: float) -> list[int]:
-    """For each level of a channel, the level that it becomes."""
-    gain = float(wanted.std() / seen.std().clamp(min=1e-6))
-    gain = min(max(gain, 1 / MOST_GAIN), MOST_GAIN)
-    levels = torch.arange(256, dtype=torch.float32)
-    matched = (levels - seen.mean()) * gain + wanted.mean()
-    table: list[int] = levels.lerp(matched, strength).round().clamp(0, 255).int().tolist()
-    return table
+    # Encoding a frame again and again shifts the mean and the contrast of each channel a little every time.
+    seen, wanted = (frames.float().reshape(-1, 3) for frames in (made[: len(known)], known))
+    gain = (wanted.std(0) / seen.std(0).clamp(min=1e-6)).clamp(1 / MOST_GAIN, MOST_GAIN)
+    levels = torch.arange(256.0).view(-1, 1)
+    matched = (levels - seen.mean(0)) * gain + wanted.mean(0)  # (256, 3): each level of a channel, as it should be
+    table = levels.lerp(matched, strength).round().clamp(0, 255).int().T.flatten().tolist()
+    return torch.from_numpy(np.stack([np.asarray(Image.fromarray(frame).point(table)) for frame in made.numpy()]))
 
 
 def joined(end: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """`made`, faded in over all frames of `end` but the first, which is the one before them, without a jump.
 
-    A window has its own pace, so that its objects may be behind or ahead of where the window before has left them: the
-    difference is spread over the overlap and the changes into it and out of it.
+    Its objects may be behind or ahead of where the window before has left them: the difference is spread over the
+    overlap and the changes into it and out of it.
     """
     count = len(end)
     whole = torch.cat([end[:1], faded(end[1:], made)])
