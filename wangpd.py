@@ -63,9 +63,8 @@ from engine.api.views import (
     task_state,
 )
 from engine.catalog import loras, weights
-from engine.catalog.defaults import default_settings
 from engine.catalog.download import Downloads
-from engine.catalog.models import Catalog, Model
+from engine.catalog.models import Catalog, Model, default_settings
 from engine.cli import parse_arguments, run_command
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview

@@ -13,8 +13,16 @@ import pytest
 
 from engine.catalog import entries, models
 from engine.catalog.abilities import INPUTS, TASKS
-from engine.catalog.defaults import default_settings
-from engine.catalog.models import FORMS, PACKAGE, Catalog, FrameRule, Model, Pipeline, UnknownModel
+from engine.catalog.models import (
+    FORMS,
+    PACKAGE,
+    Catalog,
+    FrameRule,
+    Model,
+    Pipeline,
+    UnknownModel,
+    default_settings,
+)
 from engine.settings import SETTINGS
 
 FILES = sorted((PACKAGE / "catalog" / "models").glob("*.toml"))

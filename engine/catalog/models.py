@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from engine.catalog import entries
 from engine.catalog.abilities import INPUTS, STEP_CACHES, TASKS
-from engine.settings import SETTINGS
+from engine.settings import SETTINGS, defaults
 
 Made = TypeVar("Made", "Pipeline", "FrameRule", "Model")
 
@@ -17,7 +17,6 @@ OWN = PACKAGE / "catalog" / "models"
 USUAL_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
 MAX_DURATION_S = 600  # of sound; the same holds
-SINGLE_FILES = (".safetensors", ".gguf")
 SHOWN_MODELS = 10  # the most ids that an error sentence lists
 
 # How inputs reach a pipeline, and which of them need no parameter of their own (see engine/gpu/run/conditioning.py).
@@ -230,8 +229,8 @@ class Model:
         """The inputs that reach the pipeline of `task`."""
         pipeline = self.pipelines[task]
         limits = {"image_end": "end_image", "image_refs": "max_reference_images"}
-        refused = {name for name, limit in limits.items() if not self.inputs.get(limit)}
-        taken = frozenset(filter(pipeline.carries_input, TASKS[task].inputs - refused))
+        allowed = {name for name in TASKS[task].inputs if name not in limits or self.inputs.get(limits[name])}
+        taken = frozenset(filter(pipeline.carries_input, allowed))
         # The source video of a class that continues it is the start.
         return taken - {"image_start"} if pipeline.continues_from and "video_source" in taken else taken
 
@@ -244,17 +243,16 @@ class Model:
         pipeline, setting = self.pipelines[task], SETTINGS[name]
         if self.kind not in setting.kinds or pipeline.call.get(setting.role) in pipeline.by_task.get(task, {}):
             return False
+        carried = not setting.role or setting.role in pipeline.call
         special = {
-            "negative_prompt": "negative_prompt" in pipeline.call and self.inputs.get("negative_prompt", False),
-            "embedded_guidance_scale": (
-                "embedded_guidance" in pipeline.call and self.inputs.get("embedded_guidance", True)
-            ),
-            "guidance_scale": ((pipeline.guider or "guidance" in pipeline.call) and self.inputs.get("guidance", True)),
+            "negative_prompt": carried and self.inputs.get("negative_prompt", False),
+            "embedded_guidance_scale": carried and self.inputs.get("embedded_guidance", True),
+            "guidance_scale": (carried or pipeline.guider) and self.inputs.get("guidance", True),
             "guidance2_scale": self.boundary_ratio is not None,
-            "flow_shift": "shift_param" in self.scheduler or "shift" in pipeline.call,
-            "num_inference_steps": "steps" in pipeline.call and not {"timesteps", "sigmas"} & self.extra_call.keys(),
+            "flow_shift": carried or "shift_param" in self.scheduler,
+            "num_inference_steps": carried and not {"timesteps", "sigmas"} & self.extra_call.keys(),
         }
-        return bool(special.get(name, not setting.role or setting.role in pipeline.call))
+        return bool(special.get(name, carried))
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -266,6 +264,23 @@ class Model:
     def fixed_steps(self) -> int | None:
         """The number of steps of a schedule that can't be changed, or None."""
         return len(self.extra_call.get("timesteps") or self.extra_call.get("sigmas") or ()) or None
+
+
+def default_settings(model: Model) -> dict[str, Any]:
+    """What a request gets that names only a prompt: the defaults of the model's first task, by the contract's names.
+
+    Without those of windows, which mean nothing to a video of the usual length.
+    """
+    values = {**defaults(model.defaults), "prompt": ""}
+    shown = {
+        row.name: values[row.name]
+        for row in SETTINGS.values()
+        if not row.guides
+        and model.has_setting(row.name, model.tasks[0])
+        and row.needs != "sliding_window_size"
+        and (row.role or not row.needs or values[row.needs])
+    }
+    return {"prompt": "", **{name: value for name, value in shown.items() if value is not None}}
 
 
 class Catalog:
@@ -287,8 +302,7 @@ class Catalog:
         for path in (path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))):
             try:
                 classes, completed = entries.read(path, known)
-                for name, table in classes.items():
-                    pipelines[name] = _made(Pipeline, f"pipeline '{name}'", table, cls=name)
+                pipelines |= {name: _made(Pipeline, f"pipeline '{name}'", classes[name], cls=name) for name in classes}
                 models |= {entry["id"]: _model(entry, pipelines) for entry in completed}
             except (ValueError, TypeError, KeyError) as error:
                 reason = f"no key {error}" if isinstance(error, KeyError) else error
@@ -322,8 +336,8 @@ def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
     frames = _made(FrameRule, f"{where}: frames", entry["frames"]) if "frames" in entry else STILL
     model = _made(Model, where, entry, pipelines=chosen, frames=frames)
     for file in model.files.values():
-        if not file.endswith(SINGLE_FILES):  # a pickled checkpoint could run code
-            raise ValueError(f"{where}: single_file '{file}' must end in {' or '.join(SINGLE_FILES)}")
+        if not file.endswith((".safetensors", ".gguf")):  # a pickled checkpoint could run code
+            raise ValueError(f"{where}: single_file '{file}' must end in .safetensors or .gguf")
     return model
 
 

@@ -1,21 +1,19 @@
 """The memory plan: where the weights are while a job runs, and what that costs in memory and time.
 
-Pure arithmetic on the catalogue's bytes, so that the daemon can ask it without a GPU; `engine.gpu.load.offloading`
-carries a Plan out. The estimates are rules of thumb, good to about a third; each constant says where it comes from.
+Pure arithmetic on the catalogue's bytes, which needs no GPU; `engine.gpu.load.offloading` carries a Plan out. The
+estimates are rules of thumb, good to about a third; each constant says where it comes from.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 
 from engine.catalog.models import Model
-from engine.job import EngineError
+from engine.job import EngineError, Job
 from engine.planning.machine import GIB, Machine
 from engine.planning.work import Parts, Shape, Work, forward_flops
-
-GB = 10**9
 
 TILES = {1: 512, 2: 256, 3: 128}  # vae_config → side of a VAE tile in pixels
 
@@ -93,9 +91,9 @@ FEWEST_BLOCKS = 12  # a denoiser's blocks are cube root of parameters / 60, at l
 EFFICIENCY = 0.55  # of a card's measured matrix product; diffusers reaches 0.43 of an H100's, 0.65 of a 4090's
 TEAM_EFFICIENCY = 0.9  # of devices that compute a forward together; the rest is communication
 STREAM_OVERHEAD = (0.02, 0.015)  # of a step whose blocks come in time: of the first one, of all (published: 3-4%)
-PAGEABLE_BYTES_PER_S = 3 * GB  # copies of whole parts from memory that is not pinned (published: 1-3)
-MAPPED_BYTES_PER_S = 8 * GB  # layers pinned on their way, as published for Flux; at most a third of the link's speed
-DISK_BYTES_PER_S = 1.5 * GB  # mapped weights for which RAM is too small are read from the disk again and again
+PAGEABLE_BYTES_PER_S = 3e9  # copies of whole parts from memory that is not pinned (published: 1-3)
+MAPPED_BYTES_PER_S = 8e9  # layers pinned on their way, as published for Flux; at most a third of the link's speed
+DISK_BYTES_PER_S = 1.5e9  # mapped weights for which RAM is too small are read from the disk again and again
 SEQUENTIAL_VAE = 6.8  # a VAE that is streamed by layers, measured
 PROMPT_TOKENS = 512
 DECODE_FLOPS = 10e6  # of a pixel of a frame: 8.5 for Wan's VAE, 9.5 for Stable Diffusion's, 18 for Wan 2.2's
@@ -131,23 +129,54 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in one line."""
+        where, side = f"everything in RAM, about {_gib(self.ram_bytes)}", self.placement.tile_side
+        if self.card_bytes:
+            denoisers = self.placement.name.replace("_", " and ")
+            if self.placement.denoisers == "streamed":
+                source = "pinned RAM" if self.placement.pinned else "mapped files"
+                denoisers += f" ({_gib(self.streamed_bytes)} from {source}, {_gib(self.resident_bytes)} stay)"
+            where = (
+                f"denoiser {denoisers}, encoders {_ENCODERS[self.placement.encoders]},"
+                f" VAE {f'in tiles of {side} pixels' if side else 'on whole frames'}; about"
+                f" {_gib(self.peak_vram_bytes)} of GPU memory{'' if self.fits else ', more than is free'},"
+                f" {_gib(self.ram_bytes)} of RAM"
+            )
         together = f"{self.cards} devices together, each: " if self.cards > 1 else ""
-        where = self._on_card() if self.card_bytes else f"everything in RAM, about {_gib(self.ram_bytes)}"
         return f"{together}{where}; about {self.step_s:.3g} s a step, {self.job_s:.3g} s a job"
-
-    def _on_card(self) -> str:
-        denoisers, side = self.placement.name.replace("_", " and "), self.placement.tile_side
-        if self.placement.denoisers == "streamed":
-            source = "pinned RAM" if self.placement.pinned else "mapped files"
-            denoisers += f" ({_gib(self.streamed_bytes)} from {source}, {_gib(self.resident_bytes)} stay)"
-        return (
-            f"denoiser {denoisers}, encoders {_ENCODERS[self.placement.encoders]},"
-            f" VAE {f'in tiles of {side} pixels' if side else 'on whole frames'}; about {_gib(self.peak_vram_bytes)}"
-            f" of GPU memory{'' if self.fits else ', more than is free'}, {_gib(self.ram_bytes)} of RAM"
-        )
 
 
 _ENCODERS = {"card": "on the card", "streamed": "streamed by layer", "swapped": "on the card while they work"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will need."""
+
+    memory_bytes: int  # the most at once, of the card, or of RAM without one
+    seconds: float  # once the model is loaded
+    plan: str  # one line: where the weights will be
+
+
+def estimate(
+    model: Model, job: Job, machines: Iterable[Machine], *, profile: float, quantization: str, vae_config: int
+) -> Estimate | None:
+    """What `job` will need on the machine where it is fastest; None if none has been measured yet.
+
+    The last three are as in `plan`. Raises its EngineError, which says what is missing, if it fits on none.
+    """
+    work, plans = Work.of(model, job), list[Plan]()
+    refusal: EngineError | None = None
+    for machine in machines:
+        try:
+            plans.append(plan(model, work, machine, profile=profile, quantization=quantization, vae_config=vae_config))
+        except EngineError as error:
+            refusal = refusal or error
+    if fastest := min(plans, key=lambda found: found.job_s, default=None):
+        memory_bytes = fastest.peak_vram_bytes if fastest.card_bytes else fastest.ram_bytes
+        return Estimate(memory_bytes, fastest.job_s, fastest.describe())
+    if refusal:
+        raise refusal
+    return None
 
 
 def plan(
@@ -210,18 +239,9 @@ class _Costs:
     def plan(self) -> Plan:
         card, ram = self.machine.free_vram_bytes, self._ram_bytes
         peak = self.peak_bytes(self._resident_bytes) if card else 0
-        return Plan(
-            self.placement,
-            resident_bytes=self._resident_bytes,
-            streamed_bytes=self._streamed_bytes,
-            peak_vram_bytes=peak,
-            ram_bytes=ram,
-            step_s=self._step_s,
-            job_s=self._job_s(),
-            card_bytes=card,
-            fits=not card or (peak <= card and ram <= self.machine.free_ram_bytes),
-            cards=self.machine.cards,
-        )
+        fits = not card or (peak <= card and ram <= self.machine.free_ram_bytes)
+        sizes = (self._resident_bytes, self._streamed_bytes, peak, ram)
+        return Plan(self.placement, *sizes, self._step_s, self._job_s(), card, fits, self.machine.cards)
 
     # ---- memory
 
@@ -230,7 +250,6 @@ class _Costs:
         return round(FRAGMENTATION * self._most_bytes(resident_bytes)) + RESERVE_BYTES
 
     def _most_bytes(self, resident_bytes: int) -> float:
-        """The largest sum of weights and activations: while encoding, denoising, decoding."""
         encoding, denoising, decoding = self._weights_bytes(resident_bytes)
         return max(encoding + ENCODER_BYTES, denoising + self._activation_bytes(), decoding + self._decode_bytes())
 
@@ -241,9 +260,9 @@ class _Costs:
             return parts.encoders, one, parts.vae
         if self.placement.denoisers == "sequential":
             return parts.encoders * STREAMED_SHARE, one * LAYER_SHARE, parts.vae * STREAMED_SHARE
-        resident = self.placement.encoders == "card"
-        stays = resident_bytes + parts.vae + (parts.encoders if resident else 0)
-        comes = 0 if resident else parts.encoders * STREAMED_SHARE
+        encoders = parts.encoders if self.placement.encoders == "card" else 0
+        stays = resident_bytes + parts.vae + encoders
+        comes = (parts.encoders - encoders) * STREAMED_SHARE
         blocks = 0.0  # that are on the card only for a moment; layers, if they come from mapped files
         if self.placement.pinned:
             blocks = BLOCKS_AHEAD * one / max(FEWEST_BLOCKS, math.pow(parts.parameters, 1 / 3) / 60)
@@ -273,7 +292,6 @@ class _Costs:
         return ACTIVATION_BYTES * tokens * math.pow(self.parts.parameters, 1 / 3)
 
     def _decode_bytes(self) -> float:
-        """The VAE's activations, and the finished frames."""
         work, shape, side = self.work, self.shape, self.placement.tile_side
         if not work.frames:
             return SOUND_DECODE_BYTES
@@ -283,7 +301,6 @@ class _Costs:
 
     @cached_property
     def _ram_bytes(self) -> int:
-        """RAM that the worker can't give back; without a card everything is in it."""
         if not self.machine.free_vram_bytes:
             weights = self._denoisers_bytes + self.parts.encoders + self.parts.vae
             return PROCESS_RAM_BYTES + weights + round(max(self._activation_bytes(), self._decode_bytes()))
@@ -322,7 +339,6 @@ class _Costs:
         return compute_s * (1 + first + share) + moved / self._mapped_rate
 
     def _job_s(self) -> float:
-        """Seconds of the whole job once the model is loaded."""
         work = self.work
         swaps_s = 2 * self._denoisers_bytes / self._mapped_rate if self.placement.denoisers == "swapped" else 0
         denoise_s = work.steps * work.sections * self._step_s

@@ -8,8 +8,7 @@ from typing import Any
 
 import rtoml
 
-from engine.catalog.defaults import default_settings
-from engine.catalog.models import Model
+from engine.catalog.models import Model, default_settings
 from engine.job import Job
 from engine.planning.windows import windows
 
