@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.catalog.models import PACKAGE
 
-Message = dict[str, Any]  # what the process reports: `done_bytes`, `total_bytes` and `file`, or `error`
+Message = dict[str, Any]  # fields of Download that the process reports: `error`, or bytes and `file`
 
 
 class Stage(StrEnum):
@@ -51,10 +51,6 @@ class Download:
         if self.stage is Stage.COMPLETED:
             return 100.0
         return min(99.9, round(100 * self.done_bytes / self.total_bytes, 1)) if self.total_bytes else 0.0
-
-    def note(self, message: Message) -> None:
-        """Update it from a message of the process, whose keys are names of its fields."""
-        vars(self).update(message)
 
     def end(self, stage: Stage) -> None:
         """Set the final stage."""
@@ -102,7 +98,7 @@ class Downloads:
         async with self._turn:
             download.stage = Stage.DOWNLOADING
             async for message in messages(download.model_id, self._models_dir, self._reserve_bytes):
-                download.note(message)
+                vars(download).update(message)
             download.end(Stage.FAILED if download.error else Stage.COMPLETED)
 
 

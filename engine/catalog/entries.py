@@ -1,7 +1,6 @@
 """Reads the catalogue's TOML files: completes their tables from bases, families and usual roles."""
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,8 +8,7 @@ import rtoml
 
 Table: TypeAlias = Mapping[str, Any]
 
-TABLES = ("pipelines", "family", "models")
-
+_ROLES: Mapping[str, Mapping[str, str]] = rtoml.load(Path(__file__).with_name("roles.toml"))
 # Tables of which an entry names only what differs from its base or family; any other value replaces theirs.
 JOINED = frozenset({"defaults", "inputs", "extra_call", "dtypes"})
 NOT_INHERITED = frozenset({"wangp", "visible"})  # keys that an entry never takes from its base
@@ -22,8 +20,8 @@ def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Ta
     `known`, by id, holds the models of the files read before, and gets those of this one. Raises ValueError.
     """
     document = rtoml.load(path)
-    if unknown := document.keys() - set(TABLES):
-        raise ValueError(f"there is no table '{min(unknown)}'; tables are {', '.join(TABLES)}")
+    if unknown := document.keys() - {"pipelines", "family", "models"}:
+        raise ValueError(f"there is no table '{min(unknown)}'; tables are pipelines, family, models")
     pipelines = document.get("pipelines", {})
     shared = {key: value for key, value in pipelines.items() if not isinstance(value, dict)}
     classes: dict[str, Table] = {
@@ -54,18 +52,13 @@ def _model(entry: Table, known: Mapping[str, Table], family: Table) -> Table:
 
 def _call(name: str, table: Table) -> dict[str, str]:
     """Role → parameter: the usual ones of the kind that `usual` names, changed by the other values of `table`."""
-    roles, kind = _roles(), table.get("usual")
+    kind = table.get("usual")
     if kind not in (None, "video", "image", "audio"):
         raise ValueError(f"pipeline '{name}': call.usual must be video, image or audio, not '{kind}'")
-    call = {**roles["every"], **roles[kind]} if kind else {}
-    parameters = {role: parameter for group in roles.values() for role, parameter in group.items()}
+    call = {**_ROLES["every"], **_ROLES[kind]} if kind else {}
+    parameters = {role: parameter for group in _ROLES.values() for role, parameter in group.items()}
     for role in table.keys() - {"usual"}:
         if isinstance(table[role], bool) and role not in parameters:
             raise ValueError(f"pipeline '{name}': call.{role} needs the name of a parameter: the role has no usual one")
         call[role] = parameters[role] if table[role] is True else table[role]
     return {role: parameter for role, parameter in call.items() if parameter}
-
-
-@cache
-def _roles() -> dict[str, dict[str, str]]:
-    return rtoml.load(Path(__file__).with_name("roles.toml"))

@@ -44,14 +44,14 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def remedy(model: Model, models_dir: Path) -> str:
     """How to get this model's weights to where `locate` finds them, as the end of a sentence."""
-    for path in (models_dir / file for file in model.files.values()):
-        if not path.is_file():  # it is on no hub: the user has it
-            return f"its entry names the file {path}, which is not there; put it there"
+    files = (models_dir / file for file in model.files.values())
+    if absent := next((path for path in files if not path.is_file()), None):  # it is on no hub: the user has it
+        return f"its entry names the file {absent}, which is not there; put it there"
     return f"install it with: wangpd models download {model.id}"
 
 
 def named_parts(index: Mapping[str, Any]) -> list[str]:
-    """The components in a pipeline's index, without those it leaves empty. A list of numbers is a setting."""
+    """The components in a pipeline's index, without those it leaves empty; a list of numbers is a setting."""
     return [name for name, about in index.items() if isinstance(about, list) and about and isinstance(about[0], str)]
 
 
@@ -66,11 +66,12 @@ def component_files(names: Iterable[str], variant: str | None, folder: str = "",
     A component without weights of the variant is loaded without it, as diffusers does.
     """
     here = [path for path in map(PurePosixPath, names) if str(path.parent) == (folder or ".")]
-    small = [path for path in here if path.suffix in _SMALL and ".index." not in path.name and path.name != INDEX]
-    word = f".{variant}"
-    of_variant = [path for path in here if word in path.name and _TENSORS.fullmatch(path.name.replace(word, "", 1))]
-    tensors = of_variant or [path for path in here if _TENSORS.fullmatch(path.name)]
-    return [str(path) for path in [*small, *(tensors if heavy else [])]]
+    wanted = [path for path in here if path.suffix in _SMALL and ".index." not in path.name and path.name != INDEX]
+    if heavy:
+        word = f".{variant}"
+        of_variant = [path for path in here if word in path.name and _TENSORS.fullmatch(path.name.replace(word, "", 1))]
+        wanted += of_variant or [path for path in here if _TENSORS.fullmatch(path.name)]
+    return list(map(str, wanted))
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,20 @@ class Source:
 
 def missing(model: Model, models_dir: Path) -> list[Source]:
     """What must come from the hub before `locate` finds this model."""
-    sources: list[Source] = []
     own = models_dir / model.id
-    if _folder(model, models_dir) is None:
-        pick = partial(_pick_pipeline, model, models_dir / (model.base or model.id))
-        sources.append(Source(model.repo, model.revision or "main", pick))
-    for name, place in model.extra_repos.items():
-        if _part(model, name, models_dir) is None:
-            pick = partial(_pick_component, model, name, own / name)
-            sources.append(Source(place.partition("#")[0], "main", pick))
-    for lora in model.recipe_loras:
-        if _lora(lora, own / "loras") is None:
-            sources.append(Source(lora["repo"], "main", partial(_pick_lora, lora, own / "loras")))
-    return sources
+    whole = partial(_pick_pipeline, model, models_dir / (model.base or model.id))
+    pipeline = Source(model.repo, model.revision or "main", whole)
+    parts = [
+        Source(place.partition("#")[0], "main", partial(_pick_component, model, name, own / name))
+        for name, place in model.extra_repos.items()
+        if _part(model, name, models_dir) is None
+    ]
+    loras = [
+        Source(lora["repo"], "main", partial(_pick_lora, lora, own / "loras"))
+        for lora in model.recipe_loras
+        if _lora(lora, own / "loras") is None
+    ]
+    return [*([] if _folder(model, models_dir) else [pipeline]), *parts, *loras]
 
 
 def _pick_pipeline(model: Model, into: Path, names: Sequence[str], read: Callable[[str], str], /) -> dict[str, Path]:
@@ -130,11 +132,9 @@ def _pick_lora(lora: Mapping[str, Any], into: Path, names: Sequence[str], _read:
 
 
 def _folder(model: Model, models_dir: Path) -> Path | None:
-    if model.builtin:
-        places = [PACKAGE / model.builtin]
-    else:
-        installed = [models_dir / name for name in (model.id, model.base) if name]
-        places = [*installed, _snapshot(model.repo, model.revision or "main")]
+    installed = [models_dir / name for name in (model.id, model.base) if name]
+    snapshot = _snapshot(model.repo, model.revision or "main")
+    places = [PACKAGE / model.builtin] if model.builtin else [*installed, snapshot]
     return next((place for place in places if _is_whole(place, model)), None)
 
 
@@ -144,8 +144,9 @@ def _is_whole(folder: Path, model: Model) -> bool:
         names = set(_own_parts(model, (folder / INDEX).read_text()))
         if not (folder / "scheduler").exists():  # a class with a schedule of its own names a scheduler and saves none
             names.discard("scheduler")
-        bare = _bare(model)
-        return all(_part_is_whole(folder / name, name, name in bare) for name in names)
+        bare = names & _bare(model)
+        configured = all((folder / name / "config.json").is_file() for name in bare)
+        return configured and all(_part_is_whole(folder / name, name) for name in names - bare)
     except (OSError, ValueError):  # ValueError: a file that was cut off
         return False
 
@@ -160,9 +161,7 @@ def _bare(model: Model) -> frozenset[str]:
     return DENOISER if "" in model.files else frozenset(model.files)
 
 
-def _part_is_whole(part: Path, name: str, bare: bool = False) -> bool:
-    if bare:
-        return (part / "config.json").is_file()
+def _part_is_whole(part: Path, name: str) -> bool:
     if not has_weights(name):
         return any(path.is_file() for path in part.glob("*"))
     indexes = [json.loads(path.read_text()) for path in part.glob("*.safetensors.index*.json")]
