@@ -12,17 +12,8 @@ from typing import Any
 import pytest
 
 from engine.catalog import entries, models
-from engine.catalog.abilities import INPUTS, TASKS
-from engine.catalog.models import (
-    FORMS,
-    PACKAGE,
-    Catalog,
-    FrameRule,
-    Model,
-    Pipeline,
-    UnknownModel,
-    default_settings,
-)
+from engine.catalog.abilities import FORMS, INPUTS, TASKS
+from engine.catalog.models import PACKAGE, Catalog, FrameRule, Model, Pipeline, UnknownModel, default_settings
 from engine.settings import SETTINGS
 
 FILES = sorted((PACKAGE / "catalog" / "models").glob("*.toml"))

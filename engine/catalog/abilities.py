@@ -40,5 +40,6 @@ TASKS: Mapping[str, Ability] = {
     name: Ability(tuple(frozenset(needs.split()) for needs in row["needs"]), frozenset(row.get("may", "").split()))
     for name, row in _TABLES["tasks"].items()
 }
+FORMS: Mapping[str, frozenset[str]] = {form: frozenset(names.split()) for form, names in _TABLES["forms"].items()}
 # Step caches under the names of a request: what the catalogue's `caches` calls them.
 STEP_CACHES: Mapping[str, str] = {"mag": "mag", "tea": "tea", "fbc": "first_block", "taylorseer": "taylorseer"}

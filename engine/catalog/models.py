@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from engine.catalog import entries
-from engine.catalog.abilities import INPUTS, STEP_CACHES, TASKS
+from engine.catalog.abilities import FORMS, INPUTS, STEP_CACHES, TASKS
 from engine.settings import SETTINGS, defaults
 
 Made = TypeVar("Made", "Pipeline", "FrameRule", "Model")
@@ -18,18 +18,6 @@ USUAL_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
 MAX_DURATION_S = 600  # of sound; the same holds
 SHOWN_MODELS = 10  # the most ids that an error sentence lists
-
-# How inputs reach a pipeline, and which of them need no parameter of their own (see engine/gpu/run/conditioning.py).
-FORMS: Mapping[str, frozenset[str]] = {
-    "image": frozenset(),
-    "video_and_mask": frozenset({"image_start", "image_end", "video_source", "video_guide", "video_mask"}),
-    "sound_batch": frozenset(),
-    "conditions": frozenset({"image_start", "image_end", "video_source"}),
-    "conditions_2": frozenset({"image_start", "image_end", "video_source"}),
-    "frame_tensors": frozenset(),
-    "rgba": frozenset(),
-    "masked_tensors": frozenset({"image_start", "image_end", "video_source", "video_mask"}),
-}
 
 MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})  # in which any number of frames can be given
 MASKED_OVERLAP = 5  # frames, for these forms: a latent frame of most VAEs holds four
