@@ -212,7 +212,7 @@ async def start_download(request: web.Request) -> web.Response:
 @operation("Models", "The progress of a model's download", schemas.DownloadState, 404, path=requests.ModelPath)
 async def download_progress(request: web.Request) -> web.Response:
     app, model = request.app, requested_model(request)
-    if running := app[DOWNLOADS].get(model.id):
+    if running := app[DOWNLOADS].latest.get(model.id):
         return answered(f"Download of '{model.id}'", download_state(running))
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
         return answered(f"Model '{model.id}' is installed", installed_state(model))

@@ -11,14 +11,12 @@ from engine.catalog.abilities import FORMS, INPUTS, STEP_CACHES, TASKS
 from engine.settings import SETTINGS, defaults
 
 Made = TypeVar("Made", "Pipeline", "FrameRule", "Model")
-
 PACKAGE = Path(__file__).parent.parent  # engine/
 OWN = PACKAGE / "catalog" / "models"
 USUAL_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
 MAX_DURATION_S = 600  # of sound; the same holds
 SHOWN_MODELS = 10  # the most ids that an error sentence lists
-
 MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})  # in which any number of frames can be given
 MASKED_OVERLAP = 5  # frames, for these forms: a latent frame of most VAEs holds four
 MOST_FADED = 17  # frames over which a window that is given only its first frame may fade in
@@ -255,20 +253,17 @@ class Model:
 
 
 def default_settings(model: Model) -> dict[str, Any]:
-    """What a request gets that names only a prompt: the defaults of the model's first task, by the contract's names.
-
-    Without those of windows, which mean nothing to a video of the usual length.
-    """
+    """What a request gets that names only a prompt; without windows, of which a video of the usual length has one."""
     values = {**defaults(model.defaults), "prompt": ""}
-    shown = {
+    return {"prompt": ""} | {
         row.name: values[row.name]
         for row in SETTINGS.values()
         if not row.guides
         and model.has_setting(row.name, model.tasks[0])
         and row.needs != "sliding_window_size"
         and (row.role or not row.needs or values[row.needs])
+        and values[row.name] is not None
     }
-    return {"prompt": "", **{name: value for name, value in shown.items() if value is not None}}
 
 
 class Catalog:
@@ -280,10 +275,7 @@ class Catalog:
 
     @classmethod
     def load(cls, *folders: Path) -> "Catalog":
-        """The models of the package's and the folders' `*.toml` files; of two with one id, the later.
-
-        Raises ValueError with the file and what is wrong in it.
-        """
+        """The models of the package's and the folders' TOML files; of two with one id, the later. Raises ValueError."""
         pipelines: dict[str, Pipeline] = {}
         known: dict[str, entries.Table] = {}
         models: dict[str, Model] = {}

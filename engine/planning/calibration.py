@@ -1,4 +1,4 @@
-"""Which threshold of a step cache gives a wanted speed: found by simulating a run with published constants.
+"""Which threshold of a step cache gives a wanted speed, by simulating a run with published constants.
 
 A cache skips a denoising step while the error that it expects stays under the threshold.
 """
@@ -48,10 +48,9 @@ def tea_schedule(
     """
     schedule, distance = [True], 0.0
     for step, change in enumerate(changes, start=1):
+        distance = 0.0 if schedule[-1] else distance
         distance += abs(sum(factor * change**power for power, factor in enumerate(reversed(coefficients))))
-        compute = step < warm_steps or step == len(changes) or distance >= threshold
-        schedule.append(compute)
-        distance = 0.0 if compute else distance
+        schedule.append(step < warm_steps or step == len(changes) or distance >= threshold)
     return schedule
 
 

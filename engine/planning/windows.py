@@ -4,8 +4,7 @@ Pure arithmetic; `engine.gpu.run.sliding` makes the windows and joins them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.catalog.models import FrameRule, Model
 from engine.job import Job
@@ -13,8 +12,7 @@ from engine.job import Job
 SETTINGS = ("sliding_window_size", "sliding_window_overlap", "sliding_window_color_correction_strength")
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """`frames` frames from frame `start` of the whole video; the first `overlap` of them are known already."""
 
     start: int
@@ -32,8 +30,7 @@ def windows(job: Job, rule: FrameRule) -> list[Window]:
         return [Window(0, job.frames, 0)]
     found: list[Window] = []
     known = done = job.window_overlap  # as if the first window began with known frames too
-    while done < job.frames:
-        missing = job.frames - done
+    while (missing := job.frames - done) > 0:
         count = -(-missing // (job.window_frames - known))
         frames = rule.shortest_of(-(-missing // count) + known)
         found.append(Window(done - known, frames, known if found else 0))
