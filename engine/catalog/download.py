@@ -16,16 +16,8 @@ from typing import Any
 from engine.catalog.models import PACKAGE
 
 Message = dict[str, Any]  # fields of Download that the process reports: `error`, or bytes and `file`
-
-
-class Stage(StrEnum):
-    """The states of a download."""
-
-    WAITING = "waiting"
-    DOWNLOADING = "downloading"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+# The states of a download; each is its own name in lower case.
+Stage = StrEnum("Stage", ["WAITING", "DOWNLOADING", "COMPLETED", "FAILED", "CANCELLED"])
 
 
 class NoDownload(Exception):
@@ -47,7 +39,7 @@ class Download:
 
     @property
     def percent(self) -> float:
-        """How much of it is here; 100 only when everything is."""
+        """100 only when everything is here."""
         if self.stage is Stage.COMPLETED:
             return 100.0
         return min(99.9, round(100 * self.done_bytes / self.total_bytes, 1)) if self.total_bytes else 0.0

@@ -33,6 +33,8 @@ from engine.catalog.models import Catalog, Model
 from engine.catalog.weights import Source, Weights
 from engine.job import EngineError
 
+Report = Callable[[Message], None]
+
 
 class FetchError(EngineError):
     """Why the weights could not be fetched."""
@@ -95,11 +97,7 @@ class _Part(io.BufferedWriter):
 
 
 def fetch(
-    model: Model,
-    models_dir: Path,
-    reserve_bytes: int = 0,
-    report: Callable[[Message], None] = lambda _: None,
-    wait: bool = False,
+    model: Model, models_dir: Path, reserve_bytes: int = 0, report: Report = lambda _: None, wait: bool = False
 ) -> Weights:
     """Fetch what is missing, safetensors only, and return where all of the model's weights are. Raises FetchError.
 

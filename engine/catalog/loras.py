@@ -33,7 +33,7 @@ def chosen(names: list[str], multipliers: str, model: Model, loras_dir: Path, we
     there = available(model, loras_dir)
     loras = []
     for name, phases in zip(names, _phases(multipliers, len(names)), strict=True):
-        file = name if name.endswith(SUFFIX) else name + SUFFIX
+        file = name.removesuffix(SUFFIX) + SUFFIX
         if file not in there:
             known = f"there are: {', '.join(there)}" if there else "there is none"
             raise BadLora(f"activated_loras: '{name}' is not in the LoRA folder of family '{model.family}'; {known}")
@@ -47,7 +47,7 @@ def chosen(names: list[str], multipliers: str, model: Model, loras_dir: Path, we
 def _phases(text: str, count: int) -> list[tuple[tuple[float, ...], ...]]:
     """For each LoRA, for each phase of guidance, the strengths spread over the steps; 1 where none is given.
 
-    Entries are separated by spaces or line breaks, phases by semicolons, steps by commas; lines with # are comments.
+    Entries are separated by white space, phases by semicolons, steps by commas; lines with # are comments.
     """
     entries = re.sub(r"^\s*#.*", "", text, flags=re.MULTILINE).split()
     if len(entries) > count:
@@ -111,5 +111,4 @@ def _header(path: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(file.read(size))
     except (OSError, ValueError, struct.error):
         raise BadLora(f"activated_loras: '{path.name}' is no safetensors file; download it again") from None
-    header.pop("__metadata__", None)
-    return header
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}

@@ -61,9 +61,9 @@ def has_weights(component: str) -> bool:
 
 
 def component_files(names: Iterable[str], variant: str | None, folder: str = "", heavy: bool = True) -> list[str]:
-    """Of the files `names`, those in `folder` that loading a component needs: what is small, and one set of weights.
+    """Of the files `names`, those in `folder` that a component needs: what is small, and one set of weights (`heavy`).
 
-    A component without weights of the variant is loaded without it, as diffusers does.
+    Where there are none of the variant, those without one, as diffusers loads them.
     """
     here = [path for path in map(PurePosixPath, names) if str(path.parent) == (folder or ".")]
     wanted = [path for path in here if path.suffix in _SMALL and ".index." not in path.name and path.name != INDEX]
@@ -78,8 +78,8 @@ def component_files(names: Iterable[str], variant: str | None, folder: str = "",
 class Source:
     """A repository on the hub that has missing files.
 
-    `pick(names, read)` returns which of all its files are needed, and the path where each belongs. `read` returns the
-    text of a file. `pick` raises ValueError if the repository has another layout than expected.
+    `pick(names, read)` returns where each of its files that are needed belongs; `read` returns the text of a file.
+    Raises ValueError if the repository has another layout than expected.
     """
 
     repo: str
@@ -90,28 +90,24 @@ class Source:
 def missing(model: Model, models_dir: Path) -> list[Source]:
     """What must come from the hub before `locate` finds this model."""
     own = models_dir / model.id
-    whole = partial(_pick_pipeline, model, models_dir / (model.base or model.id))
-    pipeline = Source(model.repo, model.revision or "main", whole)
-    parts = [
-        Source(place.partition("#")[0], "main", partial(_pick_component, model, name, own / name))
-        for name, place in model.extra_repos.items()
-        if _part(model, name, models_dir) is None
-    ]
-    loras = [
-        Source(lora["repo"], "main", partial(_pick_lora, lora, own / "loras"))
-        for lora in model.recipe_loras
-        if _lora(lora, own / "loras") is None
-    ]
-    return [*([] if _folder(model, models_dir) else [pipeline]), *parts, *loras]
+    sources: list[Source] = []
+    if _folder(model, models_dir) is None:
+        pick = partial(_pick_pipeline, model, models_dir / (model.base or model.id))
+        sources.append(Source(model.repo, model.revision or "main", pick))
+    for name in (name for name in model.extra_repos if _part(model, name, models_dir) is None):
+        repo = model.extra_repos[name].partition("#")[0]
+        sources.append(Source(repo, "main", partial(_pick_component, model, name, own / name)))
+    for lora in (lora for lora in model.recipe_loras if _lora(lora, own / "loras") is None):
+        sources.append(Source(lora["repo"], "main", partial(_pick_lora, lora, own / "loras")))
+    return sources
 
 
 def _pick_pipeline(model: Model, into: Path, names: Sequence[str], read: Callable[[str], str], /) -> dict[str, Path]:
     """The files of the components in the index, and the index last: without it nothing looks installed."""
     if INDEX not in names:
         raise ValueError(f"the hub's {model.repo} holds no {INDEX}: it is not in diffusers layout")
-    bare, files = _bare(model), []
-    for name in _own_parts(model, read(INDEX)):
-        files += component_files(names, model.variant, name, has_weights(name) and name not in bare)
+    heavy = {name: has_weights(name) and name not in _bare(model) for name in _own_parts(model, read(INDEX))}
+    files = [file for name in heavy for file in component_files(names, model.variant, name, heavy[name])]
     return {file: into / file for file in [*files, INDEX]}
 
 
@@ -139,7 +135,6 @@ def _folder(model: Model, models_dir: Path) -> Path | None:
 
 
 def _is_whole(folder: Path, model: Model) -> bool:
-    """Whether all components that the model takes from this folder are there; after a broken download they are not."""
     try:
         names = set(_own_parts(model, (folder / INDEX).read_text()))
         if not (folder / "scheduler").exists():  # a class with a schedule of its own names a scheduler and saves none
@@ -152,7 +147,6 @@ def _is_whole(folder: Path, model: Model) -> bool:
 
 
 def _own_parts(model: Model, index: str) -> list[str]:
-    """The components in the index that come from no other repository."""
     return [name for name in named_parts(json.loads(index)) if name not in model.extra_repos]
 
 
@@ -172,7 +166,6 @@ def _part_is_whole(part: Path, name: str) -> bool:
 
 
 def _part(model: Model, name: str, models_dir: Path) -> Path | None:
-    """The folder of a component that has a repository of its own."""
     repo, _, inside = model.extra_repos[name].partition("#")
     snapshot = _snapshot(repo, "main")
     places = (models_dir / model.id / name, snapshot / (inside or name), snapshot / inside)

@@ -69,7 +69,6 @@ PROFILES: Mapping[float, tuple[Placement, ...]] = {
 # transformer_quantization → bytes of a weight against bf16, with the scales and the layers left alone.
 QUANTIZED = {"none": 1.0, "int8": 0.52, "fp8": 0.52, "nf4": 0.3, "gguf": 0.55}
 QUANTIZED_SLOWDOWN = 1.05  # weights are widened before each product
-
 DOUBT = 1.25  # an estimate this much too large is still tried: refusing a job that would have run is worse
 RESERVE_BYTES = GIB // 2  # libraries' workspaces
 FRAGMENTATION = 1.05  # what the allocator holds beyond what is asked of it
@@ -192,9 +191,8 @@ def plan(
     """The fastest plan that fits `machine` under `profile` (1 to 5 as in WanGP, 0: any).
 
     `quantization` is a key of QUANTIZED, or "auto": 8-bit weights where they are faster. `vae_config` is a key of
-    TILES, or 0: any. `parts` are the weights that were found, by default the catalogue's. Where nothing fits, the plan
-    that needs least memory is returned (`fits` is False) if a profile was demanded or the estimate may be wrong; else
-    EngineError says what is missing.
+    TILES, or 0: any. `parts` are the weights that were found, else the catalogue's. Where nothing fits, the plan that
+    needs least memory comes back if a profile was demanded or the estimate may be wrong; else EngineError is raised.
     """
     machine = machine if model.context_parallel else replace(machine, cards=1)
     in_ram = Placement("resident", "card", quantization=quantization if quantization in QUANTIZED else "none")
@@ -242,8 +240,6 @@ class _Costs:
         fits = not card or (peak <= card and ram <= self.machine.free_ram_bytes)
         sizes = (self._resident_bytes, self._streamed_bytes, peak, ram)
         return Plan(self.placement, *sizes, self._step_s, self._job_s(), card, fits, self.machine.cards)
-
-    # ---- memory
 
     def peak_bytes(self, resident_bytes: int) -> int:
         """The most memory of the card at once, with `resident_bytes` of the denoisers there throughout."""
@@ -308,8 +304,6 @@ class _Costs:
         changed = 0 if self.placement.pinned or not self.parts.changed else self.parts.denoisers
         return PROCESS_RAM_BYTES + max(round(PINNED_ROUNDING * pinned), changed)
 
-    # ---- time
-
     @cached_property
     def _mapped_rate(self) -> float:
         """Bytes a second from the mapped files, or from the disk itself where RAM does not hold them."""
@@ -340,16 +334,14 @@ class _Costs:
 
     def _job_s(self) -> float:
         work = self.work
+        rate = self.machine.link_bytes_per_s if self.placement.encoders_pinned else self._mapped_rate
+        copies = {"card": 0, "streamed": work.passes * self.shape.encoder_runs, "swapped": 2}
+        copies_s = copies[self.placement.encoders] * self.parts.encoders / rate
+        encode_s = work.passes * self.parts.encoders * PROMPT_TOKENS / self.machine.flops_per_s + copies_s
         swaps_s = 2 * self._denoisers_bytes / self._mapped_rate if self.placement.denoisers == "swapped" else 0
         denoise_s = work.steps * work.sections * self._step_s
         save_s = work.voxels / SAVED_VOXELS_PER_S
-        return work.runs * (self._encode_s() + swaps_s + denoise_s + self._decode_s() + save_s)
-
-    def _encode_s(self) -> float:
-        compute_s = self.work.passes * self.parts.encoders * PROMPT_TOKENS / self.machine.flops_per_s
-        rate = self.machine.link_bytes_per_s if self.placement.encoders_pinned else self._mapped_rate
-        copies = {"card": 0, "streamed": self.work.passes * self.shape.encoder_runs, "swapped": 2}
-        return compute_s + copies[self.placement.encoders] * self.parts.encoders / rate
+        return work.runs * (encode_s + swaps_s + denoise_s + self._decode_s() + save_s)
 
     def _decode_s(self) -> float:
         work, side = self.work, self.placement.tile_side
