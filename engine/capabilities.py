@@ -69,10 +69,7 @@ def attention_fault(mode: str) -> str:
 
 
 def quantization_fault(kind: str, device: str = "auto", capability: tuple[int, int] | None = None) -> str:
-    """Why `kind` can't be used, and what to do; "" if it can.
-
-    `device` is a value of the key of that name or a torch device, `capability` its compute capability where known.
-    """
+    """Why `kind` can't be used on `device`, "auto" or a torch device, and what to do; "" if it can."""
     needs = KINDS[kind]
     if fault := needs.fault(QUANTIZATION, kind):
         return fault
@@ -102,10 +99,8 @@ def quantization_refusal(kind: str, model: Model) -> str:
 
 
 def hide_unused_packages(kind: str) -> None:
-    """Makes the packages of all other kinds impossible to import, and silences torchao; call it before diffusers.
-
-    Diffusers and peft import whatever of these is installed: torchao alone costs each start two seconds and 50 MB.
-    """
+    """Makes the packages of all other kinds impossible to import, and silences torchao; call it before diffusers."""
+    # Diffusers and peft import whatever of these is installed: torchao alone costs each start two seconds and 50 MB.
     for name in ("torchao", "torch.utils._pytree"):  # they warn at each import
         logging.getLogger(name).setLevel(logging.ERROR)
     unused = {other.package for other in KINDS.values()} - {"", "gguf", KINDS[kind].package}

@@ -29,7 +29,17 @@ class CommandLine(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options. Exits with code 2 if there is no such flag or value."""
     if arguments[:1] == ["models"]:
-        return _models_parser().parse_args(arguments[1:])
+        parser = CommandLine("wangpd models", description="The models, or with download, the weights of one.")
+        parser.add_argument("--config", type=Path, help=CONFIG_HELP)
+        parser.add_argument("--family", help="only models of this family")
+        tasks = f"only models for it: {', '.join(TASKS)}"
+        parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help=tasks)
+        parser.add_argument("--installed", action="store_true", help="only models whose weights are here")
+        actions = parser.add_subparsers(dest="action", metavar="download", help="fetches the weights of a model")
+        fetching = actions.add_parser("download", description="Fetch what is missing; goes on where it stopped.")
+        fetching.add_argument("model_id", metavar="ID", help="id of the model")
+        parser.set_defaults(command="models", check_config=False)
+        return parser.parse_args(arguments[1:])
     parser = CommandLine("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
     parser.add_argument("--config", type=Path, help=CONFIG_HELP)
     parser.add_argument("--host", help="address to listen on")
@@ -43,19 +53,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.epilog = "wangpd models lists the models, wangpd models download ID fetches one; see wangpd models --help"
     parser.set_defaults(command=None)
     return parser.parse_args(arguments)
-
-
-def _models_parser() -> CommandLine:
-    parser = CommandLine("wangpd models", description="The models, or with download, the weights of one.")
-    parser.add_argument("--config", type=Path, help=CONFIG_HELP)
-    parser.add_argument("--family", help="only models of this family")
-    parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help=f"only models for it: {', '.join(TASKS)}")
-    parser.add_argument("--installed", action="store_true", help="only models whose weights are here")
-    actions = parser.add_subparsers(dest="action", metavar="download", help="fetches the weights of a model")
-    fetching = actions.add_parser("download", description="Fetch what is missing; goes on where it stopped.")
-    fetching.add_argument("model_id", metavar="ID", help="id of the model")
-    parser.set_defaults(command="models", check_config=False)
-    return parser
 
 
 def run_command(options: argparse.Namespace, config: Config, models: Catalog) -> int:

@@ -15,10 +15,7 @@ NOT_INHERITED = frozenset({"wangp", "visible"})  # keys that an entry never take
 
 
 def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Table]]:
-    """The complete tables of the file's pipelines, by class, and of its models.
-
-    `known`, by id, holds the models of the files read before, and gets those of this one. Raises ValueError.
-    """
+    """The complete tables of a file's pipelines, by class, and of its models, which join `known`. Raises ValueError."""
     document = rtoml.load(path)
     if unknown := document.keys() - {"pipelines", "family", "models"}:
         raise ValueError(f"there is no table '{min(unknown)}'; tables are pipelines, family, models")

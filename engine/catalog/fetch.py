@@ -1,8 +1,6 @@
 """Fetches the missing files of a model from the Hugging Face hub; each resumes where it stopped.
 
-The hub's client is too heavy for the daemon, so `engine.catalog.download` runs this module in a process of its own.
-The worker imports the client anyway and calls `fetch`.
-
+`engine.catalog.download` runs it in a process of its own: the hub's client is too heavy for the daemon.
 `snapshot_download` and `hf_hub_download` do not resume: each call starts a new temporary file at byte 0, and leaves it
 behind when it is killed (huggingface_hub 2.4). The `http_get` beneath them appends to a file.
 """

@@ -45,10 +45,7 @@ def chosen(names: list[str], multipliers: str, model: Model, loras_dir: Path, we
 
 
 def _phases(text: str, count: int) -> list[tuple[tuple[float, ...], ...]]:
-    """For each LoRA, for each phase of guidance, the strengths spread over the steps; 1 where none is given.
-
-    Entries are separated by white space, phases by semicolons, steps by commas; lines with # are comments.
-    """
+    """The strengths of each LoRA, by phase of guidance and spread over the steps; 1 where none is given."""
     entries = re.sub(r"^\s*#.*", "", text, flags=re.MULTILINE).split()
     if len(entries) > count:
         raise BadLora(f"loras_multipliers: {len(entries)} entries for {count} LoRAs; give one each, parted by spaces")

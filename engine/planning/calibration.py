@@ -1,7 +1,4 @@
-"""Which threshold of a step cache gives a wanted speed, by simulating a run with published constants.
-
-A cache skips a denoising step while the error that it expects stays under the threshold.
-"""
+"""Which threshold, of the error at which a step cache computes a step, gives a wanted speed: by simulating a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -43,7 +40,7 @@ def tea_schedule(
 ) -> list[bool]:
     """For each step, whether TeaCache computes it. The first `warm_steps` and the last always are.
 
-    `changes[i]` is the relative change of the time embedding from step i to step i + 1; `coefficients` are those of a
+    `changes[i]` is the relative change of the time embedding from step i to i + 1; `coefficients` are those of a
     polynomial of it, the highest power first.
     """
     schedule, distance = [True], 0.0

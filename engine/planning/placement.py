@@ -20,13 +20,9 @@ TILES = {1: 512, 2: 256, 3: 128}  # vae_config → side of a VAE tile in pixels
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model are while it works.
+    """Where the parts of a model are while it works."""
 
-    `denoisers` are resident, streamed (block by block during each step), swapped (each part is on the card only while
-    it works) or sequential (layer by layer, and the VAE too).
-    """
-
-    denoisers: str
+    denoisers: str  # resident, streamed by block, swapped (on the card only while they work) or sequential, by layer
     encoders: str  # card, streamed (layer by layer while they work) or swapped
     pinned: bool = False  # the denoisers stream from pinned RAM, not from the mapped files
     encoders_pinned: bool = False
@@ -103,10 +99,8 @@ SAVED_VOXELS_PER_S = 40e6  # x264 veryfast: 0.4-0.8 s for 832x480 with 81 frames
 
 
 def streamed_blocks(sizes: Sequence[int], room_bytes: int) -> list[int]:
-    """The indices of the blocks to stream, so that the others take at most `room_bytes`.
-
-    They are as few as possible and evenly spread: the work of the blocks between two of them hides the copy.
-    """
+    """The fewest blocks to stream, by index, so that the others take at most `room_bytes`."""
+    # Evenly spread: the work of the blocks between two of them hides the copy.
     spread = ([place * len(sizes) // count for place in range(count)] for count in range(len(sizes) + 1))
     return next(places for places in spread if sum(sizes) - sum(sizes[place] for place in places) <= max(0, room_bytes))
 
@@ -159,10 +153,7 @@ class Estimate:
 def estimate(
     model: Model, job: Job, machines: Iterable[Machine], *, profile: float, quantization: str, vae_config: int
 ) -> Estimate | None:
-    """What `job` will need on the machine where it is fastest; None if none has been measured yet.
-
-    The last three are as in `plan`. Raises its EngineError, which says what is missing, if it fits on none.
-    """
+    """What `job` will need on the machine where it is fastest; None without any. Raises the EngineError of `plan`."""
     work, plans = Work.of(model, job), list[Plan]()
     refusal: EngineError | None = None
     for machine in machines:

@@ -1,7 +1,4 @@
-"""Sliding windows: how a video that is longer than a model makes at once is cut into overlapping windows.
-
-Pure arithmetic; `engine.gpu.run.sliding` makes the windows and joins them.
-"""
+"""How a long video is cut into overlapping windows; `engine.gpu.run.sliding` makes the windows and joins them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,15 +18,12 @@ class Window(NamedTuple):
 
 
 def windows(job: Job, rule: FrameRule) -> list[Window]:
-    """The windows of a job, in order; one for a job that is not cut.
-
-    They are about equally long: a last one of a few frames would be unlike anything that the model was trained on. The
-    last may reach beyond the video's end by less than a step of `rule`.
-    """
+    """The windows of a job, in order; the last may reach beyond the video's end by less than a step of `rule`."""
     if not job.window_frames:
         return [Window(0, job.frames, 0)]
     found: list[Window] = []
     known = done = job.window_overlap  # as if the first window began with known frames too
+    # About equally long: a last one of a few frames would be unlike anything that the model was trained on.
     while (missing := job.frames - done) > 0:
         count = -(-missing // (job.window_frames - known))
         frames = rule.shortest_of(-(-missing // count) + known)
