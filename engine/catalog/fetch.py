@@ -181,9 +181,8 @@ def _translated(repo: str) -> Iterator[None]:
 def main(models_dir: str, model_id: str, reserve_bytes: str) -> int:
     """Fetch, and print a Message a line. Returns the exit code."""
     threading.Thread(target=_exit_with_parent, name="watchdog", daemon=True).start()
-    folder = Path(models_dir)
     try:
-        fetch(Catalog.load(folder).get(model_id), folder, int(reserve_bytes), _print)
+        fetch(Catalog.load(Path(models_dir)).get(model_id), Path(models_dir), int(reserve_bytes), _print)
     except FetchError as error:
         _print({"error": {"code": error.code, "message": str(error)}})
         return 1

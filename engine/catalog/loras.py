@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -102,10 +101,10 @@ def _header(path: Path) -> dict[str, Any]:
     """The tensors of a safetensors file: name → {"dtype", "shape", …}. Raises BadLora."""
     try:
         with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
+            size = int.from_bytes(file.read(8), "little")
             if size > 100_000_000:  # the format's own limit
                 raise ValueError(size)
             header: dict[str, Any] = json.loads(file.read(size))
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError):
         raise BadLora(f"activated_loras: '{path.name}' is no safetensors file; download it again") from None
     return {name: tensor for name, tensor in header.items() if name != "__metadata__"}

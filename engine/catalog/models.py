@@ -4,15 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from engine.catalog import entries
+import rtoml
+
 from engine.catalog.abilities import FORMS, INPUTS, STEP_CACHES, TASKS
 from engine.settings import SETTINGS, defaults
 
+Table: TypeAlias = Mapping[str, Any]
 Made = TypeVar("Made", "Pipeline", "FrameRule", "Model")
 PACKAGE = Path(__file__).parent.parent  # engine/
-OWN = PACKAGE / "catalog" / "models"
 USUAL_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
 MAX_DURATION_S = 600  # of sound; the same holds
@@ -20,6 +21,9 @@ SHOWN_MODELS = 10  # the most ids that an error sentence lists
 MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})  # in which any number of frames can be given
 MASKED_OVERLAP = 5  # frames, for these forms: a latent frame of most VAEs holds four
 MOST_FADED = 17  # frames over which a window that is given only its first frame may fade in
+_ROLES: Mapping[str, Mapping[str, str]] = rtoml.load(Path(__file__).with_name("roles.toml"))
+# Tables of which an entry names only what differs from its base or family; any other value replaces theirs.
+JOINED = frozenset({"defaults", "inputs", "extra_call", "dtypes"})
 
 
 class UnknownModel(Exception):
@@ -105,9 +109,6 @@ class FrameRule:
         return self.offset + self.step * max(low, min(high, (frames - self.offset) // self.step))
 
 
-STILL = FrameRule(max=1)  # of a model that makes pictures or sound
-
-
 @dataclass(frozen=True)
 class Model:
     """A model of the catalogue. `pipelines` maps a task to its class; `repo` is empty for the embedded model."""
@@ -121,7 +122,7 @@ class Model:
     kind: str = "video"  # or image, audio
     licence: str = "see card"
     inputs: Mapping[str, Any] = field(default_factory=dict)  # what these weights support of what the class accepts
-    frames: FrameRule = STILL
+    frames: FrameRule = FrameRule(max=1)  # where it makes pictures or sound
     fps: int = 0
     spatial_multiple: int = 1
     max_side: int = MAX_SIDE
@@ -277,11 +278,12 @@ class Catalog:
     def load(cls, *folders: Path) -> "Catalog":
         """The models of the package's and the folders' TOML files; of two with one id, the later. Raises ValueError."""
         pipelines: dict[str, Pipeline] = {}
-        known: dict[str, entries.Table] = {}
+        known: dict[str, Table] = {}
         models: dict[str, Model] = {}
-        for path in (path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))):
+        own = PACKAGE / "catalog" / "models"
+        for path in (path for folder in (own, *folders) for path in sorted(folder.glob("*.toml"))):
             try:
-                classes, completed = entries.read(path, known)
+                classes, completed = read(path, known)
                 pipelines |= {name: _made(Pipeline, f"pipeline '{name}'", classes[name], cls=name) for name in classes}
                 models |= {entry["id"]: _model(entry, pipelines) for entry in completed}
             except (ValueError, TypeError, KeyError) as error:
@@ -308,12 +310,59 @@ class Catalog:
         return (", ".join(takers[:SHOWN_MODELS]) or "none") + more
 
 
-def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
+def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Table]]:
+    """The complete tables of a file's pipelines, by class, and of its models, which join `known`. Raises ValueError."""
+    document = rtoml.load(path)
+    if unknown := document.keys() - {"pipelines", "family", "models"}:
+        raise ValueError(f"there is no table '{min(unknown)}'; tables are pipelines, family, models")
+    pipelines = document.get("pipelines", {})
+    shared = {key: value for key, value in pipelines.items() if not isinstance(value, dict)}
+    classes: dict[str, Table] = {
+        name: {**shared, **table, "call": _call(name, table["call"])}
+        for name, table in pipelines.items()
+        if name not in shared
+    }
+    family = {"family": path.stem, **document.get("family", {})}
+    models = []
+    for entry in document.get("models", ()):
+        models.append(_completed(entry, known, family))
+        known[entry["id"]] = models[-1]
+    return classes, models
+
+
+def _completed(entry: Table, known: Mapping[str, Table], family: Table) -> Table:
+    """The entry completed from its base or, without one, from its file's family."""
+    inherited, base = family, {}
+    if name := entry.get("base"):
+        if name not in known:
+            raise ValueError(f"model '{entry['id']}': base '{name}' is no model that stands before it")
+        inherited = {key: value for key, value in known[name].items() if key not in ("wangp", "visible")}
+        # A repository of its own has weights of its own.
+        base = {"base": "" if "repo" in entry else inherited.get("base") or name}
+    joined = {key: {**inherited.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
+    return {**inherited, **entry, **joined, **base}
+
+
+def _call(name: str, table: Table) -> dict[str, str]:
+    """Role → parameter: the usual ones of the kind that `usual` names, changed by the other values of `table`."""
+    kind = table.get("usual")
+    if kind not in (None, "video", "image", "audio"):
+        raise ValueError(f"pipeline '{name}': call.usual must be video, image or audio, not '{kind}'")
+    call = {**_ROLES["every"], **_ROLES[kind]} if kind else {}
+    parameters = {role: parameter for group in _ROLES.values() for role, parameter in group.items()}
+    for role in table.keys() - {"usual"}:
+        if isinstance(table[role], bool) and role not in parameters:
+            raise ValueError(f"pipeline '{name}': call.{role} needs the name of a parameter: the role has no usual one")
+        call[role] = parameters[role] if table[role] is True else table[role]
+    return {role: parameter for role, parameter in call.items() if parameter}
+
+
+def _model(entry: Table, pipelines: Mapping[str, Pipeline]) -> Model:
     where = f"model '{entry['id']}'"
     chosen = {task: pipelines[cls] for task, cls in entry["pipelines"].items()}
     if unknown := chosen.keys() - TASKS.keys():
         raise ValueError(f"{where}: there is no task '{min(unknown)}'; tasks are {', '.join(TASKS)}")
-    frames = _made(FrameRule, f"{where}: frames", entry["frames"]) if "frames" in entry else STILL
+    frames = _made(FrameRule, f"{where}: frames", entry.get("frames", {"max": 1}))
     model = _made(Model, where, entry, pipelines=chosen, frames=frames)
     for file in model.files.values():
         if not file.endswith((".safetensors", ".gguf")):  # a pickled checkpoint could run code
@@ -321,7 +370,7 @@ def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
     return model
 
 
-def _made(kind: type[Made], where: str, table: entries.Table, **further: Any) -> Made:
+def _made(kind: type[Made], where: str, table: Table, **further: Any) -> Made:
     """An object with the values of the table and `further`. Raises ValueError for an unknown key or a missing one."""
     known = {entry.name for entry in fields(kind)} - {"cls"}
     if unknown := table.keys() - known:

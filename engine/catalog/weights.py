@@ -160,9 +160,8 @@ def _part_is_whole(part: Path, name: str) -> bool:
         return any(path.is_file() for path in part.glob("*"))
     indexes = [json.loads(path.read_text()) for path in part.glob("*.safetensors.index*.json")]
     shards = {shard for index in indexes for shard in index["weight_map"].values()}
-    if not shards:  # one file, or none at all, as of a guider
-        shards = {"*.safetensors" if (part / "config.json").is_file() else "*"}
-    return all(any(path.is_file() for path in part.glob(shard)) for shard in shards)
+    usual = "*.safetensors" if (part / "config.json").is_file() else "*"  # one file, or none at all, as of a guider
+    return all(any(path.is_file() for path in part.glob(shard)) for shard in shards or {usual})
 
 
 def _part(model: Model, name: str, models_dir: Path) -> Path | None:

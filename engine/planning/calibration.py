@@ -1,24 +1,18 @@
 """Which threshold, of the error at which a step cache computes a step, gives a wanted speed: by simulating a run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import rtoml
 
+CONSTANTS: Mapping[str, Any] = rtoml.load(Path(__file__).with_suffix(".toml"))  # its tables: magcache and teacache
 MAX_SKIPS = 2  # steps in a row that MagCache skips
-
-
-@cache
-def constants() -> Mapping[str, Any]:
-    """The tables of calibration.toml: `magcache` and `teacache`."""
-    return rtoml.load(Path(__file__).with_suffix(".toml"))
 
 
 def ratios(name: str, steps: int) -> list[float]:
     """The magnitude ratios of a calibration, stretched to `steps` by the nearest neighbour."""
-    known = constants()["magcache"][name]["ratios"]
+    known = CONSTANTS["magcache"][name]["ratios"]
     return [known[round(i * (len(known) - 1) / (steps - 1))] for i in range(steps)] if steps > 1 else [known[-1]]
 
 

@@ -16,6 +16,7 @@ from engine.planning.machine import GIB, Machine
 from engine.planning.work import Parts, Shape, Work, forward_flops
 
 TILES = {1: 512, 2: 256, 3: 128}  # vae_config → side of a VAE tile in pixels
+_ENCODERS = {"card": "on the card", "streamed": "streamed by layer", "swapped": "on the card while they work"}
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,6 @@ class Plan:
             )
         together = f"{self.cards} devices together, each: " if self.cards > 1 else ""
         return f"{together}{where}; about {self.step_s:.3g} s a step, {self.job_s:.3g} s a job"
-
-
-_ENCODERS = {"card": "on the card", "streamed": "streamed by layer", "swapped": "on the card while they work"}
 
 
 @dataclass(frozen=True)

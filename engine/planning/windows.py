@@ -33,10 +33,7 @@ def windows(job: Job, rule: FrameRule) -> list[Window]:
 
 
 def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[str]) -> tuple[int, int]:
-    """The most frames of a window, and how many it shares with the one before; 0 and 0: no windows.
-
-    What a request asks for and the model can't do is changed, with a sentence in `warnings`.
-    """
+    """The most frames of a window and of its overlap; 0, 0: no windows. Changes get a sentence each in `warnings`."""
     continuation = model.continuation(task)
     size, overlap = values["sliding_window_size"], values["sliding_window_overlap"]
     if continuation is None and (size or overlap):

@@ -12,6 +12,8 @@ from engine.catalog.models import Model, default_settings
 from engine.job import Job
 from engine.planning.windows import windows
 
+SHAPES: Mapping[str, Mapping[str, Any]] = rtoml.load(Path(__file__).with_name("shapes.toml"))  # by family, or kind
+SOUND_TOKENS_PER_S = 25
 ATTENTION_WIDTH = 28  # layers x width is the parameters to the power 2/3, divided by this: within 15% for ten families
 
 
@@ -31,10 +33,6 @@ class Shape:
         """The shape of the model's family, or that of its kind."""
         rule = {"pixel_step": min(32, max(16, model.spatial_multiple)), "frame_step": model.frames.step}
         return cls(**{**rule, **SHAPES.get(model.family, SHAPES[model.kind])})
-
-
-SHAPES: Mapping[str, Mapping[str, Any]] = rtoml.load(Path(__file__).with_name("shapes.toml"))  # by family, or kind
-SOUND_TOKENS_PER_S = 25
 
 
 @dataclass(frozen=True)

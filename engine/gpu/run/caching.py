@@ -89,7 +89,7 @@ def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagC
     The embedding depends on the timestep alone, so the steps to compute are known before the run; MagCache is given
     the ratios with which it computes exactly those.
     """
-    coefficients = calibration.constants()["teacache"][model.tea_calibration]["coefficients"]
+    coefficients = calibration.CONSTANTS["teacache"][model.tea_calibration]["coefficients"]
     changes = embedding_changes(denoiser, timesteps.to(denoiser.device))
     steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
 
