@@ -1,4 +1,4 @@
-"""Which threshold, of the error at which a step cache computes a step, gives a wanted speed: by simulating a run."""
+"""A step cache skips steps while their expected error is under a threshold; finds the one for a wanted speed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
