@@ -52,9 +52,8 @@ from engine.api.keys import (
 from engine.api.openapi import Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
 from engine.catalog import loras, weights
-from engine.catalog.defaults import default_settings
 from engine.catalog.download import Downloads
-from engine.catalog.models import Catalog, Model
+from engine.catalog.models import Catalog, Model, default_settings
 from engine.cli import parse_arguments, run_command
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview
@@ -162,7 +161,7 @@ async def start_download(request: web.Request) -> web.Response:
 async def download_progress(request: web.Request) -> web.Response:
     """The progress of a model's download."""
     app, model = request.app, requested_model(request)
-    if running := app[DOWNLOADS].get(model.id):
+    if running := app[DOWNLOADS].latest.get(model.id):
         return answered(f"Download of '{model.id}'", views.download_state(running))
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
         return answered(f"Model '{model.id}' is installed", views.installed_state(model))

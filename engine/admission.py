@@ -20,8 +20,8 @@ from engine.files import footage, media
 from engine.files.inputs import Inputs
 from engine.job import EngineError, Job, Lora
 from engine.planning import windows
-from engine.planning.estimate import Estimate, estimate
 from engine.planning.machine import Machine
+from engine.planning.placement import Estimate, estimate
 from engine.settings import SETTINGS, defaults, job_fields
 
 MAX_FRAMES = int(SETTINGS["video_length"].high)

@@ -1,7 +1,4 @@
-"""What this machine can run: attention kernels, quantised weights, compiled blocks, several devices for one task.
-
-It is on the daemon's side, so that a setting that can't work is reported at the start, with its remedy.
-"""
+"""What this machine can run; on the daemon's side, so that a setting that can't work is reported at the start."""
 
 import logging
 import os
@@ -15,15 +12,20 @@ from typing import cast
 
 from engine.catalog.models import Model
 
-AUTO = "auto"
+AUTO, NONE, GGUF = "auto", "none", "gguf"
+QUANTIZATION = "transformer_quantization"
 
 
 @dataclass(frozen=True)
-class Package:
-    """What must be installed for a value of a setting."""
+class Requirement:
+    """What a value of a setting needs."""
 
     package: str = ""  # as it is imported; "": nothing is needed
     install: str = ""  # as pip names it
+    backend: str = ""  # of an attention kernel: diffusers' name for it
+    devices: tuple[str, ...] = ("cuda", "mps", "cpu")  # the torch device types on which it works
+    capability: tuple[int, int] = (0, 0)  # the least compute capability of a CUDA GPU
+    instead: str = NONE  # the value to use where it does not work
 
     @property
     def installed(self) -> bool:
@@ -37,24 +39,28 @@ class Package:
         return f"{setting}: '{value}' needs a package that is not here; install it: pip install '{self.install}'"
 
 
-@dataclass(frozen=True)
-class Kernel(Package):
-    """An attention kernel."""
-
-    backend: str = ""  # diffusers' name for it
-
-
-KERNELS: Mapping[str, Kernel] = {
-    "sdpa": Kernel(backend="native"),
-    "cudnn": Kernel(backend="_native_cudnn"),
-    "flash": Kernel("flash_attn", "flash-attn", "flash"),
-    "flash3": Kernel("flash_attn_interface", "flash-attn-3", "_flash_3"),
-    "sage": Kernel("sageattention", "sageattention", "sage"),
-    "sage2": Kernel("sageattention", "sageattention>=2", "_sage_qk_int8_pv_fp8_cuda"),
-    "xformers": Kernel("xformers", "xformers", "xformers"),
+KERNELS: Mapping[str, Requirement] = {
+    "sdpa": Requirement(backend="native"),
+    "cudnn": Requirement(backend="_native_cudnn"),
+    "flash": Requirement("flash_attn", "flash-attn", "flash"),
+    "flash3": Requirement("flash_attn_interface", "flash-attn-3", "_flash_3"),
+    "sage": Requirement("sageattention", "sageattention", "sage"),
+    "sage2": Requirement("sageattention", "sageattention>=2", "_sage_qk_int8_pv_fp8_cuda"),
+    "xformers": Requirement("xformers", "xformers", "xformers"),
 }
 # Those for which diffusers can split the tokens among several devices.
 SHAREABLE_KERNELS = (AUTO, "sdpa", "cudnn", "flash", "sage")
+
+# Quantised weights.
+KINDS: Mapping[str, Requirement] = {
+    NONE: Requirement(),
+    AUTO: Requirement("torchao", "torchao>=0.18"),
+    "int8": Requirement("torchao", "torchao>=0.18"),
+    # It multiplies matrices in 8 bits, for which older GPUs have no circuits.
+    "fp8": Requirement("torchao", "torchao>=0.18", devices=("cuda",), capability=(8, 9), instead="int8"),
+    "nf4": Requirement("bitsandbytes", "bitsandbytes>=0.46", devices=("cuda", "cpu"), instead="int8"),
+    GGUF: Requirement("gguf", "gguf>=0.17"),
+}
 
 
 def attention_fault(mode: str) -> str:
@@ -62,35 +68,8 @@ def attention_fault(mode: str) -> str:
     return "" if mode == AUTO else KERNELS[mode].fault("attention_mode", mode)
 
 
-QUANTIZATION = "transformer_quantization"
-NONE, GGUF = "none", "gguf"
-
-
-@dataclass(frozen=True)
-class Kind(Package):
-    """A kind of weights."""
-
-    devices: tuple[str, ...] = ("cuda", "mps", "cpu")  # the torch device types that it works on
-    capability: tuple[int, int] = (0, 0)  # the least compute capability of a CUDA GPU
-    instead: str = NONE  # the kind to use where it does not work
-
-
-KINDS: Mapping[str, Kind] = {
-    NONE: Kind(),
-    AUTO: Kind("torchao", "torchao>=0.18"),
-    "int8": Kind("torchao", "torchao>=0.18"),
-    # It multiplies matrices in 8 bits, for which older GPUs have no circuits.
-    "fp8": Kind("torchao", "torchao>=0.18", ("cuda",), (8, 9), "int8"),
-    "nf4": Kind("bitsandbytes", "bitsandbytes>=0.46", ("cuda", "cpu"), instead="int8"),
-    GGUF: Kind("gguf", "gguf>=0.17"),
-}
-
-
 def quantization_fault(kind: str, device: str = "auto", capability: tuple[int, int] | None = None) -> str:
-    """Why `kind` can't be used, and what to do; "" if it can.
-
-    `device` is a value of the key of that name or a torch device, `capability` its compute capability where known.
-    """
+    """Why `kind` can't be used on `device`, "auto" or a torch device, and what to do; "" if it can."""
     needs = KINDS[kind]
     if fault := needs.fault(QUANTIZATION, kind):
         return fault
@@ -120,15 +99,12 @@ def quantization_refusal(kind: str, model: Model) -> str:
 
 
 def hide_unused_packages(kind: str) -> None:
-    """Makes the packages of all other kinds impossible to import, and silences torchao; call it before diffusers.
-
-    Diffusers and peft import whatever of these is installed: torchao alone costs each start two seconds and 50 MB.
-    """
+    """Makes the packages of all other kinds impossible to import, and silences torchao; call it before diffusers."""
+    # Diffusers and peft import whatever of these is installed: torchao alone costs each start two seconds and 50 MB.
     for name in ("torchao", "torch.utils._pytree"):  # they warn at each import
         logging.getLogger(name).setLevel(logging.ERROR)
     unused = {other.package for other in KINDS.values()} - {"", "gguf", KINDS[kind].package}
-    modules = cast("dict[str, object]", sys.modules)
-    modules.update(dict.fromkeys(unused - modules.keys()))
+    cast("dict[str, object]", sys.modules).update(dict.fromkeys(unused - sys.modules.keys()))
 
 
 def compile_fault(device: str) -> str:
@@ -144,14 +120,9 @@ def compile_fault(device: str) -> str:
     return ""
 
 
-def compile_cache(state_path: Path) -> Path:
-    """The folder of the compiled code. It can be deleted at any time: the code is then compiled again."""
-    return state_path / "compiled"
-
-
 def compile_environment(state_path: Path) -> Mapping[str, str]:
-    """The variables that make torch and triton use that folder; they are read when torch is imported."""
-    cache = compile_cache(state_path)
+    """The variables that make torch and triton keep compiled code there; they are read when torch is imported."""
+    cache = state_path / "compiled"  # it can be deleted at any time: the code is then compiled again
     return {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
 
 

@@ -29,11 +29,17 @@ class CommandLine(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options. Exits with code 2 if there is no such flag or value."""
     if arguments[:1] == ["models"]:
-        return _models_parser().parse_args(arguments[1:])
-    return _daemon_parser().parse_args(arguments)
-
-
-def _daemon_parser() -> CommandLine:
+        parser = CommandLine("wangpd models", description="The models, or with download, the weights of one.")
+        parser.add_argument("--config", type=Path, help=CONFIG_HELP)
+        parser.add_argument("--family", help="only models of this family")
+        tasks = f"only models for it: {', '.join(TASKS)}"
+        parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help=tasks)
+        parser.add_argument("--installed", action="store_true", help="only models whose weights are here")
+        actions = parser.add_subparsers(dest="action", metavar="download", help="fetches the weights of a model")
+        fetching = actions.add_parser("download", description="Fetch what is missing; goes on where it stopped.")
+        fetching.add_argument("model_id", metavar="ID", help="id of the model")
+        parser.set_defaults(command="models", check_config=False)
+        return parser.parse_args(arguments[1:])
     parser = CommandLine("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
     parser.add_argument("--config", type=Path, help=CONFIG_HELP)
     parser.add_argument("--host", help="address to listen on")
@@ -46,49 +52,20 @@ def _daemon_parser() -> CommandLine:
     parser.add_argument("--version", action="version", version=f"wangpd {version()}")
     parser.epilog = "wangpd models lists the models, wangpd models download ID fetches one; see wangpd models --help"
     parser.set_defaults(command=None)
-    return parser
-
-
-def _models_parser() -> CommandLine:
-    parser = CommandLine("wangpd models", description="The models, or with download, the weights of one.")
-    parser.add_argument("--config", type=Path, help=CONFIG_HELP)
-    parser.add_argument("--family", help="only models of this family")
-    parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help=f"only models for it: {', '.join(TASKS)}")
-    parser.add_argument("--installed", action="store_true", help="only models whose weights are here")
-    actions = parser.add_subparsers(dest="action", metavar="download", help="fetches the weights of a model")
-    fetching = actions.add_parser("download", description="Fetch what is missing; goes on where it stopped.")
-    fetching.add_argument("model_id", metavar="ID", help="id of the model")
-    parser.set_defaults(command="models", check_config=False)
-    return parser
+    return parser.parse_args(arguments)
 
 
 def run_command(options: argparse.Namespace, config: Config, models: Catalog) -> int:
-    """Run `wangpd models …`; return the exit code: 0, 1 if a download failed, 2 for an unknown model."""
+    """Run `wangpd models …`; the exit code: 0, 1 if a download failed, 2 for an unknown model, 130 after Ctrl-C."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `wangpd models | head` is not an error
     if not options.action:
-        print("\n".join(_model_table(selected(models, options.family, options.task), config, options.installed)))
+        _print_table(selected(models, options.family, options.task), config, options.installed)
         return 0
     try:
-        return _download_model(models.get(options.model_id), config)
+        model = models.get(options.model_id)
     except UnknownModel:
         print(f"wangpd: there is no model '{options.model_id}'; see: wangpd models", file=sys.stderr)
         return 2
-
-
-def _model_table(models: Sequence[Model], config: Config, only_installed: bool) -> list[str]:
-    """A line for each model, below a heading."""
-    rows = [("id", "kind", "installed", "size", "licence")]
-    for model in models:
-        there = weights.locate(model, config.models_dir) is not None
-        if there or not only_installed:
-            size = f"{model.total_bf16_bytes / 1e9:.1f} GB" if model.repo else "in the package"
-            rows.append((model.id, model.kind, "yes" if there else "no", size, model.licence))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _download_model(model: Model, config: Config) -> int:
-    """Fetch the missing files of a model and print the progress; return the exit code. Ctrl-C ends it."""
     if weights.locate(model, config.models_dir):
         print(f"wangpd: model '{model.id}' is installed already")
         return 0
@@ -105,10 +82,22 @@ def _download_model(model: Model, config: Config) -> int:
     return 0
 
 
+def _print_table(models: Sequence[Model], config: Config, only_installed: bool) -> None:
+    rows = [("id", "kind", "installed", "size", "licence")]
+    for model in models:
+        there = weights.locate(model, config.models_dir) is not None
+        if there or not only_installed:
+            size = f"{model.total_bf16_bytes / 1e9:.1f} GB" if model.repo else "in the package"
+            rows.append((model.id, model.kind, "yes" if there else "no", size, model.licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
 async def _print_progress(download: Download, config: Config) -> None:
     shown = ""
     async for message in messages(download.model_id, config.models_dir, config.min_free_mb * 2**20):
-        download.note(message)
+        vars(download).update(message)
         done_gb, total_gb = download.done_bytes / 1e9, (download.total_bytes or 0) / 1e9
         # Always as long as the one before, which it covers on a terminal.
         line = f"{download.percent:5.1f} %  {done_gb:8.3f} of {total_gb:.3f} GB  {download.file[-60:]:60}"

@@ -167,13 +167,13 @@ def test_the_features_that_are_told_are_those_that_a_request_may_use() -> None:
 
 
 def test_every_calibration_that_the_catalogue_names_is_there() -> None:
-    tables = calibration.constants()
+    tables = calibration.CONSTANTS
     for model in CATALOG:
         assert model.mag_calibration in {"", *tables["magcache"]}
         assert "tea" not in model.step_caches(model.tasks[0]) or model.tea_calibration in tables["teacache"]
 
 
-@pytest.mark.parametrize("name", calibration.constants()["magcache"])
+@pytest.mark.parametrize("name", calibration.CONSTANTS["magcache"])
 @pytest.mark.parametrize("multiplier", [1.5, 1.75, 2.0, 2.25, 2.5])
 def test_the_threshold_gives_about_the_speed_that_is_wanted(name: str, multiplier: float) -> None:
     ratios = calibration.ratios(name, 30)
@@ -186,7 +186,7 @@ def test_the_threshold_gives_about_the_speed_that_is_wanted(name: str, multiplie
 
 
 def test_ratios_are_stretched_by_the_nearest_neighbour() -> None:
-    known = calibration.constants()["magcache"]["wan_demo"]["ratios"]
+    known = calibration.CONSTANTS["magcache"]["wan_demo"]["ratios"]
     assert calibration.ratios("wan_demo", len(known)) == known
     assert calibration.ratios("wan_demo", 2) == [known[0], known[-1]]
     assert calibration.ratios("wan_demo", 1) == [known[-1]]

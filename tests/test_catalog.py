@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from engine.catalog import entries, models
-from engine.catalog.abilities import INPUTS, TASKS
-from engine.catalog.defaults import default_settings
-from engine.catalog.models import FORMS, PACKAGE, Catalog, FrameRule, Model, Pipeline, UnknownModel
+from engine.catalog import models
+from engine.catalog.abilities import FORMS, INPUTS, TASKS
+from engine.catalog.models import PACKAGE, Catalog, FrameRule, Model, Pipeline, UnknownModel, default_settings
 from engine.settings import SETTINGS
 
 FILES = sorted((PACKAGE / "catalog" / "models").glob("*.toml"))
@@ -31,9 +30,9 @@ def document(path: Path) -> dict[str, Any]:
 def whole_catalogue() -> dict[str, Any]:
     """All files as one document: entries completed from base, family and usual roles, as the catalogue reads them."""
     pipelines: dict[str, Any] = {}
-    known: dict[str, entries.Table] = {}
+    known: dict[str, models.Table] = {}
     for path in FILES:
-        classes, _ = entries.read(path, known)
+        classes, _ = models.read(path, known)
         pipelines |= classes
     return {"pipelines": pipelines, "models": {name: {**UNNAMED, **entry} for name, entry in known.items()}}
 

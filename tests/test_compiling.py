@@ -63,7 +63,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in capabilities.compile_environment(state).items():
             patch.setenv(name, value)
-        yield capabilities.compile_cache(state)
+        yield state / "compiled"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""engine/planning/estimate.py and its answers over HTTP: what a job will need, before it runs."""
+"""engine/planning/placement.py's estimate and its answers over HTTP: what a job will need, before it runs."""
 
 import json
 import math
@@ -11,8 +11,8 @@ import pytest
 from engine.admission import resolve
 from engine.catalog.models import Catalog
 from engine.job import EngineError, Job
-from engine.planning.estimate import Estimate, estimate
 from engine.planning.machine import GIB, Machine
+from engine.planning.placement import Estimate, estimate
 from tests.daemon import Daemon
 from tests.stub_worker import make_clips
 from tests.stubbed import StubDaemon

@@ -17,8 +17,7 @@ from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipel
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from engine.catalog.defaults import default_settings
-from engine.catalog.models import PACKAGE, Catalog
+from engine.catalog.models import PACKAGE, Catalog, default_settings
 from engine.catalog.weights import Weights
 from engine.gpu.load import pipelines
 from engine.gpu.run import render

@@ -9,8 +9,7 @@ import pytest
 from engine.admission import Resolved, resolve
 from engine.api.config import Config
 from engine.api.requests import GenerateRequest, TaskSettings, setting_field
-from engine.catalog.defaults import default_settings
-from engine.catalog.models import Catalog, Model
+from engine.catalog.models import Catalog, Model, default_settings
 from engine.job import EngineConfig, Job
 from engine.queue.tasks import Task
 from engine.settings import NO_VALUE, SETTINGS, Setting, echo, roles, value

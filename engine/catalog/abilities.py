@@ -1,10 +1,10 @@
-"""The inputs of a request, and the tasks of a model with the inputs that each needs.
-
-An input is a picture, a video or a sound; a task is the catalogue's word for what a model does with them.
-"""
+"""The inputs of a request, and the tasks of a model with the inputs that each needs, as `abilities.toml` lists them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import rtoml
 
 
 @dataclass(frozen=True)
@@ -15,21 +15,6 @@ class Input:
     role: str
     about: str
     several: bool = False
-
-
-INPUTS: Mapping[str, Input] = {
-    "image_start": Input("image", "start_image", "First frame of the video, or the picture to change."),
-    "image_end": Input("image", "end_image", "Last frame of the video."),
-    "image_refs": Input("image", "reference_images", "Pictures of what the result should show.", several=True),
-    "image_guide": Input("image", "control_image", "Depth map, edges or pose that the picture follows."),
-    "image_mask": Input("image", "mask", "White where image_start is repainted, black where it is kept."),
-    "video_source": Input("video", "source_video", "The video to change or to continue."),
-    "video_guide": Input("video", "control_video", "Depth, edges or pose that the video follows, frame by frame."),
-    "video_mask": Input("video", "mask", "White where the video is replaced, black where it is kept."),
-    "video_face": Input("video", "face_video", "The face whose expressions the animated figure follows."),
-    "audio_source": Input("audio", "source_audio", "The sound to change."),
-    "audio_reference": Input("audio", "reference_audio", "A sound whose timbre and style are adopted."),
-}
 
 
 @dataclass(frozen=True)
@@ -49,26 +34,12 @@ class Ability:
         return self.may.union(*self.needs)
 
 
-def _task(*needs: str, may: str = "") -> Ability:
-    return Ability(tuple(frozenset(words.split()) for words in needs), frozenset(may.split()))
-
-
-# In order of preference: of a model's tasks that fit the inputs, the first is chosen.
+_TABLES = rtoml.load(Path(__file__).with_suffix(".toml"))
+INPUTS: Mapping[str, Input] = {name: Input(**row) for name, row in _TABLES["inputs"].items()}
 TASKS: Mapping[str, Ability] = {
-    "t2v": _task(""),
-    "t2i": _task(""),
-    "t2a": _task("", may="audio_reference"),
-    "flf2v": _task("image_start image_end"),
-    "i2v": _task("image_start", may="image_end"),
-    "inpaint": _task("image_start image_mask"),
-    "i2i": _task("image_start", "image_refs", may="image_refs"),
-    "animate": _task("image_start video_guide video_face"),
-    "replace": _task("image_start video_guide video_face video_source video_mask"),
-    "control": _task("video_guide", "image_guide", may="image_start image_refs video_mask"),
-    "v2v": _task("video_source", may="video_mask image_refs image_start image_end"),
-    "a2a": _task("audio_source", may="audio_reference"),
-    "vace": _task("", may="image_start image_end image_refs video_guide video_mask"),
+    name: Ability(tuple(frozenset(needs.split()) for needs in row["needs"]), frozenset(row.get("may", "").split()))
+    for name, row in _TABLES["tasks"].items()
 }
-
+FORMS: Mapping[str, frozenset[str]] = {form: frozenset(names.split()) for form, names in _TABLES["forms"].items()}
 # Step caches under the names of a request: what the catalogue's `caches` calls them.
 STEP_CACHES: Mapping[str, str] = {"mag": "mag", "tea": "tea", "fbc": "first_block", "taylorseer": "taylorseer"}

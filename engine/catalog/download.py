@@ -15,17 +15,9 @@ from typing import Any
 
 from engine.catalog.models import PACKAGE
 
-Message = dict[str, Any]  # what the process reports: `done_bytes`, `total_bytes` and `file`, or `error`
-
-
-class Stage(StrEnum):
-    """The states of a download."""
-
-    WAITING = "waiting"
-    DOWNLOADING = "downloading"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+Message = dict[str, Any]  # fields of Download that the process reports: `error`, or bytes and `file`
+# The states of a download; each is its own name in lower case.
+Stage = StrEnum("Stage", ["WAITING", "DOWNLOADING", "COMPLETED", "FAILED", "CANCELLED"])
 
 
 class NoDownload(Exception):
@@ -47,14 +39,10 @@ class Download:
 
     @property
     def percent(self) -> float:
-        """How much of it is here; 100 only when everything is."""
+        """100 only when everything is here."""
         if self.stage is Stage.COMPLETED:
             return 100.0
         return min(99.9, round(100 * self.done_bytes / self.total_bytes, 1)) if self.total_bytes else 0.0
-
-    def note(self, message: Message) -> None:
-        """Update it from a message of the process, whose keys are names of its fields."""
-        vars(self).update(message)
 
     def end(self, stage: Stage) -> None:
         """Set the final stage."""
@@ -66,35 +54,31 @@ class Downloads:
 
     def __init__(self, models_dir: Path, reserve_bytes: int) -> None:
         self._models_dir, self._reserve_bytes = models_dir, reserve_bytes
-        self._known: dict[str, Download] = {}
+        self.latest: dict[str, Download] = {}  # by model
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
-
-    def get(self, model_id: str) -> Download | None:
-        """The latest download of this model."""
-        return self._known.get(model_id)
 
     def start(self, model_id: str) -> Download:
         """Start a download, or queue it behind those before it; returns the one that is under way if there is one."""
         if model_id not in self._tasks or self._tasks[model_id].done():
-            self._known[model_id] = Download(model_id)
-            self._tasks[model_id] = asyncio.create_task(self._run(self._known[model_id]))
-        return self._known[model_id]
+            self.latest[model_id] = Download(model_id)
+            self._tasks[model_id] = asyncio.create_task(self._run(self.latest[model_id]))
+        return self.latest[model_id]
 
     async def cancel(self, model_id: str) -> Download:
         """End a download and return it; what is here stays, for the next one to resume from. Raises NoDownload."""
-        task, download = self._tasks.get(model_id), self._known.get(model_id)
-        if task is None or download is None or task.done():
+        task = self._tasks.get(model_id)
+        if task is None or task.done():
             raise NoDownload(f"Model '{model_id}' is not being downloaded")
         task.cancel()
         await asyncio.wait([task])
         if task.cancelled():
-            download.end(Stage.CANCELLED)
-        return download
+            self.latest[model_id].end(Stage.CANCELLED)
+        return self.latest[model_id]
 
     async def close(self) -> None:
         """End all downloads."""
-        for model_id in list(self._known):
+        for model_id in list(self.latest):
             with suppress(NoDownload):
                 await self.cancel(model_id)
 
@@ -102,20 +86,19 @@ class Downloads:
         async with self._turn:
             download.stage = Stage.DOWNLOADING
             async for message in messages(download.model_id, self._models_dir, self._reserve_bytes):
-                download.note(message)
+                vars(download).update(message)
             download.end(Stage.FAILED if download.error else Stage.COMPLETED)
 
 
 async def messages(model_id: str, models_dir: Path, reserve_bytes: int) -> AsyncIterator[Message]:
     """Download in a process and yield what it reports; if it fails, the last message has `error`. A cancel kills it."""
-    # -P: no module of the working directory in place of ours
-    command = (sys.executable, "-P", "-m", "engine.catalog.fetch", str(models_dir), model_id, str(reserve_bytes))
+    arguments = ("-P", "-m", "engine.catalog.fetch")  # -P: no module of the working directory in place of ours
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     silent = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     message: Message = {}
     try:
         process = await asyncio.create_subprocess_exec(
-            *command,
+            *(sys.executable, *arguments, str(models_dir), model_id, str(reserve_bytes)),
             stdin=PIPE,  # the process exits when this is closed: so it does not survive the daemon
             stdout=PIPE,
             env={**os.environ, "PYTHONPATH": path, **silent},

@@ -1,8 +1,6 @@
 """Fetches the missing files of a model from the Hugging Face hub; each resumes where it stopped.
 
-The hub's client is too heavy for the daemon, so `engine.catalog.download` runs this module in a process of its own. The
-worker imports the client anyway and calls `fetch`.
-
+`engine.catalog.download` runs it in a process of its own: the hub's client is too heavy for the daemon.
 `snapshot_download` and `hf_hub_download` do not resume: each call starts a new temporary file at byte 0, and leaves it
 behind when it is killed (huggingface_hub 2.4). The `http_get` beneath them appends to a file.
 """
@@ -99,11 +97,10 @@ class _Part(io.BufferedWriter):
 def fetch(
     model: Model, models_dir: Path, reserve_bytes: int = 0, report: Report = lambda _: None, wait: bool = False
 ) -> Weights:
-    """Fetch what is missing, safetensors only, and return where all of the model's weights are.
+    """Fetch what is missing, safetensors only, and return where all of the model's weights are. Raises FetchError.
 
-    Before the first byte, the disk must have room for all files and `reserve_bytes` more. Until it is complete, the
-    model does not look installed. If another process is fetching it, `wait` for that one. `report` gets the bytes that
-    are here, those of all files, and the file that is being fetched, after each chunk. Raises FetchError.
+    Before the first byte, the disk must have room for all files and `reserve_bytes` more. If another process is
+    fetching the model, `wait` for that one. `report` gets the progress over all files after each chunk.
     """
     with _translated(model.repo):
         models_dir.mkdir(parents=True, exist_ok=True)
@@ -115,25 +112,33 @@ def fetch(
                 raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
             files = [file for source in weights.missing(model, models_dir) for file in _remote_files(source)]
             _require_room(files, models_dir, reserve_bytes)
-            _fetch_all(files, report)
+            total_bytes = sum(file.size_bytes for file in files)
+
+            def progress(name: str) -> None:
+                done_bytes = sum(file.bytes_here for file in files)
+                report({"done_bytes": done_bytes, "total_bytes": total_bytes, "file": name})
+
+            progress("")
+            for file in files:
+                if not file.is_here:
+                    file.fetch(partial(progress, file.name))
     if found := weights.locate(model, models_dir):
         return found
     raise FetchError(f"model '{model.id}' is not complete: {weights.remedy(model, models_dir)}", "incomplete")
 
 
 def _remote_files(source: Source) -> list[RemoteFile]:
+    def read(name: str) -> str:
+        buffer = io.BytesIO()
+        http_get(hf_hub_url(source.repo, name, revision=info.sha), buffer, headers=build_hf_headers())
+        return buffer.getvalue().decode()
+
     with _translated(source.repo):
         info: Any = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
         there = {entry.rfilename: entry for entry in info.siblings}
-        targets = source.pick(list(there), partial(_read, source.repo, info.sha))
+        targets = source.pick(list(there), read)
     etags = {name: there[name].lfs.sha256 if there[name].lfs else there[name].blob_id for name in targets}
     return [RemoteFile(source.repo, info.sha, name, targets[name], there[name].size, etags[name]) for name in targets]
-
-
-def _read(repo: str, commit: str, name: str) -> str:
-    buffer = io.BytesIO()
-    http_get(hf_hub_url(repo, name, revision=commit), buffer, headers=build_hf_headers())
-    return buffer.getvalue().decode()
 
 
 def _require_room(files: Sequence[RemoteFile], models_dir: Path, reserve_bytes: int) -> None:
@@ -145,18 +150,6 @@ def _require_room(files: Sequence[RemoteFile], models_dir: Path, reserve_bytes: 
             f" (min_free_mb), but {models_dir} has {free / 1e9:.1f} GB free; make room or move models_dir",
             "disk_full",
         )
-
-
-def _fetch_all(files: Sequence[RemoteFile], report: Report) -> None:
-    total_bytes = sum(file.size_bytes for file in files)
-
-    def progress(name: str) -> None:
-        report({"done_bytes": sum(file.bytes_here for file in files), "total_bytes": total_bytes, "file": name})
-
-    progress("")
-    for file in files:
-        if not file.is_here:
-            file.fetch(partial(progress, file.name))
 
 
 _RESUMES = "try again: the download resumes where it stopped"
@@ -188,9 +181,8 @@ def _translated(repo: str) -> Iterator[None]:
 def main(models_dir: str, model_id: str, reserve_bytes: str) -> int:
     """Fetch, and print a Message a line. Returns the exit code."""
     threading.Thread(target=_exit_with_parent, name="watchdog", daemon=True).start()
-    folder = Path(models_dir)
     try:
-        fetch(Catalog.load(folder).get(model_id), folder, int(reserve_bytes), _print)
+        fetch(Catalog.load(Path(models_dir)).get(model_id), Path(models_dir), int(reserve_bytes), _print)
     except FetchError as error:
         _print({"error": {"code": error.code, "message": str(error)}})
         return 1

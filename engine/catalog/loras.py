@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +13,6 @@ from engine.catalog.weights import DENOISER
 from engine.job import Lora
 
 SUFFIX = ".safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DOWN = re.compile(r"^(?P<layer>.+?)[._](?:lora_A|lora_down)(?:\.default)?\.weight$")
 _BLOCK = re.compile(r"(?:^|[._])(\w*?blocks)[._](\d+)[._]")
 _TEXT = re.compile(r"(?:^|[._])(?:text_encoder|te\d?)(?:_\d)?[._]")
@@ -33,34 +31,30 @@ def chosen(names: list[str], multipliers: str, model: Model, loras_dir: Path, we
     """The LoRAs of a request, each checked against the model whose files are in `weights`. Raises BadLora."""
     there = available(model, loras_dir)
     loras = []
-    for name, strengths in zip(names, _strengths(multipliers, len(names)), strict=True):
-        file = name if name.endswith(SUFFIX) else name + SUFFIX
+    for name, phases in zip(names, _phases(multipliers, len(names)), strict=True):
+        file = name.removesuffix(SUFFIX) + SUFFIX
         if file not in there:
             known = f"there are: {', '.join(there)}" if there else "there is none"
             raise BadLora(f"activated_loras: '{name}' is not in the LoRA folder of family '{model.family}'; {known}")
         path = loras_dir / model.family / file
         if misfit := _misfit(path, weights):
             raise BadLora(f"activated_loras: '{file}' does not fit model '{model.id}': {misfit}")
-        loras.append(Lora(path, strengths))
+        loras.append(Lora(path, phases))
     return tuple(loras)
 
 
-def _strengths(text: str, count: int) -> list[tuple[tuple[float, ...], ...]]:
-    """For each LoRA, for each phase of guidance, the strengths spread over the steps; 1 where none is given.
-
-    Entries are separated by spaces or line breaks, phases by semicolons, steps by commas; lines with # are comments.
-    """
+def _phases(text: str, count: int) -> list[tuple[tuple[float, ...], ...]]:
+    """The strengths of each LoRA, by phase of guidance and spread over the steps; 1 where none is given."""
     entries = re.sub(r"^\s*#.*", "", text, flags=re.MULTILINE).split()
     if len(entries) > count:
         raise BadLora(f"loras_multipliers: {len(entries)} entries for {count} LoRAs; give one each, parted by spaces")
-    return [_phases(entry) for entry in entries] + [((1.0,),)] * (count - len(entries))
-
-
-def _phases(entry: str) -> tuple[tuple[float, ...], ...]:
-    try:
-        return tuple(tuple(map(float, phase.split(","))) for phase in entry.split(";"))
-    except ValueError:
-        raise BadLora(f"loras_multipliers: '{entry}' must be numbers such as 0.8, 0,0.5,1 or 1;0") from None
+    found: list[tuple[tuple[float, ...], ...]] = [((1.0,),)] * count
+    for place, entry in enumerate(entries):
+        try:
+            found[place] = tuple(tuple(map(float, phase.split(","))) for phase in entry.split(";"))
+        except ValueError:
+            raise BadLora(f"loras_multipliers: '{entry}' must be numbers such as 0.8, 0,0.5,1 or 1;0") from None
+    return found
 
 
 def _misfit(path: Path, weights: Path) -> str:
@@ -77,8 +71,7 @@ def _misfit(path: Path, weights: Path) -> str:
 
 def _lora_layers(path: Path) -> dict[str, tuple[int, int]]:
     """Name and shape (out, in) of each layer of the denoiser that the LoRA changes. Raises BadLora."""
-    header = _header(path)
-    layers = {}
+    header, layers = _header(path), {}
     for key, entry in header.items():
         if (down := _DOWN.match(key)) and not _TEXT.search(key):
             up = key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
@@ -95,12 +88,12 @@ def _model_layers(weights: Path) -> tuple[frozenset[tuple[int, int]], Mapping[st
     """The shapes (out, in) of a model's denoiser, and the number of the last block of each kind."""
     shapes: set[tuple[int, int]] = set()
     blocks: dict[str, int] = {}
-    for path in (path for name in DENOISER for path in (weights / name).glob(f"*{SUFFIX}")):
-        for key, entry in _header(path).items():
-            if len(shape := entry["shape"]) > 1:
-                shapes.add((shape[0], math.prod(shape[1:])))
-            if found := _BLOCK.search(key):
-                blocks[found[1]] = max(blocks.get(found[1], 0), int(found[2]))
+    files = [path for name in DENOISER for path in (weights / name).glob(f"*{SUFFIX}")]
+    for key, entry in (tensor for path in files for tensor in _header(path).items()):
+        if len(shape := entry["shape"]) > 1:
+            shapes.add((shape[0], math.prod(shape[1:])))
+        if found := _BLOCK.search(key):
+            blocks[found[1]] = max(blocks.get(found[1], 0), int(found[2]))
     return frozenset(shapes), blocks
 
 
@@ -108,11 +101,10 @@ def _header(path: Path) -> dict[str, Any]:
     """The tensors of a safetensors file: name → {"dtype", "shape", …}. Raises BadLora."""
     try:
         with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > MAX_HEADER_BYTES:
+            size = int.from_bytes(file.read(8), "little")
+            if size > 100_000_000:  # the format's own limit
                 raise ValueError(size)
             header: dict[str, Any] = json.loads(file.read(size))
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError):
         raise BadLora(f"activated_loras: '{path.name}' is no safetensors file; download it again") from None
-    header.pop("__metadata__", None)
-    return header
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}

@@ -4,37 +4,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from engine.catalog import entries
-from engine.catalog.abilities import INPUTS, STEP_CACHES, TASKS
-from engine.settings import SETTINGS
+import rtoml
 
+from engine.catalog.abilities import FORMS, INPUTS, STEP_CACHES, TASKS
+from engine.settings import SETTINGS, defaults
+
+Table: TypeAlias = Mapping[str, Any]
 Made = TypeVar("Made", "Pipeline", "FrameRule", "Model")
-
 PACKAGE = Path(__file__).parent.parent  # engine/
-OWN = PACKAGE / "catalog" / "models"
 USUAL_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_SIDE = 4096  # pixels; no model in the catalogue is trained beyond it
 MAX_DURATION_S = 600  # of sound; the same holds
-SINGLE_FILES = (".safetensors", ".gguf")
 SHOWN_MODELS = 10  # the most ids that an error sentence lists
-
-# How inputs reach a pipeline, and which of them need no parameter of their own (see engine/gpu/run/conditioning.py).
-FORMS: Mapping[str, frozenset[str]] = {
-    "image": frozenset(),
-    "video_and_mask": frozenset({"image_start", "image_end", "video_source", "video_guide", "video_mask"}),
-    "sound_batch": frozenset(),
-    "conditions": frozenset({"image_start", "image_end", "video_source"}),
-    "conditions_2": frozenset({"image_start", "image_end", "video_source"}),
-    "frame_tensors": frozenset(),
-    "rgba": frozenset(),
-    "masked_tensors": frozenset({"image_start", "image_end", "video_source", "video_mask"}),
-}
-
 MASKED_FORMS = frozenset({"video_and_mask", "masked_tensors"})  # in which any number of frames can be given
 MASKED_OVERLAP = 5  # frames, for these forms: a latent frame of most VAEs holds four
 MOST_FADED = 17  # frames over which a window that is given only its first frame may fade in
+_ROLES: Mapping[str, Mapping[str, str]] = rtoml.load(Path(__file__).with_name("roles.toml"))
+# Tables of which an entry names only what differs from its base or family; any other value replaces theirs.
+JOINED = frozenset({"defaults", "inputs", "extra_call", "dtypes"})
 
 
 class UnknownModel(Exception):
@@ -120,9 +109,6 @@ class FrameRule:
         return self.offset + self.step * max(low, min(high, (frames - self.offset) // self.step))
 
 
-STILL = FrameRule(max=1)  # of a model that makes pictures or sound
-
-
 @dataclass(frozen=True)
 class Model:
     """A model of the catalogue. `pipelines` maps a task to its class; `repo` is empty for the embedded model."""
@@ -136,7 +122,7 @@ class Model:
     kind: str = "video"  # or image, audio
     licence: str = "see card"
     inputs: Mapping[str, Any] = field(default_factory=dict)  # what these weights support of what the class accepts
-    frames: FrameRule = STILL
+    frames: FrameRule = FrameRule(max=1)  # where it makes pictures or sound
     fps: int = 0
     spatial_multiple: int = 1
     max_side: int = MAX_SIDE
@@ -230,8 +216,8 @@ class Model:
         """The inputs that reach the pipeline of `task`."""
         pipeline = self.pipelines[task]
         limits = {"image_end": "end_image", "image_refs": "max_reference_images"}
-        refused = {name for name, limit in limits.items() if not self.inputs.get(limit)}
-        taken = frozenset(filter(pipeline.carries_input, TASKS[task].inputs - refused))
+        allowed = {name for name in TASKS[task].inputs if name not in limits or self.inputs.get(limits[name])}
+        taken = frozenset(filter(pipeline.carries_input, allowed))
         # The source video of a class that continues it is the start.
         return taken - {"image_start"} if pipeline.continues_from and "video_source" in taken else taken
 
@@ -244,17 +230,16 @@ class Model:
         pipeline, setting = self.pipelines[task], SETTINGS[name]
         if self.kind not in setting.kinds or pipeline.call.get(setting.role) in pipeline.by_task.get(task, {}):
             return False
+        carried = not setting.role or setting.role in pipeline.call
         special = {
-            "negative_prompt": "negative_prompt" in pipeline.call and self.inputs.get("negative_prompt", False),
-            "embedded_guidance_scale": (
-                "embedded_guidance" in pipeline.call and self.inputs.get("embedded_guidance", True)
-            ),
-            "guidance_scale": ((pipeline.guider or "guidance" in pipeline.call) and self.inputs.get("guidance", True)),
+            "negative_prompt": carried and self.inputs.get("negative_prompt", False),
+            "embedded_guidance_scale": carried and self.inputs.get("embedded_guidance", True),
+            "guidance_scale": (carried or pipeline.guider) and self.inputs.get("guidance", True),
             "guidance2_scale": self.boundary_ratio is not None,
-            "flow_shift": "shift_param" in self.scheduler or "shift" in pipeline.call,
-            "num_inference_steps": "steps" in pipeline.call and not {"timesteps", "sigmas"} & self.extra_call.keys(),
+            "flow_shift": carried or "shift_param" in self.scheduler,
+            "num_inference_steps": carried and not {"timesteps", "sigmas"} & self.extra_call.keys(),
         }
-        return bool(special.get(name, not setting.role or setting.role in pipeline.call))
+        return bool(special.get(name, carried))
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -268,6 +253,20 @@ class Model:
         return len(self.extra_call.get("timesteps") or self.extra_call.get("sigmas") or ()) or None
 
 
+def default_settings(model: Model) -> dict[str, Any]:
+    """What a request gets that names only a prompt; without windows, of which a video of the usual length has one."""
+    values = {**defaults(model.defaults), "prompt": ""}
+    return {"prompt": ""} | {
+        row.name: values[row.name]
+        for row in SETTINGS.values()
+        if not row.guides
+        and model.has_setting(row.name, model.tasks[0])
+        and row.needs != "sliding_window_size"
+        and (row.role or not row.needs or values[row.needs])
+        and values[row.name] is not None
+    }
+
+
 class Catalog:
     """The models by id, read once at the start."""
 
@@ -277,18 +276,15 @@ class Catalog:
 
     @classmethod
     def load(cls, *folders: Path) -> "Catalog":
-        """The models of the package's and the folders' `*.toml` files; of two with one id, the later.
-
-        Raises ValueError with the file and what is wrong in it.
-        """
+        """The models of the package's and the folders' TOML files; of two with one id, the later. Raises ValueError."""
         pipelines: dict[str, Pipeline] = {}
-        known: dict[str, entries.Table] = {}
+        known: dict[str, Table] = {}
         models: dict[str, Model] = {}
-        for path in (path for folder in (OWN, *folders) for path in sorted(folder.glob("*.toml"))):
+        own = PACKAGE / "catalog" / "models"
+        for path in (path for folder in (own, *folders) for path in sorted(folder.glob("*.toml"))):
             try:
-                classes, completed = entries.read(path, known)
-                for name, table in classes.items():
-                    pipelines[name] = _made(Pipeline, f"pipeline '{name}'", table, cls=name)
+                classes, completed = read(path, known)
+                pipelines |= {name: _made(Pipeline, f"pipeline '{name}'", classes[name], cls=name) for name in classes}
                 models |= {entry["id"]: _model(entry, pipelines) for entry in completed}
             except (ValueError, TypeError, KeyError) as error:
                 reason = f"no key {error}" if isinstance(error, KeyError) else error
@@ -314,20 +310,67 @@ class Catalog:
         return (", ".join(takers[:SHOWN_MODELS]) or "none") + more
 
 
-def _model(entry: entries.Table, pipelines: Mapping[str, Pipeline]) -> Model:
+def read(path: Path, known: dict[str, Table]) -> tuple[dict[str, Table], list[Table]]:
+    """The complete tables of a file's pipelines, by class, and of its models, which join `known`. Raises ValueError."""
+    document = rtoml.load(path)
+    if unknown := document.keys() - {"pipelines", "family", "models"}:
+        raise ValueError(f"there is no table '{min(unknown)}'; tables are pipelines, family, models")
+    pipelines = document.get("pipelines", {})
+    shared = {key: value for key, value in pipelines.items() if not isinstance(value, dict)}
+    classes: dict[str, Table] = {
+        name: {**shared, **table, "call": _call(name, table["call"])}
+        for name, table in pipelines.items()
+        if name not in shared
+    }
+    family = {"family": path.stem, **document.get("family", {})}
+    models = []
+    for entry in document.get("models", ()):
+        models.append(_completed(entry, known, family))
+        known[entry["id"]] = models[-1]
+    return classes, models
+
+
+def _completed(entry: Table, known: Mapping[str, Table], family: Table) -> Table:
+    """The entry completed from its base or, without one, from its file's family."""
+    inherited, base = family, {}
+    if name := entry.get("base"):
+        if name not in known:
+            raise ValueError(f"model '{entry['id']}': base '{name}' is no model that stands before it")
+        inherited = {key: value for key, value in known[name].items() if key not in ("wangp", "visible")}
+        # A repository of its own has weights of its own.
+        base = {"base": "" if "repo" in entry else inherited.get("base") or name}
+    joined = {key: {**inherited.get(key, {}), **entry[key]} for key in JOINED & entry.keys()}
+    return {**inherited, **entry, **joined, **base}
+
+
+def _call(name: str, table: Table) -> dict[str, str]:
+    """Role → parameter: the usual ones of the kind that `usual` names, changed by the other values of `table`."""
+    kind = table.get("usual")
+    if kind not in (None, "video", "image", "audio"):
+        raise ValueError(f"pipeline '{name}': call.usual must be video, image or audio, not '{kind}'")
+    call = {**_ROLES["every"], **_ROLES[kind]} if kind else {}
+    parameters = {role: parameter for group in _ROLES.values() for role, parameter in group.items()}
+    for role in table.keys() - {"usual"}:
+        if isinstance(table[role], bool) and role not in parameters:
+            raise ValueError(f"pipeline '{name}': call.{role} needs the name of a parameter: the role has no usual one")
+        call[role] = parameters[role] if table[role] is True else table[role]
+    return {role: parameter for role, parameter in call.items() if parameter}
+
+
+def _model(entry: Table, pipelines: Mapping[str, Pipeline]) -> Model:
     where = f"model '{entry['id']}'"
     chosen = {task: pipelines[cls] for task, cls in entry["pipelines"].items()}
     if unknown := chosen.keys() - TASKS.keys():
         raise ValueError(f"{where}: there is no task '{min(unknown)}'; tasks are {', '.join(TASKS)}")
-    frames = _made(FrameRule, f"{where}: frames", entry["frames"]) if "frames" in entry else STILL
+    frames = _made(FrameRule, f"{where}: frames", entry.get("frames", {"max": 1}))
     model = _made(Model, where, entry, pipelines=chosen, frames=frames)
     for file in model.files.values():
-        if not file.endswith(SINGLE_FILES):  # a pickled checkpoint could run code
-            raise ValueError(f"{where}: single_file '{file}' must end in {' or '.join(SINGLE_FILES)}")
+        if not file.endswith((".safetensors", ".gguf")):  # a pickled checkpoint could run code
+            raise ValueError(f"{where}: single_file '{file}' must end in .safetensors or .gguf")
     return model
 
 
-def _made(kind: type[Made], where: str, table: entries.Table, **further: Any) -> Made:
+def _made(kind: type[Made], where: str, table: Table, **further: Any) -> Made:
     """An object with the values of the table and `further`. Raises ValueError for an unknown key or a missing one."""
     known = {entry.name for entry in fields(kind)} - {"cls"}
     if unknown := table.keys() - known:

@@ -44,14 +44,14 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def remedy(model: Model, models_dir: Path) -> str:
     """How to get this model's weights to where `locate` finds them, as the end of a sentence."""
-    for path in (models_dir / file for file in model.files.values()):
-        if not path.is_file():  # it is on no hub: the user has it
-            return f"its entry names the file {path}, which is not there; put it there"
+    files = (models_dir / file for file in model.files.values())
+    if absent := next((path for path in files if not path.is_file()), None):  # it is on no hub: the user has it
+        return f"its entry names the file {absent}, which is not there; put it there"
     return f"install it with: wangpd models download {model.id}"
 
 
 def named_parts(index: Mapping[str, Any]) -> list[str]:
-    """The components in a pipeline's index, without those it leaves empty. A list of numbers is a setting."""
+    """The components in a pipeline's index, without those it leaves empty; a list of numbers is a setting."""
     return [name for name, about in index.items() if isinstance(about, list) and about and isinstance(about[0], str)]
 
 
@@ -61,24 +61,25 @@ def has_weights(component: str) -> bool:
 
 
 def component_files(names: Iterable[str], variant: str | None, folder: str = "", heavy: bool = True) -> list[str]:
-    """Of the files `names`, those in `folder` that loading a component needs: what is small, and one set of weights.
+    """Of the files `names`, those in `folder` that a component needs: what is small, and one set of weights (`heavy`).
 
-    A component without weights of the variant is loaded without it, as diffusers does.
+    Where there are none of the variant, those without one, as diffusers loads them.
     """
     here = [path for path in map(PurePosixPath, names) if str(path.parent) == (folder or ".")]
-    small = [path for path in here if path.suffix in _SMALL and ".index." not in path.name and path.name != INDEX]
-    word = f".{variant}"
-    of_variant = [path for path in here if word in path.name and _TENSORS.fullmatch(path.name.replace(word, "", 1))]
-    tensors = of_variant or [path for path in here if _TENSORS.fullmatch(path.name)]
-    return [str(path) for path in [*small, *(tensors if heavy else [])]]
+    wanted = [path for path in here if path.suffix in _SMALL and ".index." not in path.name and path.name != INDEX]
+    if heavy:
+        word = f".{variant}"
+        of_variant = [path for path in here if word in path.name and _TENSORS.fullmatch(path.name.replace(word, "", 1))]
+        wanted += of_variant or [path for path in here if _TENSORS.fullmatch(path.name)]
+    return list(map(str, wanted))
 
 
 @dataclass(frozen=True)
 class Source:
     """A repository on the hub that has missing files.
 
-    `pick(names, read)` returns which of all its files are needed, and the path where each belongs. `read` returns the
-    text of a file. `pick` raises ValueError if the repository has another layout than expected.
+    `pick(names, read)` returns where each of its files that are needed belongs; `read` returns the text of a file.
+    Raises ValueError if the repository has another layout than expected.
     """
 
     repo: str
@@ -88,18 +89,16 @@ class Source:
 
 def missing(model: Model, models_dir: Path) -> list[Source]:
     """What must come from the hub before `locate` finds this model."""
-    sources: list[Source] = []
     own = models_dir / model.id
+    sources: list[Source] = []
     if _folder(model, models_dir) is None:
         pick = partial(_pick_pipeline, model, models_dir / (model.base or model.id))
         sources.append(Source(model.repo, model.revision or "main", pick))
-    for name, place in model.extra_repos.items():
-        if _part(model, name, models_dir) is None:
-            pick = partial(_pick_component, model, name, own / name)
-            sources.append(Source(place.partition("#")[0], "main", pick))
-    for lora in model.recipe_loras:
-        if _lora(lora, own / "loras") is None:
-            sources.append(Source(lora["repo"], "main", partial(_pick_lora, lora, own / "loras")))
+    for name in (name for name in model.extra_repos if _part(model, name, models_dir) is None):
+        repo = model.extra_repos[name].partition("#")[0]
+        sources.append(Source(repo, "main", partial(_pick_component, model, name, own / name)))
+    for lora in (lora for lora in model.recipe_loras if _lora(lora, own / "loras") is None):
+        sources.append(Source(lora["repo"], "main", partial(_pick_lora, lora, own / "loras")))
     return sources
 
 
@@ -107,9 +106,8 @@ def _pick_pipeline(model: Model, into: Path, names: Sequence[str], read: Callabl
     """The files of the components in the index, and the index last: without it nothing looks installed."""
     if INDEX not in names:
         raise ValueError(f"the hub's {model.repo} holds no {INDEX}: it is not in diffusers layout")
-    bare, files = _bare(model), []
-    for name in _own_parts(model, read(INDEX)):
-        files += component_files(names, model.variant, name, has_weights(name) and name not in bare)
+    heavy = {name: has_weights(name) and name not in _bare(model) for name in _own_parts(model, read(INDEX))}
+    files = [file for name in heavy for file in component_files(names, model.variant, name, heavy[name])]
     return {file: into / file for file in [*files, INDEX]}
 
 
@@ -130,28 +128,25 @@ def _pick_lora(lora: Mapping[str, Any], into: Path, names: Sequence[str], _read:
 
 
 def _folder(model: Model, models_dir: Path) -> Path | None:
-    if model.builtin:
-        places = [PACKAGE / model.builtin]
-    else:
-        installed = [models_dir / name for name in (model.id, model.base) if name]
-        places = [*installed, _snapshot(model.repo, model.revision or "main")]
+    installed = [models_dir / name for name in (model.id, model.base) if name]
+    snapshot = _snapshot(model.repo, model.revision or "main")
+    places = [PACKAGE / model.builtin] if model.builtin else [*installed, snapshot]
     return next((place for place in places if _is_whole(place, model)), None)
 
 
 def _is_whole(folder: Path, model: Model) -> bool:
-    """Whether all components that the model takes from this folder are there; after a broken download they are not."""
     try:
         names = set(_own_parts(model, (folder / INDEX).read_text()))
         if not (folder / "scheduler").exists():  # a class with a schedule of its own names a scheduler and saves none
             names.discard("scheduler")
-        bare = _bare(model)
-        return all(_part_is_whole(folder / name, name, name in bare) for name in names)
+        bare = names & _bare(model)
+        configured = all((folder / name / "config.json").is_file() for name in bare)
+        return configured and all(_part_is_whole(folder / name, name) for name in names - bare)
     except (OSError, ValueError):  # ValueError: a file that was cut off
         return False
 
 
 def _own_parts(model: Model, index: str) -> list[str]:
-    """The components in the index that come from no other repository."""
     return [name for name in named_parts(json.loads(index)) if name not in model.extra_repos]
 
 
@@ -160,20 +155,16 @@ def _bare(model: Model) -> frozenset[str]:
     return DENOISER if "" in model.files else frozenset(model.files)
 
 
-def _part_is_whole(part: Path, name: str, bare: bool = False) -> bool:
-    if bare:
-        return (part / "config.json").is_file()
+def _part_is_whole(part: Path, name: str) -> bool:
     if not has_weights(name):
         return any(path.is_file() for path in part.glob("*"))
     indexes = [json.loads(path.read_text()) for path in part.glob("*.safetensors.index*.json")]
     shards = {shard for index in indexes for shard in index["weight_map"].values()}
-    if not shards:  # one file, or none at all, as of a guider
-        shards = {"*.safetensors" if (part / "config.json").is_file() else "*"}
-    return all(any(path.is_file() for path in part.glob(shard)) for shard in shards)
+    usual = "*.safetensors" if (part / "config.json").is_file() else "*"  # one file, or none at all, as of a guider
+    return all(any(path.is_file() for path in part.glob(shard)) for shard in shards or {usual})
 
 
 def _part(model: Model, name: str, models_dir: Path) -> Path | None:
-    """The folder of a component that has a repository of its own."""
     repo, _, inside = model.extra_repos[name].partition("#")
     snapshot = _snapshot(repo, "main")
     places = (models_dir / model.id / name, snapshot / (inside or name), snapshot / inside)

@@ -1,27 +1,18 @@
-"""Which threshold of a step cache gives a wanted speed: found by simulating a run with published constants.
-
-A cache skips a denoising step while the error that it expects stays under the threshold.
-"""
+"""A step cache skips steps while their expected error is under a threshold; finds the one for a wanted speed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import rtoml
 
+CONSTANTS: Mapping[str, Any] = rtoml.load(Path(__file__).with_suffix(".toml"))  # its tables: magcache and teacache
 MAX_SKIPS = 2  # steps in a row that MagCache skips
-
-
-@cache
-def constants() -> Mapping[str, Any]:
-    """The tables of calibration.toml: `magcache` and `teacache`."""
-    return rtoml.load(Path(__file__).with_suffix(".toml"))
 
 
 def ratios(name: str, steps: int) -> list[float]:
     """The magnitude ratios of a calibration, stretched to `steps` by the nearest neighbour."""
-    known = constants()["magcache"][name]["ratios"]
+    known = CONSTANTS["magcache"][name]["ratios"]
     return [known[round(i * (len(known) - 1) / (steps - 1))] for i in range(steps)] if steps > 1 else [known[-1]]
 
 
@@ -43,15 +34,14 @@ def tea_schedule(
 ) -> list[bool]:
     """For each step, whether TeaCache computes it. The first `warm_steps` and the last always are.
 
-    `changes[i]` is the relative change of the time embedding from step i to step i + 1; `coefficients` are those of a
+    `changes[i]` is the relative change of the time embedding from step i to i + 1; `coefficients` are those of a
     polynomial of it, the highest power first.
     """
     schedule, distance = [True], 0.0
     for step, change in enumerate(changes, start=1):
+        distance = 0.0 if schedule[-1] else distance
         distance += abs(sum(factor * change**power for power, factor in enumerate(reversed(coefficients))))
-        compute = step < warm_steps or step == len(changes) or distance >= threshold
-        schedule.append(compute)
-        distance = 0.0 if compute else distance
+        schedule.append(step < warm_steps or step == len(changes) or distance >= threshold)
     return schedule
 
 

@@ -1,5 +1,6 @@
 """The machine: how much memory is free on it, and how fast it is."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +20,19 @@ class Machine:
 
 def free_ram_bytes() -> int:
     """RAM that this process may fill, including what it holds already; what its cgroup allows, if that is less."""
-    free = _kilobytes("/proc/meminfo", "MemAvailable")
-    own = _kilobytes("/proc/self/status", "RssAnon")
-    return min(free + own, _cgroup_bytes())
+    usable = _kilobytes("/proc/meminfo", "MemAvailable") + _kilobytes("/proc/self/status", "RssAnon")
+    return min(usable, _cgroup_bytes())
 
 
 def _kilobytes(path: str, name: str) -> int:
     """The entry `name` of a file of /proc, in bytes; 0 without one."""
-    lines = (line.split() for line in Path(path).read_text().splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words and words[0] == f"{name}:"), 0)
+    found = re.search(rf"^{name}:\s*(\d+)", Path(path).read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """The smallest memory.max of the cgroup (version 2) and its parents; a very large number without one."""
     own = next((line[3:].strip("/") for line in membership.read_text().splitlines() if line.startswith("0::")), "")
-    folders = [root / own, *(root / own).parents]
-    limits = [path.read_text().strip() for folder in folders if (path := folder / "memory.max").is_file()]
+    files = [folder / "memory.max" for folder in (root / own, *(root / own).parents)]
+    limits = [path.read_text().strip() for path in files if path.is_file()]
     return min((int(limit) for limit in limits if limit != "max"), default=2**62)

@@ -1,34 +1,29 @@
 """The memory plan: where the weights are while a job runs, and what that costs in memory and time.
 
-Pure arithmetic on the catalogue's bytes, so that the daemon can ask it without a GPU; `engine.gpu.load.offloading`
-carries a Plan out. The estimates are rules of thumb, good to about a third; each constant says where it comes from.
+Pure arithmetic on the catalogue's bytes, which needs no GPU; `engine.gpu.load.offloading` carries a Plan out. The
+estimates are rules of thumb, good to about a third; each constant says where it comes from.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 
 from engine.catalog.models import Model
-from engine.job import EngineError
+from engine.job import EngineError, Job
 from engine.planning.machine import GIB, Machine
 from engine.planning.work import Parts, Shape, Work, forward_flops
 
-GB = 10**9
-
 TILES = {1: 512, 2: 256, 3: 128}  # vae_config → side of a VAE tile in pixels
+_ENCODERS = {"card": "on the card", "streamed": "streamed by layer", "swapped": "on the card while they work"}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model are while it works.
+    """Where the parts of a model are while it works."""
 
-    `denoisers` are resident, streamed (block by block during each step), swapped (each part is on the card only while
-    it works) or sequential (layer by layer, and the VAE too).
-    """
-
-    denoisers: str
+    denoisers: str  # resident, streamed by block, swapped (on the card only while they work) or sequential, by layer
     encoders: str  # card, streamed (layer by layer while they work) or swapped
     pinned: bool = False  # the denoisers stream from pinned RAM, not from the mapped files
     encoders_pinned: bool = False
@@ -71,7 +66,6 @@ PROFILES: Mapping[float, tuple[Placement, ...]] = {
 # transformer_quantization → bytes of a weight against bf16, with the scales and the layers left alone.
 QUANTIZED = {"none": 1.0, "int8": 0.52, "fp8": 0.52, "nf4": 0.3, "gguf": 0.55}
 QUANTIZED_SLOWDOWN = 1.05  # weights are widened before each product
-
 DOUBT = 1.25  # an estimate this much too large is still tried: refusing a job that would have run is worse
 RESERVE_BYTES = GIB // 2  # libraries' workspaces
 FRAGMENTATION = 1.05  # what the allocator holds beyond what is asked of it
@@ -93,9 +87,9 @@ FEWEST_BLOCKS = 12  # a denoiser's blocks are cube root of parameters / 60, at l
 EFFICIENCY = 0.55  # of a card's measured matrix product; diffusers reaches 0.43 of an H100's, 0.65 of a 4090's
 TEAM_EFFICIENCY = 0.9  # of devices that compute a forward together; the rest is communication
 STREAM_OVERHEAD = (0.02, 0.015)  # of a step whose blocks come in time: of the first one, of all (published: 3-4%)
-PAGEABLE_BYTES_PER_S = 3 * GB  # copies of whole parts from memory that is not pinned (published: 1-3)
-MAPPED_BYTES_PER_S = 8 * GB  # layers pinned on their way, as published for Flux; at most a third of the link's speed
-DISK_BYTES_PER_S = 1.5 * GB  # mapped weights for which RAM is too small are read from the disk again and again
+PAGEABLE_BYTES_PER_S = 3e9  # copies of whole parts from memory that is not pinned (published: 1-3)
+MAPPED_BYTES_PER_S = 8e9  # layers pinned on their way, as published for Flux; at most a third of the link's speed
+DISK_BYTES_PER_S = 1.5e9  # mapped weights for which RAM is too small are read from the disk again and again
 SEQUENTIAL_VAE = 6.8  # a VAE that is streamed by layers, measured
 PROMPT_TOKENS = 512
 DECODE_FLOPS = 10e6  # of a pixel of a frame: 8.5 for Wan's VAE, 9.5 for Stable Diffusion's, 18 for Wan 2.2's
@@ -106,10 +100,8 @@ SAVED_VOXELS_PER_S = 40e6  # x264 veryfast: 0.4-0.8 s for 832x480 with 81 frames
 
 
 def streamed_blocks(sizes: Sequence[int], room_bytes: int) -> list[int]:
-    """The indices of the blocks to stream, so that the others take at most `room_bytes`.
-
-    They are as few as possible and evenly spread: the work of the blocks between two of them hides the copy.
-    """
+    """The fewest blocks to stream, by index, so that the others take at most `room_bytes`."""
+    # Evenly spread: the work of the blocks between two of them hides the copy.
     spread = ([place * len(sizes) // count for place in range(count)] for count in range(len(sizes) + 1))
     return next(places for places in spread if sum(sizes) - sum(sizes[place] for place in places) <= max(0, room_bytes))
 
@@ -131,23 +123,48 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in one line."""
+        where, side = f"everything in RAM, about {_gib(self.ram_bytes)}", self.placement.tile_side
+        if self.card_bytes:
+            denoisers = self.placement.name.replace("_", " and ")
+            if self.placement.denoisers == "streamed":
+                source = "pinned RAM" if self.placement.pinned else "mapped files"
+                denoisers += f" ({_gib(self.streamed_bytes)} from {source}, {_gib(self.resident_bytes)} stay)"
+            where = (
+                f"denoiser {denoisers}, encoders {_ENCODERS[self.placement.encoders]},"
+                f" VAE {f'in tiles of {side} pixels' if side else 'on whole frames'}; about"
+                f" {_gib(self.peak_vram_bytes)} of GPU memory{'' if self.fits else ', more than is free'},"
+                f" {_gib(self.ram_bytes)} of RAM"
+            )
         together = f"{self.cards} devices together, each: " if self.cards > 1 else ""
-        where = self._on_card() if self.card_bytes else f"everything in RAM, about {_gib(self.ram_bytes)}"
         return f"{together}{where}; about {self.step_s:.3g} s a step, {self.job_s:.3g} s a job"
 
-    def _on_card(self) -> str:
-        denoisers, side = self.placement.name.replace("_", " and "), self.placement.tile_side
-        if self.placement.denoisers == "streamed":
-            source = "pinned RAM" if self.placement.pinned else "mapped files"
-            denoisers += f" ({_gib(self.streamed_bytes)} from {source}, {_gib(self.resident_bytes)} stay)"
-        return (
-            f"denoiser {denoisers}, encoders {_ENCODERS[self.placement.encoders]},"
-            f" VAE {f'in tiles of {side} pixels' if side else 'on whole frames'}; about {_gib(self.peak_vram_bytes)}"
-            f" of GPU memory{'' if self.fits else ', more than is free'}, {_gib(self.ram_bytes)} of RAM"
-        )
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will need."""
+
+    memory_bytes: int  # the most at once, of the card, or of RAM without one
+    seconds: float  # once the model is loaded
+    plan: str  # one line: where the weights will be
 
 
-_ENCODERS = {"card": "on the card", "streamed": "streamed by layer", "swapped": "on the card while they work"}
+def estimate(
+    model: Model, job: Job, machines: Iterable[Machine], *, profile: float, quantization: str, vae_config: int
+) -> Estimate | None:
+    """What `job` will need on the machine where it is fastest; None without any. Raises the EngineError of `plan`."""
+    work, plans = Work.of(model, job), list[Plan]()
+    refusal: EngineError | None = None
+    for machine in machines:
+        try:
+            plans.append(plan(model, work, machine, profile=profile, quantization=quantization, vae_config=vae_config))
+        except EngineError as error:
+            refusal = refusal or error
+    if fastest := min(plans, key=lambda found: found.job_s, default=None):
+        memory_bytes = fastest.peak_vram_bytes if fastest.card_bytes else fastest.ram_bytes
+        return Estimate(memory_bytes, fastest.job_s, fastest.describe())
+    if refusal:
+        raise refusal
+    return None
 
 
 def plan(
@@ -163,9 +180,8 @@ def plan(
     """The fastest plan that fits `machine` under `profile` (1 to 5 as in WanGP, 0: any).
 
     `quantization` is a key of QUANTIZED, or "auto": 8-bit weights where they are faster. `vae_config` is a key of
-    TILES, or 0: any. `parts` are the weights that were found, by default the catalogue's. Where nothing fits, the plan
-    that needs least memory is returned (`fits` is False) if a profile was demanded or the estimate may be wrong; else
-    EngineError says what is missing.
+    TILES, or 0: any. `parts` are the weights that were found, else the catalogue's. Where nothing fits, the plan that
+    needs least memory comes back if a profile was demanded or the estimate may be wrong; else EngineError is raised.
     """
     machine = machine if model.context_parallel else replace(machine, cards=1)
     in_ram = Placement("resident", "card", quantization=quantization if quantization in QUANTIZED else "none")
@@ -210,27 +226,15 @@ class _Costs:
     def plan(self) -> Plan:
         card, ram = self.machine.free_vram_bytes, self._ram_bytes
         peak = self.peak_bytes(self._resident_bytes) if card else 0
-        return Plan(
-            self.placement,
-            resident_bytes=self._resident_bytes,
-            streamed_bytes=self._streamed_bytes,
-            peak_vram_bytes=peak,
-            ram_bytes=ram,
-            step_s=self._step_s,
-            job_s=self._job_s(),
-            card_bytes=card,
-            fits=not card or (peak <= card and ram <= self.machine.free_ram_bytes),
-            cards=self.machine.cards,
-        )
-
-    # ---- memory
+        fits = not card or (peak <= card and ram <= self.machine.free_ram_bytes)
+        sizes = (self._resident_bytes, self._streamed_bytes, peak, ram)
+        return Plan(self.placement, *sizes, self._step_s, self._job_s(), card, fits, self.machine.cards)
 
     def peak_bytes(self, resident_bytes: int) -> int:
         """The most memory of the card at once, with `resident_bytes` of the denoisers there throughout."""
         return round(FRAGMENTATION * self._most_bytes(resident_bytes)) + RESERVE_BYTES
 
     def _most_bytes(self, resident_bytes: int) -> float:
-        """The largest sum of weights and activations: while encoding, denoising, decoding."""
         encoding, denoising, decoding = self._weights_bytes(resident_bytes)
         return max(encoding + ENCODER_BYTES, denoising + self._activation_bytes(), decoding + self._decode_bytes())
 
@@ -241,9 +245,9 @@ class _Costs:
             return parts.encoders, one, parts.vae
         if self.placement.denoisers == "sequential":
             return parts.encoders * STREAMED_SHARE, one * LAYER_SHARE, parts.vae * STREAMED_SHARE
-        resident = self.placement.encoders == "card"
-        stays = resident_bytes + parts.vae + (parts.encoders if resident else 0)
-        comes = 0 if resident else parts.encoders * STREAMED_SHARE
+        encoders = parts.encoders if self.placement.encoders == "card" else 0
+        stays = resident_bytes + parts.vae + encoders
+        comes = (parts.encoders - encoders) * STREAMED_SHARE
         blocks = 0.0  # that are on the card only for a moment; layers, if they come from mapped files
         if self.placement.pinned:
             blocks = BLOCKS_AHEAD * one / max(FEWEST_BLOCKS, math.pow(parts.parameters, 1 / 3) / 60)
@@ -273,7 +277,6 @@ class _Costs:
         return ACTIVATION_BYTES * tokens * math.pow(self.parts.parameters, 1 / 3)
 
     def _decode_bytes(self) -> float:
-        """The VAE's activations, and the finished frames."""
         work, shape, side = self.work, self.shape, self.placement.tile_side
         if not work.frames:
             return SOUND_DECODE_BYTES
@@ -283,15 +286,12 @@ class _Costs:
 
     @cached_property
     def _ram_bytes(self) -> int:
-        """RAM that the worker can't give back; without a card everything is in it."""
         if not self.machine.free_vram_bytes:
             weights = self._denoisers_bytes + self.parts.encoders + self.parts.vae
             return PROCESS_RAM_BYTES + weights + round(max(self._activation_bytes(), self._decode_bytes()))
         pinned = self._streamed_bytes * self.placement.pinned + self.parts.encoders * self.placement.encoders_pinned
         changed = 0 if self.placement.pinned or not self.parts.changed else self.parts.denoisers
         return PROCESS_RAM_BYTES + max(round(PINNED_ROUNDING * pinned), changed)
-
-    # ---- time
 
     @cached_property
     def _mapped_rate(self) -> float:
@@ -322,18 +322,15 @@ class _Costs:
         return compute_s * (1 + first + share) + moved / self._mapped_rate
 
     def _job_s(self) -> float:
-        """Seconds of the whole job once the model is loaded."""
         work = self.work
+        rate = self.machine.link_bytes_per_s if self.placement.encoders_pinned else self._mapped_rate
+        copies = {"card": 0, "streamed": work.passes * self.shape.encoder_runs, "swapped": 2}
+        copies_s = copies[self.placement.encoders] * self.parts.encoders / rate
+        encode_s = work.passes * self.parts.encoders * PROMPT_TOKENS / self.machine.flops_per_s + copies_s
         swaps_s = 2 * self._denoisers_bytes / self._mapped_rate if self.placement.denoisers == "swapped" else 0
         denoise_s = work.steps * work.sections * self._step_s
         save_s = work.voxels / SAVED_VOXELS_PER_S
-        return work.runs * (self._encode_s() + swaps_s + denoise_s + self._decode_s() + save_s)
-
-    def _encode_s(self) -> float:
-        compute_s = self.work.passes * self.parts.encoders * PROMPT_TOKENS / self.machine.flops_per_s
-        rate = self.machine.link_bytes_per_s if self.placement.encoders_pinned else self._mapped_rate
-        copies = {"card": 0, "streamed": self.work.passes * self.shape.encoder_runs, "swapped": 2}
-        return compute_s + copies[self.placement.encoders] * self.parts.encoders / rate
+        return work.runs * (encode_s + swaps_s + denoise_s + self._decode_s() + save_s)
 
     def _decode_s(self) -> float:
         work, side = self.work, self.placement.tile_side

@@ -1,11 +1,7 @@
-"""Sliding windows: how a video that is longer than a model makes at once is cut into overlapping windows.
-
-Pure arithmetic; `engine.gpu.run.sliding` makes the windows and joins them.
-"""
+"""How a long video is cut into overlapping windows; `engine.gpu.run.sliding` makes the windows and joins them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.catalog.models import FrameRule, Model
 from engine.job import Job
@@ -13,8 +9,7 @@ from engine.job import Job
 SETTINGS = ("sliding_window_size", "sliding_window_overlap", "sliding_window_color_correction_strength")
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """`frames` frames from frame `start` of the whole video; the first `overlap` of them are known already."""
 
     start: int
@@ -23,17 +18,13 @@ class Window:
 
 
 def windows(job: Job, rule: FrameRule) -> list[Window]:
-    """The windows of a job, in order; one for a job that is not cut.
-
-    They are about equally long: a last one of a few frames would be unlike anything that the model was trained on. The
-    last may reach beyond the video's end by less than a step of `rule`.
-    """
+    """The windows of a job, in order; the last may reach beyond the video's end by less than a step of `rule`."""
     if not job.window_frames:
         return [Window(0, job.frames, 0)]
     found: list[Window] = []
     known = done = job.window_overlap  # as if the first window began with known frames too
-    while done < job.frames:
-        missing = job.frames - done
+    # About equally long: a last one of a few frames would be unlike anything that the model was trained on.
+    while (missing := job.frames - done) > 0:
         count = -(-missing // (job.window_frames - known))
         frames = rule.shortest_of(-(-missing // count) + known)
         found.append(Window(done - known, frames, known if found else 0))
@@ -42,10 +33,7 @@ def windows(job: Job, rule: FrameRule) -> list[Window]:
 
 
 def chosen(model: Model, task: str, values: Mapping[str, Any], warnings: list[str]) -> tuple[int, int]:
-    """The most frames of a window, and how many it shares with the one before; 0 and 0: no windows.
-
-    What a request asks for and the model can't do is changed, with a sentence in `warnings`.
-    """
+    """The most frames of a window and of its overlap; 0, 0: no windows. Changes get a sentence each in `warnings`."""
     continuation = model.continuation(task)
     size, overlap = values["sliding_window_size"], values["sliding_window_overlap"]
     if continuation is None and (size or overlap):

@@ -8,17 +8,18 @@ from typing import Any
 
 import rtoml
 
-from engine.catalog.defaults import default_settings
-from engine.catalog.models import Model
+from engine.catalog.models import Model, default_settings
 from engine.job import Job
 from engine.planning.windows import windows
 
+SHAPES: Mapping[str, Mapping[str, Any]] = rtoml.load(Path(__file__).with_name("shapes.toml"))  # by family, or kind
+SOUND_TOKENS_PER_S = 25
 ATTENTION_WIDTH = 28  # layers x width is the parameters to the power 2/3, divided by this: within 15% for ten families
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the sizes of a family count. The bytes are those of numbers of 2 bytes."""
+    """How the sizes of a family count; bytes are those of numbers of 2 bytes."""
 
     pixel_step: int  # of a token, which is square; by default the model's size step, between 16 and 32
     frame_step: int  # of a token; by default the model's length step
@@ -32,11 +33,6 @@ class Shape:
         """The shape of the model's family, or that of its kind."""
         rule = {"pixel_step": min(32, max(16, model.spatial_multiple)), "frame_step": model.frames.step}
         return cls(**{**rule, **SHAPES.get(model.family, SHAPES[model.kind])})
-
-
-SHAPES: Mapping[str, Mapping[str, Any]] = rtoml.load(Path(__file__).with_name("shapes.toml"))  # by family, or kind
-SOUND_TOKENS_PER_S = 25
-SOUND_S = 60.0  # where a job has no duration
 
 
 @dataclass(frozen=True)
@@ -55,14 +51,14 @@ class Parts:
     @classmethod
     def of(cls, model: Model) -> "Parts":
         """By the catalogue."""
-        wide = {name: 2.0 if model.dtypes.get(name) == "float32" else 1.0 for name in ("transformer", "vae")}
+        width, vae_width = (2 if model.dtypes.get(name) == "float32" else 1 for name in ("transformer", "vae"))
         return cls(
-            denoisers=round(model.transformer_bf16_bytes * wide["transformer"]),
+            denoisers=model.transformer_bf16_bytes * width,
             encoders=model.encoders_bf16_bytes,
-            vae=round(model.vae_bf16_bytes * wide["vae"]),
+            vae=model.vae_bf16_bytes * vae_width,
             denoiser_count=model.transformer_count,
             parameters=model.transformer_bf16_bytes // (2 * model.transformer_count),
-            vae_width=wide["vae"],
+            vae_width=float(vae_width),
             changed=bool(model.recipe_loras),
         )
 
@@ -86,8 +82,7 @@ class Work:
     def of(cls, model: Model, job: Job) -> "Work":
         """What `job` asks of `model`."""
         size = job.width, job.height, job.window_frames or job.frames
-        guidance = job.guidance_scale or 0
-        run = cls._of_run(model, job.task, size, job.steps, guidance=guidance, sound_s=job.duration_s)
+        run = cls._of_run(model, job.task, size, job.steps, job.guidance_scale or 0, sound_s=job.duration_s)
         # A long video is made by itself: each of its windows continues the one before.
         batch = job.batch_size if model.pipelines[job.task].batch and not job.window_frames else 1
         runs = job.repeat_generation * job.batch_size // batch * len(windows(job, model.frames))
@@ -101,22 +96,19 @@ class Work:
         size = width, height, settings.get("video_length", 1 if width else 0)
         steps = settings.get("num_inference_steps") or model.fixed_steps or 1
         guidance, sound_s = settings.get("guidance_scale", 0), settings.get("duration_seconds")
-        return cls._of_run(model, model.tasks[0], size, steps, guidance=guidance, sound_s=sound_s)
+        return cls._of_run(model, model.tasks[0], size, steps, guidance, sound_s=sound_s)
 
     @classmethod
     def _of_run(
-        cls, model: Model, task: str, size: tuple[int, int, int], steps: int, *, guidance: float, sound_s: float | None
+        cls, model: Model, task: str, size: tuple[int, int, int], steps: int, guidance: float, *, sound_s: float | None
     ) -> "Work":
         (width, height, frames), pipeline = size, model.pipelines[task]
         section = min(pipeline.section_frames or frames, frames)
-        guided = guidance > 1 and pipeline.cfg_passes != "single"
         return cls(
-            width=width,
-            height=height,
-            frames=frames,
+            *size,
             steps=pipeline.stages * steps,
             tokens=tokens(model, width, height, section, sound_s),
-            passes=1 + guided,
+            passes=1 + (guidance > 1 and pipeline.cfg_passes != "single"),
             joined=pipeline.cfg_passes.startswith("batched"),
             sections=math.ceil(frames / section) if section else 1,
         )
@@ -135,7 +127,7 @@ class Work:
 def tokens(model: Model, width: int, height: int, frames: int, duration_s: float | None = None) -> int:
     """How many tokens the denoiser sees for one result: latent frames x latent size / patch, or seconds of sound."""
     if not frames:
-        return math.ceil((duration_s or SOUND_S) * SOUND_TOKENS_PER_S)
+        return math.ceil((duration_s or 60.0) * SOUND_TOKENS_PER_S)
     shape = Shape.of(model)
     rows, columns = (math.ceil(side / shape.pixel_step) for side in (height, width))
     return math.ceil(frames / shape.frame_step) * rows * columns

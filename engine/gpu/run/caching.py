@@ -76,7 +76,7 @@ def _taylor(denoiser: Any, timesteps: torch.Tensor, _: Model, job: Job) -> Taylo
 def _tea(denoiser: Any, timesteps: torch.Tensor, model: Model, job: Job) -> MagCacheConfig:
     """TeaCache (arXiv:2411.19108): the steps where the time embedding has hardly changed are skipped."""
     # The embedding depends on the timestep alone, so the steps to compute are known before the run.
-    coefficients = calibration.constants()["teacache"][model.tea_calibration]["coefficients"]
+    coefficients = calibration.CONSTANTS["teacache"][model.tea_calibration]["coefficients"]
     changes = embedding_changes(denoiser, timesteps.to(denoiser.device))
     steps, warm = len(timesteps), _warm_steps(len(timesteps), job)
     schedule = partial(calibration.tea_schedule, coefficients, changes, warm_steps=warm)

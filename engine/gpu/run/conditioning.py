@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from engine.catalog.abilities import INPUTS
-from engine.catalog.models import FORMS, MASKED_FORMS, Pipeline
+from engine.catalog.abilities import FORMS, INPUTS
+from engine.catalog.models import MASKED_FORMS, Pipeline
 from engine.files import footage, media
 from engine.job import Job
 
