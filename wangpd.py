@@ -75,8 +75,6 @@ DRAIN_S = 5  # for answers under way at a shutdown
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
 QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
 
-# --------------------------------------------------------------------------------------------------------- general
-
 routes = Routes()
 
 
@@ -102,9 +100,6 @@ async def ready(request: web.Request) -> web.Response:
     if reason := next(filter(None, [*app[QUEUE].faults.values(), app[OUTPUTS].no_room(), closed]), None):
         raise web.HTTPServiceUnavailable(text=reason)
     return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": views.remarks(app)})
-
-
-# ---------------------------------------------------------------------------------------------------------- models
 
 
 @routes.operation("Models", "GET /models", schemas.ModelList, 400, query=requests.ModelsQuery)
@@ -152,8 +147,8 @@ async def start_download(request: web.Request) -> web.Response:
     """Fetch a model's weights, beside the queue; an interrupted download is continued."""
     app, model = request.app, requested_model(request)
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
-        return answered(f"Model '{model.id}' is installed", views.installed_state(model))
-    state = views.download_state(app[DOWNLOADS].start(model.id))
+        return answered(f"Model '{model.id}' is installed", views.download_state(model.id, None))
+    state = views.download_state(model.id, app[DOWNLOADS].start(model.id))
     return answered(f"Model '{model.id}' is being downloaded", state)
 
 
@@ -162,9 +157,9 @@ async def download_progress(request: web.Request) -> web.Response:
     """The progress of a model's download."""
     app, model = request.app, requested_model(request)
     if running := app[DOWNLOADS].latest.get(model.id):
-        return answered(f"Download of '{model.id}'", views.download_state(running))
+        return answered(f"Download of '{model.id}'", views.download_state(model.id, running))
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
-        return answered(f"Model '{model.id}' is installed", views.installed_state(model))
+        return answered(f"Model '{model.id}' is installed", views.download_state(model.id, None))
     raise web.HTTPNotFound(text=f"Model '{model.id}' is neither installed nor being downloaded; POST starts a download")
 
 
@@ -173,7 +168,7 @@ async def cancel_download(request: web.Request) -> web.Response:
     """Cancel a download; the next one continues it."""
     model = requested_model(request)
     cancelled = await request.app[DOWNLOADS].cancel(model.id)
-    return answered(f"Download of '{model.id}' cancelled", views.download_state(cancelled))
+    return answered(f"Download of '{model.id}' cancelled", views.download_state(model.id, cancelled))
 
 
 @routes.operation("Models", "GET /loras", schemas.LoraList, 400, 404, query=requests.LorasQuery)
@@ -192,9 +187,6 @@ async def unload(request: web.Request) -> web.Response:
     return answered("Memory given back" if unloaded else "Nothing was loaded", {"unloaded": unloaded})
 
 
-# ------------------------------------------------------------------------------------------------------ generation
-
-
 @routes.operation(
     *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 503),
     body=requests.GenerateRequest,
@@ -208,8 +200,10 @@ async def generate(request: web.Request) -> web.Response:
     idempotency_key, digest = requested_key(request), request[DIGEST]
     if idempotency_key and (replay := await app[QUEUE].replay(idempotency_key, digest)):
         return accepted(app, replay)
-    if not dry:
-        require_room(app)  # first, so that a refused request leaves no picture behind
+    if not dry:  # first, so that a refused request leaves no picture behind
+        if sentence := app[OUTPUTS].no_room():
+            raise web.HTTPServiceUnavailable(text=sentence)
+        app[QUEUE].require_open()
     async with app[HEAVY]:
         resolved = await asyncio.to_thread(app[ADMISSION].admit, body, store=not dry)
     if dry:
@@ -217,21 +211,12 @@ async def generate(request: web.Request) -> web.Response:
     return accepted(app, await app[QUEUE].submit(resolved.job, resolved.warnings, key=idempotency_key, request=digest))
 
 
-def require_room(app: web.Application) -> None:
-    """Raises 503 or Unavailable if no task can be taken now."""
-    if sentence := app[OUTPUTS].no_room():
-        raise web.HTTPServiceUnavailable(text=sentence)
-    app[QUEUE].require_open()
-
-
 def requested_key(request: web.Request) -> str | None:
     """Return the key that makes a retry safe, or None. Raises BadRequest."""
-    sent = request.headers.get(requests.IDEMPOTENCY_KEY["name"])
-    if sent is not None and not (
-        1 <= len(sent) <= requests.MAX_KEY_CHARS and sent.isprintable()
-    ):  # non-UTF-8 bytes are not
-        raise BadRequest(f"Idempotency-Key: it must have 1 to {requests.MAX_KEY_CHARS} printable characters")
-    return sent
+    sent, most = request.headers.get(requests.IDEMPOTENCY_KEY["name"]), requests.MAX_KEY_CHARS
+    if sent is None or (1 <= len(sent) <= most and sent.isprintable()):  # bytes that are not UTF-8 can't be printed
+        return sent
+    raise BadRequest(f"Idempotency-Key: it must have 1 to {most} printable characters")
 
 
 def accepted(app: web.Application, receipt: Receipt) -> web.Response:
@@ -257,9 +242,6 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
         "settings": echo(job),
     }
     return answered("Dry run: nothing was queued", data)
-
-
-# ----------------------------------------------------------------------------------------------------------- queue
 
 
 @routes.operation("Queue", "GET /queue", schemas.QueueState)
@@ -340,9 +322,6 @@ async def history(request: web.Request) -> web.Response:
     return answered(f"Found {total} tasks", data)
 
 
-# ---------------------------------------------------------------------------------------------------- output files
-
-
 @routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, query=requests.OutputsQuery)
 async def outputs(request: web.Request) -> web.Response:
     """The finished files, newest first."""
@@ -387,9 +366,6 @@ async def preview(request: web.Request) -> web.StreamResponse:
     return media_file(request, thumbnail, "image/jpeg")
 
 
-# --------------------------------------------------------------------------------------------------- configuration
-
-
 @routes.operation("Configuration", "GET /config", schemas.ServerConfig)
 async def server_config(request: web.Request) -> web.Response:
     """The non-sensitive configuration."""
@@ -402,9 +378,6 @@ async def openapi_document(request: web.Request) -> web.Response:
     if not app[DOCUMENT]:  # made when first requested: it costs more than a start may
         app[DOCUMENT].update(await asyncio.to_thread(api_document, app))
     return web.json_response(app[DOCUMENT])
-
-
-# -------------------------------------------------------------------------------------------------------- make_app
 
 
 def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
@@ -453,9 +426,6 @@ def read_catalog(config: Config) -> Catalog:
     if config.default_model not in catalog:
         raise ConfigError(f"default_model: {config.default_model!r} is not in the catalogue; see: wangpd models")
     return catalog
-
-
-# ------------------------------------------------------------------------------------------------------- lifetimes
 
 
 async def processes_lifetime(app: web.Application) -> AsyncIterator[None]:
@@ -507,9 +477,6 @@ async def sweep(app: web.Application) -> None:
         await asyncio.sleep(SWEEP_S)
 
 
-# --------------------------------------------------------------------------------------------------------- systemd
-
-
 class Supervisor:
     """Notifies systemd: READY, the queue in STATUS, and the watchdog. Does nothing where there is no systemd."""
 
@@ -540,9 +507,6 @@ class Supervisor:
         while True:
             self.notify("WATCHDOG=1", self.status())
             await asyncio.sleep(self._interval_s)
-
-
-# ----------------------------------------------------------------------------------------------------------- serve
 
 
 class CantStart(Exception):
@@ -609,9 +573,6 @@ def on_signal(stop: asyncio.Event, app: web.Application) -> None:
     stop.set()
 
 
-# ------------------------------------------------------------------------------------------------------------ main
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon or a command. The exit code: 0, 1 for a fault of the machine, 2 for a wrong configuration."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -628,20 +589,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command:
         return run_command(options, config, catalog)
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
-    return started(config, catalog)
-
-
-def started(config: Config, catalog: Catalog) -> int:
-    """Serve until the end; return the exit code."""
     try:
         require_folders(config)
         with only_one(config.state_path):
             asyncio.run(serve(config, catalog))
-    except CantStart as error:
-        print(f"wangpd: {error}", file=sys.stderr)
-        return 1
-    except (OSError, JournalFault) as error:
-        print(f"wangpd: can't go on: {error}", file=sys.stderr)
+    except (CantStart, OSError, JournalFault) as error:
+        print("wangpd:", error if isinstance(error, CantStart) else f"can't go on: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -49,25 +49,19 @@ def model_details(app: web.Application, model: Model) -> dict[str, Any]:
     return model_entry(app, model) | details | {"licence": model.licence}
 
 
-def download_state(download: Download) -> dict[str, Any]:
-    """Return a download as it is now."""
+def download_state(model_id: str, download: Download | None) -> dict[str, Any]:
+    """Return a download as it is now; None: the model's files are all here."""
     return {
-        "model": download.model_id,
-        "status": download.stage,
-        "progress": download.percent,
-        "downloaded_bytes": download.done_bytes,
-        "total_bytes": download.total_bytes,
-        "file": download.file or None,
-        "error": download.error,
-        "started_at": iso(download.started_at),
-        "finished_at": iso(download.finished_at),
+        "model": model_id,
+        "status": download.stage if download else "installed",
+        "progress": download.percent if download else 100.0,
+        "downloaded_bytes": download.done_bytes if download else 0,
+        "total_bytes": download and download.total_bytes,
+        "file": (download and download.file) or None,
+        "error": download and download.error,
+        "started_at": download and iso(download.started_at),
+        "finished_at": download and iso(download.finished_at),
     }
-
-
-def installed_state(model: Model) -> dict[str, Any]:
-    """Return the same for a model whose files are all here."""
-    nothing = dict.fromkeys(("total_bytes", "file", "error", "started_at", "finished_at"))
-    return {"model": model.id, "status": "installed", "progress": 100.0, "downloaded_bytes": 0, **nothing}
 
 
 def queue_entries(tasks: Sequence[Task], running: int) -> list[dict[str, Any]]:
