@@ -152,13 +152,12 @@ def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapp
     """
     _check_inputs(catalog, model, given)
     task = _choose_task(model, frozenset(given), sent.get("task"))
-    _require_packages(model, task)
+    if missing := [name for name in model.pipelines[task].requires if find_spec(name) is None]:
+        reason = f"'{model.id}' needs the package {missing[0]}, which is not installed"
+        raise BadRequest(f"model_type: {reason}; install it with: pip install {' '.join(missing)}")
     warnings: list[str] = []
     values = _values(model, task, sent, warnings)
-    if (values["duration_seconds"] or 0) > model.max_duration_s:
-        most = f"the {model.max_duration_s} s that model '{model.id}' can make"
-        raise BadRequest(f"duration_seconds: {values['duration_seconds']:g} is over {most}; ask for less")
-    _check_step_cache(model, task, values)
+    _check_values(model, task, values)
     width, height = _size(model, task, values["resolution"])
     window, overlap = windows.chosen(model, task, values, warnings)
     rule = replace(model.frames, max=MAX_FRAMES) if window else model.frames
@@ -200,24 +199,13 @@ def _choose_task(model: Model, given: frozenset[str], wanted: str | None) -> str
     for task in tasks:
         if TASKS[task].fits(given) and given <= model.inputs_of(task):
             return task
-    raise BadRequest(_misfit(model, given, tasks))
-
-
-def _misfit(model: Model, given: frozenset[str], tasks: list[str]) -> str:
-    """Why none of `tasks` can be run with these inputs."""
-    for task in tasks:
+    for task in (task for task in tasks if given <= model.inputs_of(task)):
         for needed in TASKS[task].needs:
-            missing = [name for name in INPUTS if name in needed - given and name in model.inputs_of(task)]
-            if missing and given <= model.inputs_of(task):
-                return f"{missing[0]}: model '{model.id}' needs this {INPUTS[missing[0]].kind}, and none was sent"
+            if missing := [name for name in INPUTS if name in (needed - given) & model.inputs_of(task)]:
+                kind = INPUTS[missing[0]].kind
+                raise BadRequest(f"{missing[0]}: model '{model.id}' needs this {kind}, and none was sent")
     names = ", ".join(name for name in INPUTS if name in given) or "inputs"
-    return f"{names}: model '{model.id}' can't use these together; leave one out"
-
-
-def _require_packages(model: Model, task: str) -> None:
-    if missing := [name for name in model.pipelines[task].requires if find_spec(name) is None]:
-        reason = f"'{model.id}' needs the package {missing[0]}, which is not installed"
-        raise BadRequest(f"model_type: {reason}; install it with: pip install {' '.join(missing)}")
+    raise BadRequest(f"{names}: model '{model.id}' can't use these together; leave one out")
 
 
 def _values(model: Model, task: str, sent: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
@@ -237,8 +225,11 @@ def _values(model: Model, task: str, sent: Mapping[str, Any], warnings: list[str
     return values
 
 
-def _check_step_cache(model: Model, task: str, values: Mapping[str, Any]) -> None:
-    """Raises BadRequest for a step cache that would give wrong frames."""
+def _check_values(model: Model, task: str, values: Mapping[str, Any]) -> None:
+    """Raises BadRequest for a sound that is too long, and for a step cache that would give wrong frames."""
+    if (values["duration_seconds"] or 0) > model.max_duration_s:
+        most = f"the {model.max_duration_s} s that model '{model.id}' can make"
+        raise BadRequest(f"duration_seconds: {values['duration_seconds']:g} is over {most}; ask for less")
     wanted, usable = values["skip_steps_cache_type"], model.step_caches(task)
     if wanted and wanted not in usable:
         choice = f"it can use: {', '.join(usable)}" if usable else "it can use none"
