@@ -1,8 +1,8 @@
 """wangpd: a daemon that turns prompts into video with diffusers, behind the WanGP HTTP API.
 
-One file, read from top to bottom: routes and handlers in the contract's order · middlewares and make_app · lifetimes ·
-systemd · serve · main. The vocabulary of HTTP is in `engine/api/`, the queue in `engine/queue/`, everything that needs
-a GPU in a process of its own (`engine/workers/local.py`). Nothing happens at import.
+One file, read from top to bottom: routes and handlers in the contract's order · make_app and the lifetime of what it
+makes · systemd · serve · main. The vocabulary of HTTP is in `engine/api/`, the queue in `engine/queue/`, everything
+that needs a GPU in a process of its own (`engine/workers/local.py`). Nothing happens at import.
 """
 
 import asyncio
@@ -122,7 +122,9 @@ def requested_model(request: web.Request) -> Model:
 async def model_info(request: web.Request) -> web.Response:
     """One model."""
     model = requested_model(request)
-    return answered(f"Model info for '{model.id}'", await asyncio.to_thread(views.model_details, request.app, model))
+    further = {"default_settings": default_settings(model), "supported_features": model.features}
+    entry = await asyncio.to_thread(views.model_entry, request.app, model)
+    return answered(f"Model info for '{model.id}'", entry | further | {"licence": model.licence})
 
 
 @routes.operation("Models", "GET /models/{model_type}/settings", requests.Settings, 404)
@@ -138,8 +140,8 @@ async def load_model(request: web.Request) -> web.Response:
     app, model = request.app, requested_model(request)
     await asyncio.to_thread(app[ADMISSION].require_weights, model)
     loaded = app[QUEUE].load(model)
-    message = f"Model '{model.id}' is loaded" if loaded else f"Model '{model.id}' is being loaded"
-    return answered(message, {"model": model.id, "loaded": loaded})
+    state = "loaded" if loaded else "being loaded"
+    return answered(f"Model '{model.id}' is {state}", {"model": model.id, "loaded": loaded})
 
 
 @routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 404)
@@ -381,7 +383,7 @@ async def openapi_document(request: web.Request) -> web.Response:
 
 
 def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
-    """Return the whole daemon but its socket, for production and tests alike. Lifetimes are in `cleanup_ctx`."""
+    """Return the whole daemon but its socket, for production and tests alike."""
     app = web.Application(
         middlewares=[request_id_middleware, errors_middleware, guard_middleware, validation_middleware],
         client_max_size=config.max_body_mb * 2**20,
@@ -399,7 +401,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.extend([processes_lifetime, queue_lifetime])
+    app.cleanup_ctx.append(lifetime)
     return app
 
 
@@ -428,34 +430,31 @@ def read_catalog(config: Config) -> Catalog:
     return catalog
 
 
-async def processes_lifetime(app: web.Application) -> AsyncIterator[None]:
-    """Downloads and the generation processes end with the daemon, whatever they do."""
+async def lifetime(app: web.Application) -> AsyncIterator[None]:
+    """The journal is open, and its tasks run. Downloads and the generation processes end with it, whatever they do."""
     app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
-    yield
     try:
-        await app[DOWNLOADS].close()
+        await asyncio.to_thread(app[OUTPUTS].remove_parts)
+        await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
+        if aside := app[JOURNAL].set_aside:
+            log.error("the journal could not be read and was moved to %s; the queue starts empty", aside)
+        async with app[QUEUE].running(app[CONFIG].stop_grace_s):
+            beside = [asyncio.create_task(work(app)) for work in (sweep, warm_up)]
+            yield
+            for work in beside:
+                work.cancel()
+        await app[JOURNAL].close()
     finally:
-        close_engines(app)
+        try:
+            await app[DOWNLOADS].close()
+        finally:
+            close_engines(app)
 
 
 def close_engines(app: web.Application) -> None:
     """End all generation processes. Blocks briefly."""
     for engine in app[ENGINES]:
         engine.close()
-
-
-async def queue_lifetime(app: web.Application) -> AsyncIterator[None]:
-    """The journal is open, and its tasks run."""
-    await asyncio.to_thread(app[OUTPUTS].remove_parts)
-    await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
-    if app[JOURNAL].set_aside:
-        log.error("the journal could not be read and was moved to %s; the queue starts empty", app[JOURNAL].set_aside)
-    async with app[QUEUE].running(app[CONFIG].stop_grace_s):
-        beside = [asyncio.create_task(work(app)) for work in (sweep, warm_up)]
-        yield
-        for work in beside:
-            work.cancel()
-    await app[JOURNAL].close()
 
 
 async def warm_up(app: web.Application) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine import capabilities
 from engine.catalog import loras, weights
@@ -34,8 +34,7 @@ class BadRequest(Exception):
     """The request can't be run as it is: one sentence that names the field, the value, the rule and the remedy."""
 
 
-@dataclass(frozen=True)
-class Media:
+class Media(NamedTuple):
     """A checked input: the files of one field, and the length of a video or a sound."""
 
     paths: tuple[Path, ...]

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -26,9 +26,14 @@ Body = tuple[dict[str, Any], "hashlib._Hash"]  # the values as they were sent, a
 async def validation_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Validate path, query and body by the schemas of the handler, and leave the values in the request."""
     for described in getattr(request.match_info.handler, "__schemas__", ()):
-        key, read = _SOURCES[described["location"]]
+        schema, location = described["schema"], described["location"]
         try:
-            request[key] = await read(request, described["schema"])
+            if location == "match_info":
+                request[PATH] = validated(schema, request.match_info)
+            elif location == "querystring":  # of a name that is given twice, the first value counts
+                request[QUERY] = validated(schema, dict(reversed(list(request.query.items()))))
+            else:
+                request[BODY] = await _read_body(request, schema)
         except ValidationError as error:
             raise BadRequest(": ".join(first_fault(error))) from None
     return await handler(request)
@@ -43,15 +48,6 @@ def validated(schema: Schema, values: Mapping[str, Any]) -> dict[str, Any]:
     known = {name: value for name, value in checked.items() if value is not None or name not in values}
     unknown = [shortened(name) for name in values if name not in schema.fields]
     return {**known, UNKNOWN: unknown} if unknown else known
-
-
-async def _read_query(request: web.Request, schema: Schema) -> dict[str, Any]:
-    """The query; of a name that is given twice, the first value."""
-    return validated(schema, dict(reversed(list(request.query.items()))))
-
-
-async def _read_path(request: web.Request, schema: Schema) -> dict[str, Any]:
-    return validated(schema, request.match_info)
 
 
 async def _read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
@@ -92,13 +88,6 @@ async def _read_form(request: web.Request, schema: Schema) -> Callable[[], Body]
     except (ValueError, AssertionError, HttpProcessingError):
         raise BadRequest(BROKEN_FORM) from None
     return lambda: _form_body(received.items(), schema)
-
-
-_SOURCES: Mapping[str, tuple[Any, Callable[[web.Request, Schema], Awaitable[dict[str, Any]]]]] = {
-    "match_info": (PATH, _read_path),
-    "json": (BODY, _read_body),
-    "querystring": (QUERY, _read_query),
-}
 
 
 def parsed(raw: bytes) -> dict[str, Any]:

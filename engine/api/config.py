@@ -195,9 +195,14 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
     Raises ConfigError. Without any file the defaults hold, and paths are relative to the working directory.
     """
     path = file or next((place for place in (Path("wangpd.toml"), SYSTEM_CONFIG) if place.is_file()), None)
-    values = _checked(_toml(path), str(path)) if path else {}
-    base = path.parent if path else Path()
+    try:
+        values = _checked(tomllib.loads(path.read_text("utf-8")), str(path)) if path else {}
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name another file with --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
     values |= _checked(flags, "command line")
+    base = path.parent if path else Path()
     values["shown_save_path"] = str(values.get("save_path", Config.save_path))
     if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
         values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
@@ -220,15 +225,6 @@ def _missing(config: Config) -> str:
         *(capabilities.quantization_fault(config.transformer_quantization, device) for device in devices),
     )
     return next(filter(None, faults), "")
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name another file with --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -31,11 +31,17 @@ class Connection(web.RequestHandler):
         self._server, self._limit = server, limit
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection, or answer 503 without reading its request."""
         if len(self._server.connections) < self._limit:
             super().connection_made(transport)
             return
-        sentence = f"Too many connections: {self._limit} are open (max_connections)"
-        _refuse(cast(asyncio.Transport, transport), sentence)
+        refused = cast(asyncio.Transport, transport)
+        refused.set_protocol(asyncio.Protocol())
+        body = json.dumps({"detail": f"Too many connections: {self._limit} are open (max_connections)"})
+        refused.write(REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
+        # Half closed: closing with the request unread would reset the connection before the client reads the answer.
+        refused.write_eof()
+        asyncio.get_running_loop().call_later(REFUSED_S, refused.abort)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -55,13 +61,3 @@ class Connection(web.RequestHandler):
         if isinstance(resp, web.HTTPException) and resp.status >= 400:
             resp = failure(cast(web.Request, request), resp)
         return await super().finish_response(request, resp, start_time)
-
-
-def _refuse(transport: asyncio.Transport, sentence: str) -> None:
-    """Answer 503 to a connection that is one too many, without reading its request."""
-    transport.set_protocol(asyncio.Protocol())
-    body = json.dumps({"detail": sentence})
-    transport.write(REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
-    # Half closed: closing with the request unread would reset the connection before the client reads the answer.
-    transport.write_eof()
-    asyncio.get_running_loop().call_later(REFUSED_S, transport.abort)

@@ -52,13 +52,12 @@ def failure(request: web.Request, error: web.HTTPException) -> web.Response:
     return web.json_response({"detail": brief(sentence or error.reason)}, status=error.status, headers=headers)
 
 
-def _not_found(request: web.Request, error: web.HTTPException) -> str | None:
-    own = error.text if error.text != f"{error.status}: {error.reason}" else None
-    return own or f"There is no {request.path}; GET {API}/ lists what there is"
-
-
 _SENTENCES: Mapping[int, Callable[[web.Request, web.HTTPException], str | None]] = {
-    404: _not_found,
+    404: lambda request, error: (
+        error.text
+        if error.text != f"{error.status}: {error.reason}"
+        else f"There is no {request.path}; GET {API}/ lists what there is"
+    ),
     405: lambda request, error: f"{request.method} is not allowed here; allowed: {error.headers.get(hdrs.ALLOW, '')}",
     413: lambda request, _: f"The body is larger than {request.app[CONFIG].max_body_mb} MiB (max_body_mb)",
 }

@@ -34,7 +34,16 @@ def media_file(request: web.Request, path: Path, content_type: str, **headers: s
     except FileNotFoundError:
         raise gone(path) from None
     if range_applies(request, about):
-        _require_range(request, about.st_size)
+        try:
+            start = request.http_range.start
+        except ValueError:
+            start = about.st_size
+        if re.fullmatch(r"bytes=-0+", request.headers.get(hdrs.RANGE, "")):
+            start = about.st_size  # the last 0 bytes, which aiohttp takes for the whole file
+        if start is not None and start >= about.st_size:
+            sentence = f"Range: the file has {about.st_size} bytes, no such range in it"
+            headers = {hdrs.CONTENT_RANGE: f"bytes */{about.st_size}"}
+            raise web.HTTPRequestRangeNotSatisfiable(text=sentence, headers=headers)
     return MediaFile(path, about, {hdrs.CONTENT_TYPE: content_type, **headers})
 
 
@@ -55,17 +64,3 @@ def range_applies(request: web.BaseRequest, about: os.stat_result) -> bool:
         return True
     date = None if '"' in condition else cast(web.Request, request).if_range
     return date is not None and about.st_mtime <= date.timestamp()
-
-
-def _require_range(request: web.Request, size_bytes: int) -> None:
-    """Raises 416 with its reason if the range is outside the file."""
-    try:
-        start = request.http_range.start
-    except ValueError:
-        start = size_bytes
-    if re.fullmatch(r"bytes=-0+", request.headers.get(hdrs.RANGE, "")):
-        start = size_bytes  # the last 0 bytes, which aiohttp takes for the whole file
-    if start is not None and start >= size_bytes:
-        error = web.HTTPRequestRangeNotSatisfiable(text=f"Range: the file has {size_bytes} bytes, no such range in it")
-        error.headers[hdrs.CONTENT_RANGE] = f"bytes */{size_bytes}"
-        raise error

@@ -48,7 +48,9 @@ async def guard_middleware(request: web.Request, handler: Handler) -> web.Stream
     if request.method not in SAFE_METHODS and _from_elsewhere(request, host):
         raise web.HTTPForbidden(text="Origin: a web page of another site asked; cors_origins names those that may")
     guarded = request.path.startswith(API) and request.path not in OPEN_PATHS  # the documentation holds no secrets
-    if app[TOKEN] and guarded and not hmac.compare_digest(_bearer(request), app[TOKEN]):
+    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    bearer = token.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
+    if app[TOKEN] and guarded and not hmac.compare_digest(bearer, app[TOKEN]):
         sentence = "Authorization: 'Bearer TOKEN' is asked for here"
         raise web.HTTPUnauthorized(text=sentence, headers={hdrs.WWW_AUTHENTICATE: "Bearer"})
     return await handler(request)
@@ -79,12 +81,6 @@ def _may_share(request: web.Request) -> bool:
     """True if the page that asks is one of `cors_origins`."""
     allowed = request.app[CONFIG].cors_origins
     return request.headers.get(hdrs.ORIGIN) in allowed or (hdrs.ORIGIN in request.headers and "*" in allowed)
-
-
-def _bearer(request: web.Request) -> bytes:
-    """The token of the request; empty if there is none."""
-    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    return token.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:

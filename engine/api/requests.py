@@ -142,22 +142,21 @@ StatusQuery = query(wait=parameter(Digits, WAIT, between(1, 60)))
 PreviewQuery = query(width=parameter(Digits, WIDTH, between(32, 1920), default=PREVIEW_WIDTH))
 
 
-class ModelsQuery(Schema):
-    family = parameter(fields.String, "Only models of this family.")
-    task = parameter(fields.String, "Only models that do this.", one_of(*TASKS))
-    installed = parameter(fields.String, INSTALLED, one_of("true", "false"))
-
-
-class HistoryQuery(Schema):
-    status = parameter(fields.String, "Only tasks in this state.", one_of(*(status.value for status in Status)))
-    limit = parameter(Digits, "Most tasks to return.", MOST, default=50)
-    offset = parameter(Digits, "Tasks to leave out first.", between(0, 2**31), default=0)
-
-
-class OutputsQuery(Schema):
-    limit = parameter(Digits, "Most files to return.", MOST, default=50)
-    offset = parameter(Digits, "Files to leave out first.", validate.Range(0, error=AT_LEAST), default=0)
-    file_type = parameter(fields.String, "Only files of this type.", one_of("video", "image", "audio"))
+ModelsQuery = query(
+    family=parameter(fields.String, "Only models of this family."),
+    task=parameter(fields.String, "Only models that do this.", one_of(*TASKS)),
+    installed=parameter(fields.String, INSTALLED, one_of("true", "false")),
+)
+HistoryQuery = query(
+    status=parameter(fields.String, "Only tasks in this state.", one_of(*(status.value for status in Status))),
+    limit=parameter(Digits, "Most tasks to return.", MOST, default=50),
+    offset=parameter(Digits, "Tasks to leave out first.", between(0, 2**31), default=0),
+)
+OutputsQuery = query(
+    limit=parameter(Digits, "Most files to return.", MOST, default=50),
+    offset=parameter(Digits, "Files to leave out first.", validate.Range(0, error=AT_LEAST), default=0),
+    file_type=parameter(fields.String, "Only files of this type.", one_of("video", "image", "audio")),
+)
 
 
 class MoveRequest(Schema):

@@ -68,21 +68,21 @@ About = answer(
 )
 
 
-class ModelEntry(Schema):
-    id = required(str, "What `model_type` takes.")
-    name = required(str, "Name for people.")
-    description = required(str, "What it is for, in a line.")
-    family = required(str, "Its family.")
-    is_i2v = required(bool, "It animates a start picture.")
-    is_t2v = required(bool, "A prompt alone is enough.")
-    visible = required(bool, "Worth showing in a menu.")
-    kind = required(str, "`video`, `image` or `audio`.")
-    tasks = required(tuple[str, ...], "What it can do: t2v, i2v, flf2v, vace …")
-    installed = required(bool, "Its weights are on this machine.")
-    loaded = required(bool, "It is warm: a task of it loads nothing.")
-    limits = required(dict, "Size step, frame rule, sliding windows, and which inputs it takes.")
-
-
+ModelEntry = answer(
+    "ModelEntry",
+    id=required(str, "What `model_type` takes."),
+    name=required(str, "Name for people."),
+    description=required(str, "What it is for, in a line."),
+    family=required(str, "Its family."),
+    is_i2v=required(bool, "It animates a start picture."),
+    is_t2v=required(bool, "A prompt alone is enough."),
+    visible=required(bool, "Worth showing in a menu."),
+    kind=required(str, "`video`, `image` or `audio`."),
+    tasks=required(tuple[str, ...], "What it can do: t2v, i2v, flf2v, vace …"),
+    installed=required(bool, "Its weights are on this machine."),
+    loaded=required(bool, "It is warm: a task of it loads nothing."),
+    limits=required(dict, "Size step, frame rule, sliding windows, and which inputs it takes."),
+)
 ModelList = answer("ModelList", models=many(ModelEntry, "All models of the catalogue."))
 ModelInfo = answer(
     "ModelInfo",
@@ -93,88 +93,88 @@ ModelInfo = answer(
 )
 
 
-class Cost(Schema):
-    """What a job needs, by arithmetic; good to about a third."""
-
-    memory_bytes = required(int, "Most memory in use at once: of the card, or RAM without one.")
-    seconds = required(float, "Seconds of its own work: by history where there is one, else by the plan.")
-    plan = required(str, "Where the weights will be, in a line.")
-
-
-class Submitted(Schema):
-    task_id = nullable(int, "Grows with every task and is never used twice; null for a dry run.")
-    position = nullable(int, "1: it is processed or next; null for a dry run.")
-    estimated_wait = nullable(float, "Seconds until it starts; null with no history.")
-    seed = required(int, "Seed of the first file.")
-    warnings = required(tuple[str, ...], "What was changed or ignored.")
-    status_url = nullable(str, "Where to ask how far it is; null for a dry run.")
-    settings = member(dict, "Everything as it was resolved; only in a dry run.")
-    estimate = member(
+# What a job needs, by arithmetic; good to about a third.
+Cost = answer(
+    "Cost",
+    memory_bytes=required(int, "Most memory in use at once: of the card, or RAM without one."),
+    seconds=required(float, "Seconds of its own work: by history where there is one, else by the plan."),
+    plan=required(str, "Where the weights will be, in a line."),
+)
+Submitted = answer(
+    "Submitted",
+    task_id=nullable(int, "Grows with every task and is never used twice; null for a dry run."),
+    position=nullable(int, "1: it is processed or next; null for a dry run."),
+    estimated_wait=nullable(float, "Seconds until it starts; null with no history."),
+    seed=required(int, "Seed of the first file."),
+    warnings=required(tuple[str, ...], "What was changed or ignored."),
+    status_url=nullable(str, "Where to ask how far it is; null for a dry run."),
+    settings=member(dict, "Everything as it was resolved; only in a dry run."),
+    estimate=member(
         Cost, "What it needs; null until a worker has measured the device; only in a dry run.", allow_none=True
-    )
-    estimated_seconds = member(
+    ),
+    estimated_seconds=member(
         float, "Seconds of its own work; null with no history; only in a dry run.", allow_none=True
-    )
-
-
-class QueuedTask(Schema):
-    id = required(int, "Its id.")
-    prompt = required(str, f"Its prompt, shortened to {MAX_LISTED_CHARS} characters.")
-    status = required(str, "`processing`, `cancelling` or `queued`.")
-    length = required(int, "Frames.")
-    steps = required(int, "Denoising steps.")
-    position = required(int, "1: it is processed or next; others count on from all that are processed.")
-
-
-class QueueState(Schema):
-    total_tasks = required(int, "Tasks that have not ended.")
-    current_task_id = nullable(int, "The one that runs; of several, the one that started first.")
-    is_processing = required(bool, "One runs.")
-    paused = required(bool, "No waiting task is started.")
-    tasks = many(QueuedTask, "In their order.")
-
-
-class FileEntry(Schema):
-    filename = required(str, "Name for `/download` and `/preview`.")
-    type = required(str, "`video`, `image` or `audio`.")
-    size_bytes = required(int, "Size of the file.")
-
-
-class MadeFile(FileEntry):
-    url = required(str, "Path of the download.")
-    preview_url = required(str, "Path of the thumbnail.")
-    width = required(int, "Pixels.")
-    height = required(int, "Pixels.")
-    frames = required(int, "Frames; 1 for a picture.")
-    fps = required(int, "Frames a second.")
-    seed = required(int, "Its own seed.")
-
-
-class TaskState(Schema):
-    task_id = required(int, "Its id.")
-    status = required(str, "; ".join(Status))
-    progress = required(float, "Percent; only grows, and is 100 with `completed`.")
-    current_step = required(int, "Denoising steps done, over all runs.")
-    total_steps = required(int, "Denoising steps of all runs.")
-    position = nullable(int, "1: it is processed or next; null once it has ended.")
-    eta_seconds = nullable(float, "Seconds of its own work still ahead, none of them in the queue.")
-    phase = nullable(str, "`loading`, `encoding`, `denoising`, `decoding` or `saving` while it runs.")
-    prompt = required(str, "The whole prompt.")
-    model_type = required(str, "Its model.")
-    seed = required(int, "Seed of its first file.")
-    settings = required(TaskSettings, "As they were resolved.")
-    warnings = required(tuple[str, ...], "What was changed or ignored.")
-    created_at = time_field("When it was accepted.")
-    started_at = time_field("When it last started.", allow_none=True)
-    finished_at = time_field("When it ended.", allow_none=True)
-    timings = table(float, "Phase → seconds.")
-    peak_memory_bytes = required(int, "Most memory in use at once: of the card, or else of the process.")
-    memory_plan = required(str, "Where the weights were, in a line; empty until it is completed.")
-    attempts = required(int, "How often it started.")
-    error = nullable(Fault, "Why it failed.")
-    files = many(MadeFile, "What it made, each file whole.")
-
-
+    ),
+)
+QueuedTask = answer(
+    "QueuedTask",
+    id=required(int, "Its id."),
+    prompt=required(str, f"Its prompt, shortened to {MAX_LISTED_CHARS} characters."),
+    status=required(str, "`processing`, `cancelling` or `queued`."),
+    length=required(int, "Frames."),
+    steps=required(int, "Denoising steps."),
+    position=required(int, "1: it is processed or next; others count on from all that are processed."),
+)
+QueueState = answer(
+    "QueueState",
+    total_tasks=required(int, "Tasks that have not ended."),
+    current_task_id=nullable(int, "The one that runs; of several, the one that started first."),
+    is_processing=required(bool, "One runs."),
+    paused=required(bool, "No waiting task is started."),
+    tasks=many(QueuedTask, "In their order."),
+)
+FileEntry = answer(
+    "FileEntry",
+    filename=required(str, "Name for `/download` and `/preview`."),
+    type=required(str, "`video`, `image` or `audio`."),
+    size_bytes=required(int, "Size of the file."),
+)
+MadeFile = answer(
+    "MadeFile",
+    FileEntry,
+    url=required(str, "Path of the download."),
+    preview_url=required(str, "Path of the thumbnail."),
+    width=required(int, "Pixels."),
+    height=required(int, "Pixels."),
+    frames=required(int, "Frames; 1 for a picture."),
+    fps=required(int, "Frames a second."),
+    seed=required(int, "Its own seed."),
+)
+TaskState = answer(
+    "TaskState",
+    task_id=required(int, "Its id."),
+    status=required(str, "; ".join(Status)),
+    progress=required(float, "Percent; only grows, and is 100 with `completed`."),
+    current_step=required(int, "Denoising steps done, over all runs."),
+    total_steps=required(int, "Denoising steps of all runs."),
+    position=nullable(int, "1: it is processed or next; null once it has ended."),
+    eta_seconds=nullable(float, "Seconds of its own work still ahead, none of them in the queue."),
+    phase=nullable(str, "`loading`, `encoding`, `denoising`, `decoding` or `saving` while it runs."),
+    prompt=required(str, "The whole prompt."),
+    model_type=required(str, "Its model."),
+    seed=required(int, "Seed of its first file."),
+    settings=required(TaskSettings, "As they were resolved."),
+    warnings=required(tuple[str, ...], "What was changed or ignored."),
+    created_at=time_field("When it was accepted."),
+    started_at=time_field("When it last started.", allow_none=True),
+    finished_at=time_field("When it ended.", allow_none=True),
+    timings=table(float, "Phase → seconds."),
+    peak_memory_bytes=required(int, "Most memory in use at once: of the card, or else of the process."),
+    memory_plan=required(str, "Where the weights were, in a line; empty until it is completed."),
+    attempts=required(int, "How often it started."),
+    error=nullable(Fault, "Why it failed."),
+    files=many(MadeFile, "What it made, each file whole."),
+)
 Removed = answer(
     "Removed",
     removed_task_id=required(int, "Its id."),
@@ -184,12 +184,12 @@ Paused = answer("Paused", paused=required(bool, "No waiting task is started."))
 Moved = answer("Moved", task_id=required(int, "Its id."), position=required(int, "Where it waits now."))
 
 
-class Page(Schema):
-    total = required(int, "Entries of this kind in all.")
-    limit = required(int, "As requested.")
-    offset = required(int, "As requested.")
-
-
+Page = answer(
+    "Page",
+    total=required(int, "Entries of this kind in all."),
+    limit=required(int, "As requested."),
+    offset=required(int, "As requested."),
+)
 TaskPage = answer("TaskPage", Page, tasks=many(TaskState, "Newest first."))
 LoraList = answer(
     "LoraList",
@@ -203,26 +203,27 @@ LoadState = answer(
 Unloaded = answer("Unloaded", unloaded=required(bool, "There was something to give back."))
 
 
-class DownloadState(Schema):
-    model = required(str, "Its id.")
-    status = required(str, "`installed`; " + "; ".join(Stage))
-    progress = required(float, "Percent; 100 when everything is here.")
-    downloaded_bytes = required(int, "What is here of the files that were missing.")
-    total_bytes = nullable(int, "Size of those files; null until the hub has answered.")
-    file = nullable(str, "The one that is being fetched.")
-    error = nullable(Fault, "Why it failed.")
-    started_at = time_field("When it was requested.", allow_none=True)
-    finished_at = time_field("When it ended.", allow_none=True)
-
-
+DownloadState = answer(
+    "DownloadState",
+    model=required(str, "Its id."),
+    status=required(str, "`installed`; " + "; ".join(Stage)),
+    progress=required(float, "Percent; 100 when everything is here."),
+    downloaded_bytes=required(int, "What is here of the files that were missing."),
+    total_bytes=nullable(int, "Size of those files; null until the hub has answered."),
+    file=nullable(str, "The one that is being fetched."),
+    error=nullable(Fault, "Why it failed."),
+    started_at=time_field("When it was requested.", allow_none=True),
+    finished_at=time_field("When it ended.", allow_none=True),
+)
 Cleared = answer("Cleared", removed_count=required(int, "How many waited."))
 
 
-class OutputEntry(FileEntry):
-    created_at = time_field("When it was made.")
-    modified_at = time_field("When it was last changed.")
-
-
+OutputEntry = answer(
+    "OutputEntry",
+    FileEntry,
+    created_at=time_field("When it was made."),
+    modified_at=time_field("When it was last changed."),
+)
 OutputPage = answer("OutputPage", Page, files=many(OutputEntry, "Newest first."))
 
 

@@ -43,12 +43,6 @@ def model_entry(app: web.Application, model: Model) -> dict[str, Any]:
     }
 
 
-def model_details(app: web.Application, model: Model) -> dict[str, Any]:
-    """Return all that is known of a model. Blocks."""
-    details = {"default_settings": default_settings(model), "supported_features": model.features}
-    return model_entry(app, model) | details | {"licence": model.licence}
-
-
 def download_state(model_id: str, download: Download | None) -> dict[str, Any]:
     """Return a download as it is now; None: the model's files are all here."""
     return {
