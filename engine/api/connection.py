@@ -24,8 +24,6 @@ REFUSAL = (
 class Connection(web.RequestHandler):
     """A connection with aiohttp's protocol, unless it is one too many; aiohttp's own refusals become JSON."""
 
-    __slots__ = ("_limit", "_server")
-
     def __init__(self, server: web.Server, limit: int, **options: Any) -> None:
         super().__init__(server, **options)
         self._server, self._limit = server, limit
