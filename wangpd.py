@@ -78,6 +78,7 @@ QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
 routes = Routes()
 
 
+# ---- general
 @routes.get(API)
 @routes.operation("General", "GET /", schemas.About)
 async def about(request: web.Request) -> web.Response:
@@ -102,6 +103,7 @@ async def ready(request: web.Request) -> web.Response:
     return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": views.remarks(app)})
 
 
+# ---- models
 @routes.operation("Models", "GET /models", schemas.ModelList, 400, query=requests.ModelsQuery)
 async def models(request: web.Request) -> web.Response:
     """All models, or those of a family, for a task, that are installed."""
@@ -189,6 +191,7 @@ async def unload(request: web.Request) -> web.Response:
     return answered("Memory given back" if unloaded else "Nothing was loaded", {"unloaded": unloaded})
 
 
+# ---- generation
 @routes.operation(
     *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 503),
     body=requests.GenerateRequest,
@@ -246,6 +249,7 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
     return answered("Dry run: nothing was queued", data)
 
 
+# ---- queue
 @routes.operation("Queue", "GET /queue", schemas.QueueState)
 async def queue_state(request: web.Request) -> web.Response:
     """The running and the waiting tasks."""
@@ -324,6 +328,7 @@ async def history(request: web.Request) -> web.Response:
     return answered(f"Found {total} tasks", data)
 
 
+# ---- output files
 @routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, query=requests.OutputsQuery)
 async def outputs(request: web.Request) -> web.Response:
     """The finished files, newest first."""
@@ -368,6 +373,7 @@ async def preview(request: web.Request) -> web.StreamResponse:
     return media_file(request, thumbnail, "image/jpeg")
 
 
+# ---- configuration
 @routes.operation("Configuration", "GET /config", schemas.ServerConfig)
 async def server_config(request: web.Request) -> web.Response:
     """The non-sensitive configuration."""
@@ -382,6 +388,7 @@ async def openapi_document(request: web.Request) -> web.Response:
     return web.json_response(app[DOCUMENT])
 
 
+# ---- the application
 def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     """Return the whole daemon but its socket, for production and tests alike."""
     app = web.Application(
@@ -430,6 +437,7 @@ def read_catalog(config: Config) -> Catalog:
     return catalog
 
 
+# ---- lifetimes
 async def lifetime(app: web.Application) -> AsyncIterator[None]:
     """The journal is open, and its tasks run. Downloads and the generation processes end with it, whatever they do."""
     app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
@@ -476,6 +484,7 @@ async def sweep(app: web.Application) -> None:
         await asyncio.sleep(SWEEP_S)
 
 
+# ---- systemd
 class Supervisor:
     """Notifies systemd: READY, the queue in STATUS, and the watchdog. Does nothing where there is no systemd."""
 
@@ -508,6 +517,7 @@ class Supervisor:
             await asyncio.sleep(self._interval_s)
 
 
+# ---- serve
 class CantStart(Exception):
     """This machine does not let the daemon start: one sentence that names the key, the value and the remedy."""
 
@@ -572,6 +582,7 @@ def on_signal(stop: asyncio.Event, app: web.Application) -> None:
     stop.set()
 
 
+# ---- main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon or a command. The exit code: 0, 1 for a fault of the machine, 2 for a wrong configuration."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)

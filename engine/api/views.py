@@ -12,7 +12,7 @@ from engine.api.schemas import PUBLIC_KEYS
 from engine.catalog import weights
 from engine.catalog.abilities import INPUTS
 from engine.catalog.download import Download
-from engine.catalog.models import Catalog, Model, default_settings
+from engine.catalog.models import Catalog, Model
 from engine.files.outputs import Entry
 from engine.planning import windows
 from engine.queue.tasks import Task
