@@ -24,13 +24,7 @@ from aiohttp import hdrs, web
 from engine.admission import Admission, BadRequest, Policy, Resolved
 from engine.api import requests, schemas, views
 from engine.api.answers import answered, iso, link, shortened
-from engine.api.body import validation_middleware
-from engine.api.config import KEYS, Config, ConfigError, load_config
-from engine.api.connection import Connection
-from engine.api.errors import errors_middleware
-from engine.api.files import gone, inline, media_file
-from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
-from engine.api.keys import (
+from engine.api.app_keys import (
     ADMISSION,
     API,
     BODY,
@@ -49,6 +43,12 @@ from engine.api.keys import (
     QUEUE,
     TOKEN,
 )
+from engine.api.body import validation_middleware
+from engine.api.config import KEYS, Config, ConfigError, load_config
+from engine.api.connection import Connection
+from engine.api.errors import errors_middleware
+from engine.api.files import gone, inline, media_file
+from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
 from engine.api.openapi import Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
 from engine.catalog import loras, weights

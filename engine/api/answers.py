@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from engine.api.keys import API, CONFIG
+from engine.api.app_keys import API, CONFIG
 
 MAX_LISTED_CHARS = 100  # of a prompt or name in a listing or a sentence
 MAX_SENTENCE_CHARS = 2000

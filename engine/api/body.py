@@ -13,8 +13,8 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields
 
 from engine.admission import UNKNOWN, BadRequest
 from engine.api.answers import shortened
+from engine.api.app_keys import BODY, CONFIG, DIGEST, HEAVY, PATH, QUERY, Handler
 from engine.api.fields import File, first_fault
-from engine.api.keys import BODY, CONFIG, DIGEST, HEAVY, PATH, QUERY, Handler
 from engine.api.openapi import JSON_TYPE
 
 FORM_TYPE = "multipart/form-data"

@@ -15,6 +15,7 @@ from engine import capabilities
 from engine.api.fields import FIELD_OF, Text, between, each, first_fault, matches, one_of
 from engine.files.outputs import Retention
 from engine.job import EngineConfig
+from engine.queue.runner import Limits
 
 Part = TypeVar("Part")
 SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
@@ -40,7 +41,7 @@ def key(default: Any, rule: Callable[[Any], Any] | None = None, *, why: str) -> 
 class Config:
     """Every key of `wangpd.toml`, in its order. Relative paths are relative to that file.
 
-    What the generation process needs has its default in EngineConfig.
+    What the generation process or the queue needs has its default in EngineConfig or Limits.
     """
 
     # fmt: off
@@ -98,7 +99,7 @@ class Config:
         why="MiB of RAM for encoded prompts, so that the same prompt is not encoded again; 0: off.")
     mmaudio_enabled: int = key(0, one_of(0),
         why="Sound made to fit a video: 0, since diffusers has no MMAudio.")
-    idle_unload_s: float = key(0.0, between(0, 10**7),
+    idle_unload_s: float = key(Limits.idle_unload_s, between(0, 10**7),
         why="Seconds of idleness after which all GPU memory is given back; 0: never.")
 
     image_format: str = key(EngineConfig.image_format, one_of("png", "jpeg", "webp"),
@@ -121,7 +122,7 @@ class Config:
     keep_outputs_mb: int = key(0, between(0, 10**9),
         why="MiB of finished files; the oldest beyond it are deleted; 0: no limit.")
 
-    max_queue: int = key(1000, between(1, 1_000_000),
+    max_queue: int = key(Limits.max_queue, between(1, 1_000_000),
         why="Tasks that may wait; one more is answered 503.")
     max_body_mb: int = key(64, between(1, 2048),
         why="Largest request body in MiB; base64 pictures need a third more than their files.")
@@ -132,19 +133,19 @@ class Config:
     body_timeout_s: float = key(120.0, between(1, 86400),
         why="Seconds in which a request's body must have arrived.")
 
-    max_attempts: int = key(2, between(1, 100),
+    max_attempts: int = key(Limits.max_attempts, between(1, 100),
         why="How often a task may start when the daemon dies under it, before it fails.")
-    on_restart: str = key("resume", one_of("resume", "pause", "fail"),
+    on_restart: str = key(Limits.on_restart, one_of("resume", "pause", "fail"),
         why="What becomes of a task that ran when the daemon died: resume, pause or fail; a stop puts it back.")
     history_days: int = key(30, between(1, 36500),
         why="Days that the record of an ended task is kept; its files stay.")
-    history_count: int = key(10_000, between(1, 10_000_000),
+    history_count: int = key(Limits.history_count, between(1, 10_000_000),
         why="Records of ended tasks that are kept at most.")
     cancel_grace_s: float = key(10.0, between(0, 3600),
         why="Seconds that a cancelled task may take to stop before its process is ended.")
     stop_grace_s: float = key(15.0, between(0, 3600),
         why="Seconds that a shutdown waits for the running task; keep it under TimeoutStopSec.")
-    step_timeout_s: float = key(600.0, between(1, 86400),
+    step_timeout_s: float = key(Limits.step_timeout_s, between(1, 86400),
         why="Seconds without progress that end a task, six times that while it loads; twenty usual steps if longer.")
 
     log_level: str = key(EngineConfig.log_level, one_of("debug", "info", "warning", "error"),

@@ -7,7 +7,7 @@ from aiohttp import hdrs, web
 
 from engine.admission import BadRequest
 from engine.api.answers import brief
-from engine.api.keys import API, CONFIG, REQUEST_ID, Handler
+from engine.api.app_keys import API, CONFIG, REQUEST_ID, Handler
 from engine.catalog.download import NoDownload
 from engine.catalog.models import UnknownModel
 from engine.queue.journal import JournalFault, KeyReused

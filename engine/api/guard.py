@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
 
 from engine.api.answers import shortened
-from engine.api.keys import API, CLIENT, CONFIG, REQUEST_ID, TOKEN, Handler
+from engine.api.app_keys import API, CLIENT, CONFIG, REQUEST_ID, TOKEN, Handler
 
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
 OPEN_PATHS = frozenset({f"{API}/health", f"{API}/health/ready"})  # monitors read them without the token

@@ -11,7 +11,7 @@ from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 from marshmallow import Schema, fields
 
-from engine.api.keys import API, Handler
+from engine.api.app_keys import API, Handler
 from engine.api.requests import PATH_FIELDS
 from engine.api.schemas import Failure, envelope
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from engine.api.keys import Handler
+from engine.api.app_keys import Handler
 
 SWAGGER = "SwaggerUIBundle({url: 'openapi.json', dom_id: '#viewer', deepLinking: true})"
 REDOC = "Redoc.init('openapi.json', {disableSearch: false}, document.getElementById('viewer'))"

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from engine.api.answers import iso, link, shortened
-from engine.api.keys import CONFIG, JOURNAL, QUEUE
+from engine.api.app_keys import CONFIG, JOURNAL, QUEUE
 from engine.api.schemas import PUBLIC_KEYS
 from engine.catalog import weights
 from engine.catalog.abilities import INPUTS
