@@ -134,7 +134,7 @@ class Admission:
             raise BadRequest(f"activated_loras: model '{model.id}' takes no LoRAs; leave them out")
         if found is None:
             remedy = weights.remedy(model, self._policy.models_dir)
-            reason = f"'{model.id}' is not installed, so nothing tells whether they fit"
+            reason = f"'{model.id}' is not installed, so it can't be checked whether they fit"
             raise BadRequest(f"activated_loras: {reason}; {remedy}")
         names, multipliers = list(body["activated_loras"]), body.get("loras_multipliers", "")
         try:
