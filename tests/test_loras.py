@@ -193,7 +193,9 @@ def test_before_the_weights_are_here_nothing_tells_whether_a_lora_fits(tmp_path:
     with idle_daemon(tmp_path, allow_download=True) as daemon:
         request = {"prompt": "a", "model_type": "wan_t2v_1.3B", "activated_loras": ["one"]}
         answer = daemon.post("/generate", request)
-    sentence = "activated_loras: 'wan_t2v_1.3B' is not installed, so it can't be checked whether they fit; install it with: "
+    sentence = (
+        "activated_loras: 'wan_t2v_1.3B' is not installed, so it can't be checked whether they fit; install it with: "
+    )
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith(sentence)
 
