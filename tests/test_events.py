@@ -14,12 +14,12 @@ from engine.queue.events import EventKind, Events, EventsLost, Subscription
 from engine.queue.queue import TaskQueue
 from engine.queue.tasks import Status
 from engine.workers.lanes import Progress
-from tests.house import House, until
+from tests.harness import Harness, until
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    return House(tmp_path)
+def harness(tmp_path: Path) -> Harness:
+    return Harness(tmp_path)
 
 
 def told(queue: TaskQueue, since: int) -> list[tuple[str, int]]:
@@ -96,18 +96,18 @@ async def test_a_subscriber_that_gives_up_costs_the_others_nothing() -> None:
 # ---- what is published
 
 
-async def test_the_life_of_a_task_is_told_once_and_in_order(house: House) -> None:
-    async with house.open() as queue:
+async def test_the_life_of_a_task_is_told_once_and_in_order(harness: Harness) -> None:
+    async with harness.open() as queue:
         since = queue.events.last_id
-        first, second, third = await house.submit(3)
-        await house.started(first)
+        first, second, third = await harness.submit(3)
+        await harness.started(first)
         await queue.move(third, 1)
         await queue.remove(second)
-        house.desk.finish(EngineError("It failed.", "failed"))
-        await house.end(first)
-        await house.started(third)
+        harness.engine.finish(EngineError("It failed.", "failed"))
+        await harness.end(first)
+        await harness.started(third)
         await queue.remove(third)
-        await house.end(third)
+        await harness.end(third)
         kinds = told(queue, since)
     assert sorted(kinds[:4]) == sorted([("queued", first), ("queued", second), ("queued", third), ("started", first)])
     assert kinds[4:] == [
@@ -120,12 +120,12 @@ async def test_the_life_of_a_task_is_told_once_and_in_order(house: House) -> Non
     ]
 
 
-async def test_what_concerns_the_whole_queue_is_told_too(house: House) -> None:
-    async with house.open() as queue:
+async def test_what_concerns_the_whole_queue_is_told_too(harness: Harness) -> None:
+    async with harness.open() as queue:
         since = queue.events.last_id
         await queue.pause(True)
         await queue.pause(True)  # nothing changes
-        ids = await house.submit(2)
+        ids = await harness.submit(2)
         await queue.clear()
         await queue.pause(False)
         kinds = told(queue, since)
@@ -133,18 +133,18 @@ async def test_what_concerns_the_whole_queue_is_told_too(house: House) -> None:
     assert kinds == [("paused", 0), *(("queued", task_id) for task_id in ids), *gone, ("cleared", 0), ("resumed", 0)]
 
 
-async def test_a_task_that_is_put_back_is_told_of(house: House) -> None:
-    async with house.open() as queue:
-        (task_id,) = await house.submit()
-        await house.started(task_id)
+async def test_a_task_that_is_put_back_is_told_of(harness: Harness) -> None:
+    async with harness.open() as queue:
+        (task_id,) = await harness.submit()
+        await harness.started(task_id)
         since = queue.events.last_id
     assert told(queue, since) == [("requeued", task_id)]
 
 
-async def test_an_event_holds_the_task_as_it_was_then(house: House) -> None:
-    async with house.open() as queue:
+async def test_an_event_holds_the_task_as_it_was_then(harness: Harness) -> None:
+    async with harness.open() as queue:
         since = queue.events.last_id
-        await house.learn()
+        await harness.learn()
         seen = {event.kind: event.task.status for event in queue.events.since(since) if event.task}
     assert seen == {
         EventKind.QUEUED: Status.QUEUED,
@@ -157,23 +157,23 @@ async def test_an_event_holds_the_task_as_it_was_then(house: House) -> None:
 
 
 async def test_progress_is_published_when_it_changes_and_getters_only_read(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "READ_S", 0.01)
-    async with house.open() as queue:
-        (task_id,) = await house.submit()
-        await house.started(task_id)
+    async with harness.open() as queue:
+        (task_id,) = await harness.submit()
+        await harness.started(task_id)
         since = queue.events.last_id
         for step in (5, 10):
-            house.desk.shown = Progress(Phase.DENOISING, 0, 1, step, 20)
+            harness.engine.shown = Progress(Phase.DENOISING, 0, 1, step, 20)
             before = await queue.get(task_id)
             shown = queue.progress_percent(before), queue.steps_done(before), before.phase
             assert shown == (before.progress, (before.steps_done, 20), before.phase)
             await until(lambda step=step: queue.at_work[0].steps_done == step)
             await asyncio.sleep(0.05)  # several looks at a board that stays as it is
         events = queue.events.since(since)
-        house.desk.finish()
-        await house.end(task_id)
+        harness.engine.finish()
+        await harness.end(task_id)
     seen = [(event.kind, event.task.steps_done, event.task.phase) for event in events if event.task]
     assert seen == [(EventKind.PROGRESS, 5, "denoising"), (EventKind.PROGRESS, 10, "denoising")]
 
@@ -182,13 +182,13 @@ def test_there_are_at_most_five_progress_events_a_second() -> None:
     assert runner.READ_S >= 0.2
 
 
-async def test_nobody_looks_at_the_boards_while_nothing_runs(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nobody_looks_at_the_boards_while_nothing_runs(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "READ_S", 0.001)
     looks: list[int] = []
-    async with house.open() as queue:
-        await house.learn()
+    async with harness.open() as queue:
+        await harness.learn()
         await asyncio.sleep(0.01)
-        monkeypatch.setattr(house.desk, "progress", looks.append)
+        monkeypatch.setattr(harness.engine, "progress", looks.append)
         monkeypatch.setattr(queue, "advance", looks.append)
         await asyncio.sleep(0.05)
         assert looks == []
@@ -200,16 +200,16 @@ async def test_nobody_looks_at_the_boards_while_nothing_runs(house: House, monke
 class HeldJournal:
     """Holds each commit of a change back until `release`, and then lets it through."""
 
-    def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self._go_on = asyncio.Event(), asyncio.Event()
-        save = house.journal.save
+        save = harness.journal.save
 
         async def held(*tasks: Any, **more: Any) -> None:
             self.begun.set()
             await self._go_on.wait()
             await save(*tasks, **more)
 
-        monkeypatch.setattr(house.journal, "save", held)
+        monkeypatch.setattr(harness.journal, "save", held)
 
     def release(self) -> None:
         self._go_on.set()
@@ -229,32 +229,32 @@ async def doors(queue: TaskQueue, task_id: int, since: int) -> dict[str, Any]:
     }
 
 
-Begin = Callable[[House, int], Awaitable[Any]]
+Begin = Callable[[Harness, int], Awaitable[Any]]
 
 
 @asynccontextmanager
-async def running_task(house: House) -> AsyncIterator[int]:
-    async with house.open() as queue:
-        (task_id,) = await house.submit()
+async def running_task(harness: Harness) -> AsyncIterator[int]:
+    async with harness.open() as queue:
+        (task_id,) = await harness.submit()
         await until(lambda: bool(queue.at_work))
-        await house.started(task_id)
+        await harness.started(task_id)
         yield task_id
 
 
-async def finish(house: House, _task_id: int) -> None:
-    house.desk.finish()
+async def finish(harness: Harness, _task_id: int) -> None:
+    harness.engine.finish()
 
 
-async def fail(house: House, _task_id: int) -> None:
-    house.desk.finish(EngineError("It failed.", "failed"))
+async def fail(harness: Harness, _task_id: int) -> None:
+    harness.engine.finish(EngineError("It failed.", "failed"))
 
 
-async def remove(house: House, task_id: int) -> None:
-    await house.queue.remove(task_id)
+async def remove(harness: Harness, task_id: int) -> None:
+    await harness.queue.remove(task_id)
 
 
-async def interrupt(house: House, _task_id: int) -> None:
-    house.queue.runner.interrupt()
+async def interrupt(harness: Harness, _task_id: int) -> None:
+    harness.queue.runner.interrupt()
 
 
 @pytest.mark.parametrize(
@@ -262,45 +262,45 @@ async def interrupt(house: House, _task_id: int) -> None:
     [(finish, ["completed"]), (fail, ["failed"]), (remove, ["cancelling", "cancelled"]), (interrupt, ["requeued"])],
 )
 async def test_a_running_task_looks_as_before_through_every_door_until_its_change_is_committed(
-    house: House, monkeypatch: pytest.MonkeyPatch, begin: Begin, kinds: list[str]
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, begin: Begin, kinds: list[str]
 ) -> None:
-    async with running_task(house) as task_id:
-        queue, since = house.queue, house.queue.events.last_id
-        before, row = await doors(queue, task_id, since), house.stored()[task_id]
-        held = HeldJournal(house, monkeypatch)
-        beginning = asyncio.create_task(begin(house, task_id))  # type: ignore[arg-type]
+    async with running_task(harness) as task_id:
+        queue, since = harness.queue, harness.queue.events.last_id
+        before, row = await doors(queue, task_id, since), harness.stored()[task_id]
+        held = HeldJournal(harness, monkeypatch)
+        beginning = asyncio.create_task(begin(harness, task_id))  # type: ignore[arg-type]
         await held.begun.wait()
-        assert (await doors(queue, task_id, since), house.stored()[task_id]) == (before, row)
+        assert (await doors(queue, task_id, since), harness.stored()[task_id]) == (before, row)
         held.release()
         await beginning
         await until(lambda: told(queue, since) == [(kind, task_id) for kind in kinds])
         shown = queue.events.since(since)[-1].task
         assert shown
-        assert house.stored()[task_id] == shown.status == (await queue.get(task_id)).status
+        assert harness.stored()[task_id] == shown.status == (await queue.get(task_id)).status
 
 
-async def clear(house: House, _task_id: int) -> None:
-    await house.queue.clear()
+async def clear(harness: Harness, _task_id: int) -> None:
+    await harness.queue.clear()
 
 
-async def move(house: House, task_id: int) -> None:
-    await house.queue.move(task_id, 1)
+async def move(harness: Harness, task_id: int) -> None:
+    await harness.queue.move(task_id, 1)
 
 
-async def resume(house: House, _task_id: int) -> None:
-    await house.queue.pause(False)
+async def resume(harness: Harness, _task_id: int) -> None:
+    await harness.queue.pause(False)
 
 
 @pytest.mark.parametrize("begin", [remove, clear, move, resume])
 async def test_a_waiting_task_looks_as_before_through_every_door_until_its_change_is_committed(
-    house: House, monkeypatch: pytest.MonkeyPatch, begin: Begin
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, begin: Begin
 ) -> None:
-    async with house.open(paused=True) as queue:
-        _, task_id = await house.submit(2)
+    async with harness.open(paused=True) as queue:
+        _, task_id = await harness.submit(2)
         since = queue.events.last_id
         before = await doors(queue, task_id, since)
-        held = HeldJournal(house, monkeypatch)
-        beginning = asyncio.create_task(begin(house, task_id))  # type: ignore[arg-type]
+        held = HeldJournal(harness, monkeypatch)
+        beginning = asyncio.create_task(begin(harness, task_id))  # type: ignore[arg-type]
         await held.begun.wait()
         assert await doors(queue, task_id, since) == before
         held.release()
@@ -308,44 +308,44 @@ async def test_a_waiting_task_looks_as_before_through_every_door_until_its_chang
         assert await doors(queue, task_id, since) != before
 
 
-async def test_a_start_is_shown_once_it_is_committed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with house.open() as queue:
-        held, since = HeldJournal(house, monkeypatch), queue.events.last_id
-        (task_id,) = await house.submit()
+async def test_a_start_is_shown_once_it_is_committed(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with harness.open() as queue:
+        held, since = HeldJournal(harness, monkeypatch), queue.events.last_id
+        (task_id,) = await harness.submit()
         await held.begun.wait()
         seen = await doors(queue, task_id, since)
         assert (seen["status"], seen["position"], seen["events"]) == (Status.QUEUED, 1, [("queued", task_id)])
-        assert house.desk.ran == []
+        assert harness.engine.ran == []
         held.release()
-        await house.started(task_id)
+        await harness.started(task_id)
         assert told(queue, since)[-1] == ("started", task_id)
 
 
 async def test_a_cancel_that_comes_while_an_end_is_being_committed_finds_the_end(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running_task(house) as task_id:
-        held = HeldJournal(house, monkeypatch)
-        house.desk.finish()
+    async with running_task(harness) as task_id:
+        held = HeldJournal(harness, monkeypatch)
+        harness.engine.finish()
         await held.begun.wait()
-        removing = asyncio.create_task(house.queue.remove(task_id))
+        removing = asyncio.create_task(harness.queue.remove(task_id))
         await asyncio.sleep(0.01)
         held.release()
         with pytest.raises(Exception, match=rf"Task {task_id} has already ended \(completed\)"):
             await removing
-        assert house.stored()[task_id] == "completed"
+        assert harness.stored()[task_id] == "completed"
 
 
 async def test_a_task_that_is_removed_while_it_waits_for_its_turn_is_not_started(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with house.open(paused=True) as queue:
-        first, second = await house.submit(2)
-        held = HeldJournal(house, monkeypatch)
+    async with harness.open(paused=True) as queue:
+        first, second = await harness.submit(2)
+        held = HeldJournal(harness, monkeypatch)
         resuming = asyncio.create_task(queue.pause(False))
         removing = asyncio.create_task(queue.remove(first))
         await held.begun.wait()
         held.release()
         await asyncio.gather(resuming, removing)
-        await house.started(second)
-        assert first not in house.desk.ran
+        await harness.started(second)
+        assert first not in harness.engine.ran

@@ -25,7 +25,7 @@ from engine.workers import lanes
 from engine.workers.local import Engine
 from tests import stand_ins
 from tests.daemon import Daemon
-from tests.house import CATALOG, Desk, House, until
+from tests.harness import CATALOG, FakeEngine, Harness, until
 from tests.processes import alive, eventually, workers
 from tests.stand_ins import job
 from tests.stub_worker import make_clips
@@ -39,302 +39,306 @@ LONG = {"num_inference_steps": 100, "repeat_generation": 8}  # four seconds
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    return House(tmp_path, lanes=2)
+def harness(tmp_path: Path) -> Harness:
+    return Harness(tmp_path, lanes=2)
 
 
-def ran(house: House) -> list[list[int]]:
+def ran(harness: Harness) -> list[list[int]]:
     """What each engine was given, in order."""
-    return [desk.ran for desk in house.desks]
+    return [engine.ran for engine in harness.engines]
 
 
-async def begun(house: House, count: int = 3) -> list[int]:
+async def begun(harness: Harness, count: int = 3) -> list[int]:
     """The ids of so many tasks, of which the first two run, each in its lane."""
-    ids = await house.submit(count)
-    await until(lambda: ran(house) == [[ids[0]], [ids[1]]])
+    ids = await harness.submit(count)
+    await until(lambda: ran(harness) == [[ids[0]], [ids[1]]])
     return ids
 
 
-def at_work(desk: Desk, task_id: int) -> bool:
-    return bool(desk.ran) and desk.ran[-1] == task_id
+def at_work(engine: FakeEngine, task_id: int) -> bool:
+    return bool(engine.ran) and engine.ran[-1] == task_id
 
 
 # ---- order
 
 
-async def test_as_many_tasks_run_as_there_are_engines_and_the_next_takes_the_lane_that_is_free(house: House) -> None:
-    async with house.open() as queue:
-        first, second, third, fourth = await begun(house, 4)
+async def test_as_many_tasks_run_as_there_are_engines_and_the_next_takes_the_lane_that_is_free(
+    harness: Harness,
+) -> None:
+    async with harness.open() as queue:
+        first, second, third, fourth = await begun(harness, 4)
         assert [task.id for task in queue.at_work] == [first, second]
-        house.desks[1].finish()
-        await house.end(second)
-        await until(lambda: at_work(house.desks[1], third))
-        assert ([task.id for task in queue.at_work], ran(house)) == ([first, third], [[first], [second, third]])
-        house.desks[0].finish()
-        await until(lambda: at_work(house.desks[0], fourth))
+        harness.engines[1].finish()
+        await harness.end(second)
+        await until(lambda: at_work(harness.engines[1], third))
+        assert ([task.id for task in queue.at_work], ran(harness)) == ([first, third], [[first], [second, third]])
+        harness.engines[0].finish()
+        await until(lambda: at_work(harness.engines[0], fourth))
 
 
-async def test_of_free_engines_the_one_that_holds_the_model_is_taken(house: House) -> None:
-    async with house.open(paused=True) as queue:
-        house.desks[1].warm = "wan_demo"
-        (task_id,) = await house.submit()
+async def test_of_free_engines_the_one_that_holds_the_model_is_taken(harness: Harness) -> None:
+    async with harness.open(paused=True) as queue:
+        harness.engines[1].warm = "wan_demo"
+        (task_id,) = await harness.submit()
         await queue.pause(False)
-        await house.started(task_id)
-        assert ran(house) == [[], [task_id]]
+        await harness.started(task_id)
+        assert ran(harness) == [[], [task_id]]
 
 
-async def test_an_engine_that_holds_another_model_takes_the_next_task_all_the_same(house: House) -> None:
+async def test_an_engine_that_holds_another_model_takes_the_next_task_all_the_same(harness: Harness) -> None:
     """The order is a promise; a warm model is only a wish."""
-    async with house.open() as queue:
-        first, second = await begun(house, 2)
-        (other,) = await house.submit(model="wan_t2v_1.3B")
-        (same,) = await house.submit()
-        house.desks[0].finish()
-        await house.end(first)
-        await until(lambda: at_work(house.desks[0], other))
+    async with harness.open() as queue:
+        first, second = await begun(harness, 2)
+        (other,) = await harness.submit(model="wan_t2v_1.3B")
+        (same,) = await harness.submit()
+        harness.engines[0].finish()
+        await harness.end(first)
+        await until(lambda: at_work(harness.engines[0], other))
         assert [task.id for task in queue.listing()] == [second, other, same]
 
 
-async def test_those_that_run_are_at_position_1_and_the_others_count_on_from_them(house: House) -> None:
-    async with house.open() as queue:
-        await begun(house, 4)
+async def test_those_that_run_are_at_position_1_and_the_others_count_on_from_them(harness: Harness) -> None:
+    async with harness.open() as queue:
+        await begun(harness, 4)
         assert [queue.position(task) for task in queue.listing()] == [1, 1, 3, 4]
         assert (await queue.submit(job())).answer["position"] == 5
 
 
-async def test_systemd_is_told_of_all_that_run(house: House) -> None:
-    async with house.open() as queue:
-        first, second, _ = await begun(house)
+async def test_systemd_is_told_of_all_that_run(harness: Harness) -> None:
+    async with harness.open() as queue:
+        first, second, _ = await begun(harness)
         assert Supervisor(queue).status() == f"STATUS=tasks {first}, {second} run, 1 waiting"
 
 
-async def test_no_task_gets_before_those_that_run(house: House) -> None:
-    async with house.open() as queue:
-        first, second, third, fourth = await begun(house, 4)
+async def test_no_task_gets_before_those_that_run(harness: Harness) -> None:
+    async with harness.open() as queue:
+        first, second, third, fourth = await begun(harness, 4)
         assert await queue.move(fourth, 1) == 3
-        assert house.waiting() == [first, second, fourth, third]
+        assert harness.waiting() == [first, second, fourth, third]
 
 
-async def test_a_paused_queue_lets_all_that_run_go_on(house: House) -> None:
-    async with house.open() as queue:
-        first, second, third = await begun(house)
+async def test_a_paused_queue_lets_all_that_run_go_on(harness: Harness) -> None:
+    async with harness.open() as queue:
+        first, second, third = await begun(harness)
         await queue.pause(True)
-        for desk in house.desks:
-            desk.finish()
-        assert {(await house.end(task_id)).status for task_id in (first, second)} == {Status.COMPLETED}
-        assert await house.status(third) is Status.QUEUED
+        for engine in harness.engines:
+            engine.finish()
+        assert {(await harness.end(task_id)).status for task_id in (first, second)} == {Status.COMPLETED}
+        assert await harness.status(third) is Status.QUEUED
 
 
 @pytest.mark.parametrize(
     ("count", "wait_s"), [(0, 0.0), (1, 0.0), (2, 24.0), (3, 24.0), (4, 48.0), (7, 72.0)]
 )  # 24 s each
-async def test_the_estimated_wait_is_until_the_first_engine_is_free(house: House, count: int, wait_s: float) -> None:
-    async with house.open() as queue:
-        await house.learn()
+async def test_the_estimated_wait_is_until_the_first_engine_is_free(
+    harness: Harness, count: int, wait_s: float
+) -> None:
+    async with harness.open() as queue:
+        await harness.learn()
         await queue.pause(True)
-        await house.submit(count)
+        await harness.submit(count)
         assert queue.estimated_wait_s() == pytest.approx(wait_s)
 
 
-async def test_a_task_without_history_says_nothing_of_the_other_engine(house: House) -> None:
-    async with house.open(paused=True) as queue:
-        await house.submit()
+async def test_a_task_without_history_says_nothing_of_the_other_engine(harness: Harness) -> None:
+    async with harness.open(paused=True) as queue:
+        await harness.submit()
         assert queue.estimated_wait_s() == 0.0
-        await house.submit()
+        await harness.submit()
         assert queue.estimated_wait_s() is None
 
 
 # ---- cancel, stop, restart
 
 
-async def test_to_cancel_one_leaves_the_other(house: House) -> None:
-    async with house.open() as queue:
-        first, second, _ = await begun(house)
+async def test_to_cancel_one_leaves_the_other(harness: Harness) -> None:
+    async with harness.open() as queue:
+        first, second, _ = await begun(harness)
         await queue.remove(first)
-        assert (await house.end(first)).status is Status.CANCELLED
-        assert await house.status(second) is Status.PROCESSING
-        house.desks[1].finish()
-        assert (await house.end(second)).status is Status.COMPLETED
+        assert (await harness.end(first)).status is Status.CANCELLED
+        assert await harness.status(second) is Status.PROCESSING
+        harness.engines[1].finish()
+        assert (await harness.end(second)).status is Status.COMPLETED
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 async def test_a_shutdown_puts_all_back_in_the_order_of_their_start(
-    house: House, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
 ) -> None:
-    async with house.open() as queue:
-        first, second, third = await begun(house)
-        for desk in house.desks:
-            monkeypatch.setattr(desk, "cancel", lambda _: None)
+    async with harness.open() as queue:
+        first, second, third = await begun(harness)
+        for engine in harness.engines:
+            monkeypatch.setattr(engine, "cancel", lambda _: None)
         queue.runner.interrupt()
         for place in order:
-            house.desks[place].finish(Cancelled())
+            harness.engines[place].finish(Cancelled())
             await until(lambda: len(queue.at_work) < 2)
-    assert house.stored() == dict.fromkeys((first, second, third), "queued")
-    attempts = [json.loads(record)["attempts"] for record in house.stored("record").values()]
-    async with house.open(paused=True):
-        assert (house.waiting(), attempts) == ([first, second, third], [0, 0, 0])
+    assert harness.stored() == dict.fromkeys((first, second, third), "queued")
+    attempts = [json.loads(record)["attempts"] for record in harness.stored("record").values()]
+    async with harness.open(paused=True):
+        assert (harness.waiting(), attempts) == ([first, second, third], [0, 0, 0])
 
 
-async def test_after_a_crash_those_that_ran_come_first_in_the_order_of_their_start(house: House) -> None:
-    async with house.open(die=True) as queue:
-        first, second, third, fourth = await begun(house, 4)
+async def test_after_a_crash_those_that_ran_come_first_in_the_order_of_their_start(harness: Harness) -> None:
+    async with harness.open(die=True) as queue:
+        first, second, third, fourth = await begun(harness, 4)
         await queue.move(fourth, 1)
-        house.desks[1].finish()
-        await house.end(second)
-        await until(lambda: at_work(house.desks[1], fourth))
-    async with house.open():
-        assert house.waiting() == [first, fourth, third]
-        await until(lambda: ran(house) == [[first], [fourth]])
-        assert [(await house.queue.get(task_id)).attempts for task_id in (first, fourth)] == [2, 2]
+        harness.engines[1].finish()
+        await harness.end(second)
+        await until(lambda: at_work(harness.engines[1], fourth))
+    async with harness.open():
+        assert harness.waiting() == [first, fourth, third]
+        await until(lambda: ran(harness) == [[first], [fourth]])
+        assert [(await harness.queue.get(task_id)).attempts for task_id in (first, fourth)] == [2, 2]
 
 
 # ---- an engine that can't work
 
 
-async def test_an_engine_without_its_device_gives_its_task_to_another(house: House) -> None:
-    async with house.open() as queue:
-        first, second, third = await begun(house)
-        house.desks[0].finish(NO_GPU)
-        await until(lambda: house.waiting() == [second, first, third])
-        house.desks[1].finish()
-        await until(lambda: at_work(house.desks[1], first))
+async def test_an_engine_without_its_device_gives_its_task_to_another(harness: Harness) -> None:
+    async with harness.open() as queue:
+        first, second, third = await begun(harness)
+        harness.engines[0].finish(NO_GPU)
+        await until(lambda: harness.waiting() == [second, first, third])
+        harness.engines[1].finish()
+        await until(lambda: at_work(harness.engines[1], first))
         assert (await queue.get(first)).attempts == 1
-        assert (ran(house)[0], queue.faults, queue.lanes.remarks()) == ([first], {}, ["cpu: There is no such card."])
+        assert (ran(harness)[0], queue.faults, queue.lanes.remarks()) == ([first], {}, ["cpu: There is no such card."])
         await queue.submit(job())
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 async def test_tasks_that_are_given_back_keep_their_order(tmp_path: Path, order: tuple[int, int]) -> None:
-    house = House(tmp_path, lanes=3)
-    async with house.open() as queue:
-        first, second, third, fourth = await house.submit(4)
-        await until(lambda: ran(house) == [[first], [second], [third]])
+    harness = Harness(tmp_path, lanes=3)
+    async with harness.open() as queue:
+        first, second, third, fourth = await harness.submit(4)
+        await until(lambda: ran(harness) == [[first], [second], [third]])
         for count, place in enumerate(order, 1):
-            house.desks[place].finish(NO_GPU)
+            harness.engines[place].finish(NO_GPU)
             await until(lambda count=count: len(queue.at_work) == 3 - count)
-        assert house.waiting() == [third, first, second, fourth]
+        assert harness.waiting() == [third, first, second, fourth]
 
 
-async def test_where_no_engine_can_work_tasks_fail_and_say_why(house: House) -> None:
-    async with house.open() as queue:
-        first, second, third = await begun(house)
-        for desk in house.desks:
-            desk.finish(NO_GPU)
-        await until(lambda: any(len(desk.ran) == 2 for desk in house.desks))
+async def test_where_no_engine_can_work_tasks_fail_and_say_why(harness: Harness) -> None:
+    async with harness.open() as queue:
+        first, second, third = await begun(harness)
+        for engine in harness.engines:
+            engine.finish(NO_GPU)
+        await until(lambda: any(len(engine.ran) == 2 for engine in harness.engines))
         assert queue.faults == {"engine": "There is no such card."}
         with pytest.raises(Unavailable, match="no such card"):
             await queue.submit(job())
         for task_id in (first, second, third):
             while not (task := await queue.get(task_id)).status.ended:
-                for desk in (desk for desk in house.desks if desk.busy):
-                    desk.finish(NO_GPU)
+                for engine in (engine for engine in harness.engines if engine.busy):
+                    engine.finish(NO_GPU)
                 await asyncio.sleep(0.001)
             assert task.error == {"code": "no_device", "message": "There is no such card."}
 
 
 async def test_an_engine_is_tried_again_after_a_while_and_its_fault_ends_with_its_first_result(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lanes, "ENGINE_FAULT_S", 0.2)
-    async with house.open() as queue:
-        first, second, _ = await begun(house)
-        house.desks[0].finish(NO_GPU)
-        await until(lambda: len(house.desks[0].ran) == 2)  # of its own accord: nothing else happens
-        assert ran(house) == [[first, first], [second]]
-        house.desks[0].finish()
-        await house.end(first)
+    async with harness.open() as queue:
+        first, second, _ = await begun(harness)
+        harness.engines[0].finish(NO_GPU)
+        await until(lambda: len(harness.engines[0].ran) == 2)  # of its own accord: nothing else happens
+        assert ran(harness) == [[first, first], [second]]
+        harness.engines[0].finish()
+        await harness.end(first)
         assert queue.lanes.remarks() == []
 
 
 async def test_to_cancel_the_task_of_an_engine_that_can_not_work_ends_it(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with house.open() as queue:
-        first, _, _ = await begun(house)
-        monkeypatch.setattr(house.desks[0], "cancel", lambda _: None)
+    async with harness.open() as queue:
+        first, _, _ = await begun(harness)
+        monkeypatch.setattr(harness.engines[0], "cancel", lambda _: None)
         await queue.remove(first)
-        house.desks[0].finish(NO_GPU)
-        assert (await house.end(first)).status.ended
-        assert ran(house)[0] == [first]
+        harness.engines[0].finish(NO_GPU)
+        assert (await harness.end(first)).status.ended
+        assert ran(harness)[0] == [first]
 
 
 # ---- warm and cold
 
 
-async def test_a_model_is_made_warm_in_one_lane(house: House) -> None:
-    async with house.open() as queue:
+async def test_a_model_is_made_warm_in_one_lane(harness: Harness) -> None:
+    async with harness.open() as queue:
         assert not queue.load(DEMO)
         await until(lambda: queue.lanes.loaded(DEMO.id))
-        assert sorted(desk.warm for desk in house.desks) == ["", DEMO.id]
+        assert sorted(engine.warm for engine in harness.engines) == ["", DEMO.id]
 
 
-async def test_a_warm_start_loads_the_model_in_every_lane(house: House) -> None:
-    async with house.open() as queue:
+async def test_a_warm_start_loads_the_model_in_every_lane(harness: Harness) -> None:
+    async with harness.open() as queue:
         queue.warm_up(DEMO)
-        await until(lambda: [desk.warm for desk in house.desks] == [DEMO.id] * 2)
+        await until(lambda: [engine.warm for engine in harness.engines] == [DEMO.id] * 2)
 
 
-async def test_a_warm_start_leaves_the_engines_to_tasks_that_wait(house: House) -> None:
-    async with house.open(paused=True, die=True) as queue:
-        (task_id,) = await house.submit(model="wan_t2v_1.3B")
+async def test_a_warm_start_leaves_the_engines_to_tasks_that_wait(harness: Harness) -> None:
+    async with harness.open(paused=True, die=True) as queue:
+        (task_id,) = await harness.submit(model="wan_t2v_1.3B")
         await queue.pause(False)
         queue.warm_up(DEMO)
-        await house.started(task_id)
+        await harness.started(task_id)
         await asyncio.sleep(0.02)
-        assert DEMO.id not in [desk.warm for desk in house.desks]
+        assert DEMO.id not in [engine.warm for engine in harness.engines]
 
 
-async def test_the_model_that_was_last_in_use_outlives_the_daemon(house: House) -> None:
-    async with house.open() as queue:
+async def test_the_model_that_was_last_in_use_outlives_the_daemon(harness: Harness) -> None:
+    async with harness.open() as queue:
         assert queue.facts.last_model == ""
-        await house.learn()
-    async with house.open() as queue:
+        await harness.learn()
+    async with harness.open() as queue:
         assert queue.facts.last_model == DEMO.id
 
 
-async def test_memory_is_given_back_only_when_no_engine_works(house: House) -> None:
-    async with house.open() as queue:
-        first, second = await begun(house, 2)
-        house.desks[0].finish()
-        await house.end(first)
+async def test_memory_is_given_back_only_when_no_engine_works(harness: Harness) -> None:
+    async with harness.open() as queue:
+        first, second = await begun(harness, 2)
+        harness.engines[0].finish()
+        await harness.end(first)
         with pytest.raises(WrongState, match="engine works"):
             queue.unload()
-        house.desks[1].finish()
-        await house.end(second)
+        harness.engines[1].finish()
+        await harness.end(second)
         await until(lambda: not queue.at_work)
         assert queue.unload()
-        assert [desk.unloads for desk in house.desks] == [1, 1]
+        assert [engine.unloads for engine in harness.engines] == [1, 1]
 
 
-async def test_an_idle_engine_gives_its_memory_back_while_the_other_works(house: House) -> None:
-    async with house.open(idle_unload_s=0.05):
-        first, second = await begun(house, 2)
-        house.desks[0].finish()
-        await house.end(first)
-        await until(lambda: house.desks[0].unloads > 0)
-        assert (house.desks[1].unloads, await house.status(second)) == (0, Status.PROCESSING)
+async def test_an_idle_engine_gives_its_memory_back_while_the_other_works(harness: Harness) -> None:
+    async with harness.open(idle_unload_s=0.05):
+        first, second = await begun(harness, 2)
+        harness.engines[0].finish()
+        await harness.end(first)
+        await until(lambda: harness.engines[0].unloads > 0)
+        assert (harness.engines[1].unloads, await harness.status(second)) == (0, Status.PROCESSING)
 
 
-async def test_what_an_engine_measured_is_known_after_a_restart(house: House) -> None:
+async def test_what_an_engine_measured_is_known_after_a_restart(harness: Harness) -> None:
     machine = Machine(0, 8 * 2**30, math.inf, 1e11)
-    async with house.open() as queue:
+    async with harness.open() as queue:
         assert queue.machines == []
-        house.desk.machine = machine
-        await house.learn()
-    async with house.open() as queue:
+        harness.engine.machine = machine
+        await harness.learn()
+    async with harness.open() as queue:
         assert queue.machines == [machine] * 2  # both are "cpu"
 
 
 async def test_a_load_that_finds_no_device_is_a_fault_of_its_lane_until_one_succeeds(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(_model: Any) -> None:
         raise NO_GPU
 
     monkeypatch.setattr(lanes, "ENGINE_FAULT_S", 0.0)
-    async with house.open() as queue:
+    async with harness.open() as queue:
         with monkeypatch.context() as patch:
-            patch.setattr(house.desks[0], "load", fail)
+            patch.setattr(harness.engines[0], "load", fail)
             queue.load(DEMO)
             await until(lambda: queue.lanes.remarks() == ["cpu: There is no such card."])
         queue.warm_up(DEMO)

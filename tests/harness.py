@@ -23,7 +23,7 @@ TIMINGS = {"loading": 10.0, "encoding": 1.0, "denoising": 20.0, "decoding": 1.0,
 PATIENCE_S = 20
 
 
-class Desk:
+class FakeEngine:
     """An Engine whose every job ends as the test says."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Desk:
         return self.shown if task_id in self._running else None
 
 
-class Shelf:
+class FakeOutputs:
     """An output folder that only remembers what it was told."""
 
     def __init__(self) -> None:
@@ -106,25 +106,25 @@ class Shelf:
             raise EngineError(self.full, "disk_full")
 
 
-class House:
+class Harness:
     """A queue with all that it needs; `open` may be entered again and again, as after a restart.
 
-    `desk` is its engine, or the first of its `desks`.
+    `engine` is its engine, or the first of its `engines`.
     """
 
     def __init__(self, folder: Path, lanes: int = 1) -> None:
         self.folder = folder
-        self.desks, self.shelf = [Desk() for _ in range(lanes)], Shelf()
+        self.engines, self.outputs = [FakeEngine() for _ in range(lanes)], FakeOutputs()
         self.journal: Journal
         self.queue: TaskQueue
 
     @asynccontextmanager
     async def open(self, *, die: bool = False, paused: bool | None = None, **limits: Any) -> AsyncIterator[TaskQueue]:
         """A running queue; `die` ends it without a word, as SIGKILL would."""
-        self.desks = [Desk() for _ in self.desks]
+        self.engines = [FakeEngine() for _ in self.engines]
         self.journal = Journal(self.folder / "journal.sqlite")
         await self.journal.open()
-        self.queue = TaskQueue(self.journal, self.desks, CATALOG, self.shelf, Limits(**limits))
+        self.queue = TaskQueue(self.journal, self.engines, CATALOG, self.outputs, Limits(**limits))
         running = self.queue.running(5)
         await running.__aenter__()
         if paused is not None:
@@ -138,15 +138,15 @@ class House:
             await self.journal.close()
 
     @property
-    def desk(self) -> Desk:
-        return self.desks[0]
+    def engine(self) -> FakeEngine:
+        return self.engines[0]
 
     async def submit(self, count: int = 1, **changes: Any) -> list[int]:
         """The ids of new tasks."""
         return [(await self.queue.submit(job(**changes))).answer["task_id"] for _ in range(count)]
 
     async def started(self, task_id: int) -> None:
-        await until(lambda: any(task_id in desk.ran for desk in self.desks))
+        await until(lambda: any(task_id in engine.ran for engine in self.engines))
 
     async def status(self, task_id: int) -> Status:
         return (await self.queue.get(task_id)).status
@@ -161,7 +161,7 @@ class House:
         """Let one task of 20 steps and 9 frames of 64 x 64 teach what the model takes: 10 s to load, 24 s of work."""
         (task_id,) = await self.submit()
         await self.started(task_id)
-        self.desk.finish()
+        self.engine.finish()
         await self.end(task_id)
         await until(lambda: not self.queue.at_work)
 
