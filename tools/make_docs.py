@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 INTRODUCTION = """\
 # The configuration of wangpd: every key, its default, and what it is for. wangpd looks for this file in the working
 # directory, then in /etc/wangpd. Relative paths are relative to this file; the flags --host, --port, --save-path and
-# --state-path win over it. `wangpd --check-config` checks it.
+# --state-path override it. `wangpd --check-config` checks it.
 """
 TYPES: Mapping[Any, str] = {
     str: "text",

@@ -151,7 +151,7 @@ class Config:
     log_level: str = key(EngineConfig.log_level, one_of("debug", "info", "warning", "error"),
         why="How much is logged: debug, info, warning or error.")
     api_only: bool = key(False,
-        why="Accepted for WanGP's sake: wangpd has no other mode than its API.")
+        why="Accepted for compatibility with WanGP: wangpd has no other mode than its API.")
     # fmt: on
 
     shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
@@ -187,11 +187,11 @@ NOT_EMPTY = validate.Length(1, error="must not be empty")  # as a host, nothing 
 
 
 class ConfigError(Exception):
-    """The daemon can't start like this: one sentence that names the key, the value and what was wanted."""
+    """The daemon can't start like this: one sentence that names the key, the value and what is allowed."""
 
 
 def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
-    """The configuration of `file`, or of the first default place that has one; `flags` win over it.
+    """The configuration of `file`, or of the first default place that has one; `flags` override it.
 
     Raises ConfigError. Without any file the defaults hold, and paths are relative to the working directory.
     """
