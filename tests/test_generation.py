@@ -281,13 +281,14 @@ def watched(daemon: Daemon, task_id: int) -> list[dict[str, Any]]:
 
 
 def test_progress_and_steps_only_grow_and_reach_their_end(daemon: Daemon) -> None:
-    states = watched(daemon, daemon.submit(**SLOW, repeat_generation=3)["task_id"])
+    states = watched(daemon, daemon.submit(**SLOW, repeat_generation=10)["task_id"])
     for name in ("progress", "current_step"):
         values = [state[name] for state in states]
         assert values == sorted(values)
     assert (states[-1]["progress"], states[-1]["eta_seconds"], states[-1]["position"]) == (100, None, None)
     assert all(state["progress"] < 100 for state in states[:-1])
-    assert len({state["current_step"] for state in states}) > 10
+    # The boards are read five times a second: a machine so quick that this is over at once has less to show.
+    assert len({state["current_step"] for state in states}) > min(10, 3 * states[-1]["timings"]["denoising"])
 
 
 PHASES = ["loading", "encoding", "denoising", "decoding", "saving"]
@@ -299,7 +300,7 @@ def test_a_task_takes_time_in_every_phase(daemon: Daemon) -> None:
 
 
 def test_the_phase_is_told_while_it_lasts(daemon: Daemon) -> None:
-    states = watched(daemon, daemon.submit(**SLOW, repeat_generation=2)["task_id"])
+    states = watched(daemon, daemon.submit(**SLOW, repeat_generation=5)["task_id"])
     phases = [state["phase"] for state in states if state["phase"]]
     assert "denoising" in phases
     assert set(phases) <= set(PHASES)
