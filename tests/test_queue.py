@@ -10,6 +10,7 @@ import pytest
 from engine.job import Cancelled, EngineError, Phase
 from engine.queue import facts, store
 from engine.queue import queue as task_queue
+from engine.queue.events import EventKind
 from engine.queue.journal import Journal, JournalFault, KeyReused
 from engine.queue.progress import advanced
 from engine.queue.queue import Unavailable
@@ -599,6 +600,21 @@ async def test_a_submission_costs_the_same_however_many_tasks_wait(
         assert len(counted) == 50
         await queue.clear()
         assert queue.estimated_wait_s() == 0.0
+
+
+async def test_progress_lets_no_submission_count_all_that_wait_again(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[str] = []
+    estimate_s = facts.Facts.estimate_s
+    monkeypatch.setattr(task_queue, "ADDED_UP_S", 60.0)
+    async with harness.open(paused=True) as queue:
+        (first, *_) = await harness.submit(50)
+        monkeypatch.setattr(facts.Facts, "estimate_s", lambda *given: counted.append("a look") or estimate_s(*given))
+        for _ in range(10):
+            queue.events.publish(EventKind.PROGRESS, queue.active(first))
+            await harness.submit()
+        assert len(counted) == 10
 
 
 async def test_the_eta_of_a_waiting_task_counts_no_time_in_the_queue(harness: Harness) -> None:

@@ -213,11 +213,11 @@ class TaskQueue(TaskStore):
     def _not_added_up(self) -> list[Task]:
         """The tasks that `_free_at` lacks: new ones, so that a submission costs the same however many wait.
 
-        It is all of them if anything else has happened, or a second has passed.
+        It is all of them if a second has passed, or anything else has happened but progress, five times a second.
         """
         now, seen_id, self._seen_id = time.monotonic(), self._seen_id, self.events.last_id
         with contextlib.suppress(EventsLost):
-            new = self.events.since(seen_id)
+            new = [event for event in self.events.since(seen_id) if event.kind is not EventKind.PROGRESS]
             if now - self._added_up_at < ADDED_UP_S and all(event.kind is EventKind.QUEUED for event in new):
                 return [event.task for event in new if event.task]
         self._free_at, self._added_up_at = [0.0] * (len(self.lanes.up()) or len(self.lanes)), now
