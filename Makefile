@@ -19,7 +19,7 @@ PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
 	awk '/ Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|^Installing/ {print "  " substr($$0, 1, 110); fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-models test-all crash check fix docs clean install
+.PHONY: help demo run test test-models test-all crash soak check fix docs clean install
 
 help:
 	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
@@ -27,6 +27,7 @@ help:
 	@echo 'make test     run the tests, two files at a time (PROCESSES=4, ARGS="-k queue" …)'
 	@echo 'make test-all run those of every model of the catalogue too'
 	@echo 'make crash    kill the daemon 120 times under load, and give it 10,000 tasks (CRASH_SEED=7 repeats a storm)'
+	@echo 'make soak     10 minutes of clients, kills, full disks, clock jumps and freezes (SOAK_S=60 SOAK_SEED=7 SOAK_PHASES=save_full)'
 	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
 	@echo 'make fix      format, and repair what the linter can'
 	@echo 'make docs     write wangpd.toml and the tables of the documentation from the code'
@@ -57,6 +58,9 @@ test-all: test test-models
 
 crash: $(STAMP)
 	@CRASH_KILLS=$${CRASH_KILLS:-120} CRASH_TASKS=$${CRASH_TASKS:-10000} $(PYTEST) tests/test_crash.py -rP $(ARGS)
+
+soak: $(STAMP)
+	@SOAK_S=$${SOAK_S:-600} $(PYTEST) tests/test_soak.py -rP $(ARGS)
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff format --check .

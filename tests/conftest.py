@@ -26,7 +26,19 @@ settings.load_profile("wangpd")
 sys.path.append(str(ROOT / "tests" / "torchvision_stand_in"))
 
 # Started first, so that no process is left alone with one of them at the end; in the order of their CPU seconds.
-LONGEST = ("team", "bench", "engine", "models", "downloads", "openapi", "crash", "compiling", "caching", "generation")
+LONGEST = (
+    "team",
+    "bench",
+    "engine",
+    "models",
+    "downloads",
+    "openapi",
+    "soak",
+    "crash",
+    "compiling",
+    "caching",
+    "generation",
+)
 
 
 @pytest.fixture(scope="session")
