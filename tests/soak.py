@@ -33,7 +33,6 @@ import av
 import requests
 
 from tests import crash, hostile, soak_worker
-from tests.crash import TASK_OF
 from tests.daemon import ENDED, ROOT, Daemon
 from tests.place import Disk, Foreigners, namespace, obey_permissions
 from tests.processes import alive, workers
@@ -407,9 +406,9 @@ class Soak(crash.Storm):
     def browse(self) -> None:
         """Take one of the files that are listed: it has to be whole."""
         page = self.call("GET", "/outputs?limit=20")
-        made = [file for file in (page["files"] if page else ()) if TASK_OF.match(file["filename"])]
-        if made:
-            name = self.random.choice(made)["filename"]
+        names = {file["filename"] for file in (page["files"] if page else ())} - self.foreigners.names
+        if names:
+            name = self.random.choice(sorted(names))
             answer = requests.get(f"{self.daemon.url}/api/v1/download/{name}", timeout=30)
             self.judge(f"GET /download/{name}", answer)
             if answer.ok:
@@ -487,6 +486,13 @@ class Soak(crash.Storm):
             if task["prompt"] not in self.known.bodies:
                 self.known.copies[task["prompt"]] = len(tasks)  # a hostile client's, who may repeat itself
         super().check_presence(tasks)
+
+    def check_states(self, tasks: list[dict[str, Any]], listed: set[int]) -> None:
+        """Without a restart, a task that is being stopped may be so still."""
+        stopping = {task["task_id"] for task in tasks if task["status"] == "cancelling"}
+        self.known.cancelled -= stopping
+        super().check_states(tasks, listed)
+        self.known.cancelled |= stopping
 
     def check_failure(self, task: dict[str, Any]) -> None:
         """Only a worker that was killed fails a task; how many it may, is looked at in the end."""
