@@ -236,15 +236,15 @@ class Soak(crash.Storm):
         if code:
             self.blame("a stop costs no attempt and ends in order", f"{signal.Signals(number).name}: exit code {code}")
 
-    def again(self) -> None:
+    def again(self, readiness: Readiness = READY) -> None:
         """Start it once more, and compare what it says with what is known."""
         self.begin_life()
         with self.gate:
             self.check()
-        self.settled(READY)
+        self.settled(readiness)
 
-    def die(self) -> None:
-        """Kill it, at a moment of its own choice, and start it again."""
+    def die(self, readiness: Readiness = READY) -> None:
+        """Kill it at any moment, and start it again."""
         self.kills["kill_daemon"] += 1
         self.sentry.expect(None)
         timer = threading.Timer(self.random.uniform(0, 2), self.kill)
@@ -254,7 +254,42 @@ class Soak(crash.Storm):
                 self.act()
         timer.join()
         self.bury()
+        self.again(readiness)
+
+    def die_in_a_full_place(self) -> None:
+        """Kill it while it can't save anything; it has to start all the same."""
+        self.sentry.expect(None)
+        with self.daemon.save_disk.filled():
+            self.settled(NO_SAVE_ROOM)
+            self.die(NO_SAVE_ROOM)
+            self.sentry.expect(None)
+        self.settled(READY)
+
+    def die_before_a_jump(self) -> None:
+        """Kill it, and start it with a clock that is two years ahead, as a machine with a dead battery may."""
+        self.sentry.expect(None)
+        self.kill()
+        self.bury()
+        self.daemon.set_clock(JUMPS_S["clock_years"])
         self.again()
+        self.work(1)
+        self.daemon.set_clock(0.0)
+
+    def die_beside_a_frozen_worker(self) -> None:
+        """Kill it while its worker is frozen, which goes on when the next daemon works already."""
+        with contextlib.suppress(requests.RequestException):
+            self.work(self.random.uniform(0.1, 1))
+        pids = workers(self.daemon)
+        for pid in pids:
+            send(pid, signal.SIGSTOP)
+        self.sentry.expect(None)
+        self.kill()
+        self.bury()
+        self.begin_life()
+        self.work(self.random.uniform(0, 1))
+        for pid in pids:
+            send(pid, signal.SIGCONT)
+        self.settled(READY)
 
     def die_while_starting(self) -> None:
         """Kill it, and then what is started after it, before it listens."""
@@ -567,6 +602,9 @@ Phase = Callable[[Soak], None]
 RESTARTS: Mapping[str, Phase] = {
     "kill_daemon": Soak.die,
     "kill_while_starting": Soak.die_while_starting,
+    "kill_in_full": Soak.die_in_a_full_place,
+    "kill_before_jump": Soak.die_before_a_jump,
+    "kill_beside_frozen": Soak.die_beside_a_frozen_worker,
     "stop_term": lambda storm: storm.stop(signal.SIGTERM),
     "stop_hup": lambda storm: storm.stop(signal.SIGHUP),
     "stop_int": lambda storm: storm.stop(signal.SIGINT),
@@ -586,7 +624,12 @@ PHASES: Mapping[str, Phase] = {
     "state_read_only": lambda storm: storm.fault_of_state(storm.daemon.state_disk.read_only()),
     **{name: lambda storm, name=name: storm.jump(name) for name in JUMPS_S},  # type: ignore[misc]
 }
-NEED_DISKS = ("save_low", "save_full", "state_full")  # where nothing can be mounted, no disk can be filled
+NEED_DISKS = (
+    "kill_in_full",
+    "save_low",
+    "save_full",
+    "state_full",
+)  # where nothing can be mounted, no disk can be filled
 
 
 def possible(names: Sequence[str] = ()) -> list[str]:
