@@ -328,11 +328,12 @@ class Soak(crash.Storm):
             self.known.paused = self.call("POST", "/queue/resume")["paused"]
             self.submit()
             time.sleep(0.05)
+        self.sentry.expect(None)  # killed at its start, it's a process that can't be started, and tried again
         for pid in pids:
             self.worker_kills += 1
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.work(1)
+            send(pid, signal.SIGKILL)
+        self.work(0.5)
+        self.settled(READY)
 
     def freeze(self, daemon: bool, worker: bool) -> None:
         """Stop processes for a while, as a suspend or `docker pause` does."""

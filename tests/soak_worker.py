@@ -44,7 +44,7 @@ class FrameSession:
     def __init__(self) -> None:
         from engine.gpu.save.saving import Saver
 
-        self._saver: Any = Saver(worker._config, worker._settled)
+        self._saver: Any = Saver(worker._config, worker._settled, worker._made)
 
     def make(self, task_id: int, job: Job, _model: Model, meter: Meter) -> Result:
         """As many clips as the job asks for, which are still being written. Raises EngineError or Cancelled."""
