@@ -116,7 +116,7 @@ FOREIGN = (
     *(".hidden.mp4", ".nfs000000012", ".directory", ".trip.mp4.part", ".holiday.mp4.part", "album/inside.mp4"),
     # Of an earlier daemon, and of another one.
     *("20250101-120000_t000001_my-own_s1.mp4", ".20250101-120000_t000002_my-own_s1.mp4.part"),
-    *("20250101-120000_t000001-0dd5_other_s1.mp4", ".20250101-120000_t000002-0dd5_other_s1.mp4.part"),
+    *("20250101-120000_t000001-0dd5f0_other_s1.mp4", ".20250101-120000_t000002-0dd5f0_other_s1.mp4.part"),
     *("20250101-120000_t000003-0dd5f00d_other_s1.mp4", ".20250101-120000_t000003-0dd5f00d_other_s1.mp4.part"),
 )
 
