@@ -38,20 +38,37 @@ def obey_permissions() -> None:
 
 
 class Disk:
-    """A folder, on a small disk of its own if disks can be mounted here. `folder` is the part that a daemon uses."""
+    """A small disk, if disks can be mounted here, and a folder of it in a place of its own: what a daemon uses."""
 
     def __init__(self, root: Path, name: str, *, mounted: bool) -> None:
         self.root, self.mounted = root / f"{name}_disk", mounted
-        self.folder = self.root / name
+        self.folder = self.root / "place" / name
+        self._content = self.root / "content"
         self.root.mkdir()
         if mounted:
             mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", self.root)
-        self.folder.mkdir()
+            self._content.mkdir()
+        self.folder.mkdir(parents=True)
+        self._mount()
+
+    def _mount(self) -> None:
+        if self.mounted:
+            mount("--bind", self._content, self.folder)
 
     def unmount(self) -> None:
         """Let go of it."""
         if self.mounted:
-            subprocess.run(["umount", "-l", self.root], check=False)
+            unmount(self.folder)
+            unmount(self.root)
+
+    @contextmanager
+    def unmounted(self) -> Iterator[None]:
+        """Within, the folder is empty: what is mounted there otherwise is not."""
+        unmount(self.folder)
+        try:
+            yield
+        finally:
+            self._mount()
 
     @contextmanager
     def filled(self, leave_bytes: int = 0) -> Iterator[None]:
@@ -79,7 +96,7 @@ class Disk:
             yield
         finally:
             if self.mounted:
-                subprocess.run(["umount", "-l", self.folder], check=True)
+                unmount(self.folder)
             else:
                 self.folder.chmod(0o755)
 
@@ -95,19 +112,25 @@ class Disk:
     @contextmanager
     def away(self) -> Iterator[None]:
         """Within, there is no such folder."""
-        elsewhere = self.folder.with_name("elsewhere")
-        self.folder.rename(elsewhere)
+        elsewhere = self.root / "elsewhere"
+        self.folder.parent.rename(elsewhere)
         try:
             yield
         finally:
             with suppress(FileNotFoundError):
                 self.folder.rmdir()  # an empty one that was made meanwhile
-            elsewhere.rename(self.folder)
+                self.folder.parent.rmdir()
+            elsewhere.rename(self.folder.parent)
 
 
 def mount(*arguments: str | Path) -> None:
     """Run mount(8)."""
     subprocess.run(["mount", *arguments], check=True)
+
+
+def unmount(path: Path) -> None:
+    """Take away what was mounted last, though some file of it may be open."""
+    subprocess.run(["umount", "-l", path], check=True)
 
 
 FOREIGN_AT = 1_560_000_000  # in 2019: older than anything that is to be kept

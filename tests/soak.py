@@ -16,6 +16,7 @@ import os
 import random
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from tests.processes import alive, workers
 from tests.raiders import RAIDS, Raiders
 from tests.sentry import READY, Footprint, Readiness, Sentry
 from tests.stub_daemon import WORKER
-from tests.wire import Answer
+from tests.wire import Answer, answered, connected, head
 
 PROMISES = (
     *(promise for promise in crash.PROMISES if promise != "no answer is a 5xx"),
@@ -55,9 +56,7 @@ PROMISES = (
     "memory and descriptors stay flat",
     "the log has no traceback",
 )
-SETTLE_S = (
-    20.0  # in which the daemon has to know of a fault of the place, or of its end; a few seconds, and the machine's
-)
+SETTLE_S = 30.0  # in which a fault of the place, or its end, has to be known: seconds, were the machine not so busy
 DEATHS_A_KILL = 2  # tasks that a worker may have in hand: one is saved while the next one runs
 MOST_TOLD = 10  # faults of each kind
 REAL = 0.2  # of the lives have the embedded model, the others a worker without one
@@ -75,6 +74,7 @@ CONFIG = {
 NO_SAVE_ROOM = Readiness("save_path is full", r"save_path|output")
 NO_SAVE_WRITING = Readiness("save_path can't be written to", r"save_path|output")
 NO_SAVE_FOLDER = Readiness("save_path is away", r"save_path|output")
+NO_SAVE_DISK = Readiness("the disk of save_path is not mounted", r"save_path|output")
 NO_STATE = Readiness("state_path can't be written to", r"journal|state")
 JUMPS_S = {"clock_years": 2 * 365 * 86400.0, "clock_day": -86400.0, "clock_hour": 3600.0}
 
@@ -137,10 +137,10 @@ class Soak(crash.Storm):
     def soak(self, seconds: float, phases: Sequence[str] = ()) -> "Soak":
         """All phases that there are, or these, and again at random until the time is over; returns this storm."""
         chosen = [name for name in PHASES if not phases or name in phases]
-        once_more = [name for name in chosen if name in RESTARTS]
-        first, second = once_more + chosen, [name for name in chosen if name not in RESTARTS]
-        self.random.shuffle(second)
-        first = [name for name in first if name in RESTARTS or name in second[::2]]
+        lasting = [name for name in chosen if name not in RESTARTS]
+        self.random.shuffle(lasting)
+        half = len(lasting) // 2
+        first = [name for name in chosen if name not in lasting] + lasting[:half]
         self.random.shuffle(first)
         with ExitStack() as stack:
             stack.callback(self.daemon.stop, signal.SIGKILL)
@@ -150,7 +150,7 @@ class Soak(crash.Storm):
             stack.enter_context(self.raiders)
             stack.enter_context(self.second_client())
             self.play(first, chosen, until=self._began + 0.5 * seconds)
-            self.long_life(second[1::2], [name for name in chosen if name not in RESTARTS], self._began + seconds)
+            self.long_life(lasting[half:], lasting, until=self._began + seconds)
             self._over.set()
             self.drain()
         return self
@@ -307,8 +307,10 @@ class Soak(crash.Storm):
         self.sentry.expect(None)
         with self.gate:
             before = {task["task_id"]: task["attempts"] for task in self.history() if task["status"] not in ENDED}
-            self.look()
-            self.end_life(number)
+            with self.waiting() as channel:
+                self.end_life(number)
+                if answered(channel) is None:
+                    self.blame("a stop costs no attempt and ends in order", "who waited for a task got no answer")
             self._session.close()
             self.begin_life()
             tasks = self.history()
@@ -318,6 +320,17 @@ class Soak(crash.Storm):
                     self.blame("a stop costs no attempt and ends in order", fault)
             self.check()
         self.settled(READY)
+
+    @contextmanager
+    def waiting(self) -> Iterator[socket.socket]:
+        """A connection on which a client waits for a task."""
+        self.look()
+        with connected(self.daemon.url) as channel:
+            task_id = (self.known.order or list(self.known.accepted))[-1]
+            channel.sendall(head(f"/api/v1/status/{task_id}?wait=60"))
+            for _ in range(3):  # by then it has been read
+                self.look()
+            yield channel
 
     def kill_worker(self) -> None:
         """Kill the worker: it costs what it had in hand, and nothing else."""
@@ -620,17 +633,16 @@ PHASES: Mapping[str, Phase] = {
     "save_full": lambda storm: storm.fault(storm.daemon.save_disk.filled(), NO_SAVE_ROOM),
     "save_read_only": lambda storm: storm.fault(storm.daemon.save_disk.read_only(), NO_SAVE_WRITING),
     "save_forbidden": lambda storm: storm.fault(storm.daemon.save_disk.forbidden(), NO_SAVE_WRITING),
+    "save_unmounted": lambda storm: storm.fault(storm.daemon.save_disk.unmounted(), NO_SAVE_DISK),
     "save_away": lambda storm: storm.fault(storm.daemon.save_disk.away(), NO_SAVE_FOLDER),
     "state_full": lambda storm: storm.fault_of_state(storm.daemon.state_disk.filled()),
     "state_read_only": lambda storm: storm.fault_of_state(storm.daemon.state_disk.read_only()),
+    "state_forbidden": lambda storm: storm.fault_of_state(storm.daemon.state_disk.forbidden()),
+    "state_away": lambda storm: storm.fault_of_state(storm.daemon.state_disk.away()),
     **{name: lambda storm, name=name: storm.jump(name) for name in JUMPS_S},  # type: ignore[misc]
 }
-NEED_DISKS = (
-    "kill_in_full",
-    "save_low",
-    "save_full",
-    "state_full",
-)  # where nothing can be mounted, no disk can be filled
+# Where nothing can be mounted, no disk can be filled.
+NEED_DISKS = ("kill_in_full", "save_low", "save_full", "save_unmounted", "state_full")
 
 
 def possible(names: Sequence[str] = ()) -> list[str]:
