@@ -41,25 +41,23 @@ class Disk:
     """A small disk, if disks can be mounted here, and a folder of it in a place of its own: what a daemon uses."""
 
     def __init__(self, root: Path, name: str, *, mounted: bool) -> None:
-        self.root, self.mounted = root / f"{name}_disk", mounted
-        self.folder = self.root / "place" / name
-        self._content = self.root / "content"
-        self.root.mkdir()
+        self.mounted, self._root = mounted, root / f"{name}_disk"
+        self.folder, self._disk = self._root / "place" / name, self._root / "disk"
+        for path in (self.folder, self._disk):
+            path.mkdir(parents=True)
         if mounted:
-            mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", self.root)
-            self._content.mkdir()
-        self.folder.mkdir(parents=True)
-        self._mount()
+            mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", self._disk)
+            (self._disk / "content").mkdir()
+            self._mount()
 
     def _mount(self) -> None:
-        if self.mounted:
-            mount("--bind", self._content, self.folder)
+        mount("--bind", self._disk / "content", self.folder)
 
     def unmount(self) -> None:
         """Let go of it."""
         if self.mounted:
             unmount(self.folder)
-            unmount(self.root)
+            unmount(self._disk)
 
     @contextmanager
     def unmounted(self) -> Iterator[None]:
@@ -73,11 +71,11 @@ class Disk:
     @contextmanager
     def filled(self, leave_bytes: int = 0) -> Iterator[None]:
         """Within, no more than `leave_bytes` are free."""
-        filler = self.root / "filler"
+        filler = self._disk / "filler"
         with filler.open("wb") as file:
             for piece_bytes in (2**20, 2**12):
                 with suppress(OSError):
-                    while shutil.disk_usage(self.root).free > leave_bytes:
+                    while shutil.disk_usage(self._disk).free > leave_bytes:
                         os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), piece_bytes)
         try:
             yield
@@ -112,7 +110,7 @@ class Disk:
     @contextmanager
     def away(self) -> Iterator[None]:
         """Within, there is no such folder."""
-        elsewhere = self.root / "elsewhere"
+        elsewhere = self._root / "elsewhere"
         self.folder.parent.rename(elsewhere)
         try:
             yield
