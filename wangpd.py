@@ -261,6 +261,7 @@ async def queue_state(request: web.Request) -> web.Response:
         "current_task_id": running[0].id if running else None,
         "is_processing": bool(running),
         "paused": queue.paused,
+        "held": next(iter(queue.faults.values()), None),
         "tasks": views.queue_entries(tasks, running=len(running)),
     }
     return answered(f"Queue has {len(tasks)} tasks", data)
@@ -510,7 +511,8 @@ class Supervisor:
         ids = ", ".join(str(task.id) for task in running)
         idle = "paused" if self._queue.paused else "idle"
         work = {0: idle, 1: f"task {ids} runs"}.get(len(running), f"tasks {ids} run")
-        return "; ".join([f"STATUS={work}, {len(self._queue.listing()) - len(running)} waiting", *self._warnings()])
+        remarks = (*self._queue.faults.values(), *self._warnings())
+        return "; ".join([f"STATUS={work}, {len(self._queue.listing()) - len(running)} waiting", *remarks])
 
     async def watch(self) -> None:
         """Report at intervals that the event loop is alive."""

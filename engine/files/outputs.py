@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from engine.files import media
 from engine.files.folders import stats
+from engine.files.place import Folder
 from engine.files.publish import KEPT, move
 from engine.files.thumbnails import ThumbnailCache, key_of
 
@@ -58,6 +59,7 @@ class Outputs:
     def __init__(self, folder: Path, state: Path, retention: Retention | None = None) -> None:
         """In `state` are the thumbnails, and the whole files that could not be published when they were made."""
         self._folder, self._kept = folder, state / KEPT
+        self._disk = Folder(folder, "save_path", 0, "")
         self._retention = retention or Retention()
         self._thumbnails = ThumbnailCache(state / "thumbnails")
         self._snapshot = _Snapshot(None, -math.inf, False, {})
@@ -116,6 +118,8 @@ class Outputs:
 
         Returns why one still can't be, a sentence, else "".
         """
+        if away := self._disk.away():
+            return away
         if names is None:
             names = [name for name, _ in stats(self._kept) if not name.startswith(".")]
         for path in (self._kept / name for name in names if (self._kept / name).exists()):

@@ -26,14 +26,14 @@ class Folder:
     def __init__(self, path: Path, key: str, least_bytes: int, rule: str) -> None:
         """`least_bytes` must be free on its disk; `rule` says so, and how a person makes room."""
         self._path, self._key, self._least_bytes, self._rule = path, key, least_bytes, rule
-        self._mounted = False  # it was a mount point when it was last well
+        self._mounted = False  # it has been a mount point
         self.suspect = False  # a write has failed: the next look writes too, for a quota shows in no other way
 
     def fault(self) -> str:
         """Why nothing can be stored here now, a sentence; "" if it can."""
         try:
-            if self._mounted and self._path.is_dir() and not self._path.is_mount():
-                return f"{self._key}: its disk is not mounted any more; mount it again, or restart wangpd"
+            if away := self.away():
+                return away
             free_bytes = shutil.disk_usage(self._path).free
             with os.scandir(self._path):
                 pass
@@ -45,7 +45,15 @@ class Folder:
             return f"{self._key} can't be written to now; make the folder writable for the user of wangpd"
         if free_bytes < self._least_bytes:
             return f"The disk of {self._key} has {free_bytes // 2**20} MiB free and {self._rule}"
-        self._mounted, self.suspect = self._path.is_mount(), False
+        self.suspect = False
+        return ""
+
+    def away(self) -> str:
+        """A sentence where only an empty mount point is left of the folder, else "": a file in it would be hidden."""
+        mounted = self._path.is_mount()
+        if self._mounted and not mounted and self._path.is_dir():
+            return f"{self._key}: its disk is not mounted any more; mount it again, or restart wangpd"
+        self._mounted |= mounted
         return ""
 
     def _probe(self) -> None:

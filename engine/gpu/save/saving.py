@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from itertools import chain
@@ -14,6 +15,7 @@ from PIL import Image
 
 from engine import settings
 from engine.files import media
+from engine.files.place import Folder
 from engine.files.publish import KEPT, move
 from engine.files.thumbnails import PREVIEW_WIDTH, ThumbnailCache, key_of
 from engine.gpu.run.results import Clip
@@ -53,7 +55,8 @@ class Saver:
         `made` is called with the task's id for each file that is whole. Both are called in the same thread.
         """
         self._config, self._settled, self._made = config, settled, made
-        self._kept = config.state_path / KEPT
+        self._kept, self._disk = config.state_path / KEPT, Folder(config.save_path, "save_path", 0, "")
+        self._disk.away()  # the first call only learns whether it is a mount point
         self._finished = 0
         self._thread = ThreadPoolExecutor(1, "background")
         self._posters = ThumbnailCache(config.state_path / "thumbnails")
@@ -80,10 +83,9 @@ class Saver:
             self._kept.mkdir(parents=True, exist_ok=True)
             self._write(self._kept / name, kind, clip, job, coming)
             size_bytes = (self._kept / name).stat().st_size
-            try:
-                move(self._kept / name, config.save_path / name)
-            except OSError as error:
-                log.warning("%s can't be saved in the output folder now (%s): it is kept", name, error.strerror)
+            with suppress(OSError):  # then it is kept
+                if not self._disk.away():
+                    move(self._kept / name, config.save_path / name)
             self._made(task_id, about(size_bytes))
 
         written = background.feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
