@@ -301,7 +301,7 @@ def test_a_poisoned_device_ends_its_process_and_the_tasks_behind_run_in_another(
     poisoned = own_daemon.submit(prompt="poison", **QUICK)["task_id"]
     behind = [own_daemon.submit(seed=seed, **QUICK)["task_id"] for seed in range(3)]
     state = own_daemon.finish(poisoned)
-    assert (state["status"], state["error"]["code"]) == ("failed", "device_fault")
+    assert (state["status"], state["error"]["code"], state["attempts"]) == ("failed", "device_fault", 2)
     assert "an illegal memory access" in state["error"]["message"]
     all_done(own_daemon, made + behind)
 

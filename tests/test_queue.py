@@ -285,10 +285,28 @@ async def test_after_a_fault_of_the_device_it_is_checked_before_the_next_task(ha
     async with harness.open() as queue:
         first, second = await harness.submit(2)
         await harness.started(first)
-        harness.engine.finish(EngineError("The device failed.", DEVICE_FAULT))
+        for attempts in (1, 2):  # once more, for the card may have failed and not the task
+            await until(lambda attempts=attempts: harness.engine.ran == [first] * attempts and harness.engine.busy)
+            assert (harness.engine.checks, queue.faults) == (attempts - 1, {})
+            harness.engine.finish(EngineError("The device failed.", DEVICE_FAULT))
         assert (await harness.end(first)).error["code"] == DEVICE_FAULT
         await harness.started(second)
-        assert (harness.engine.checks, queue.faults) == (1, {})
+        assert (harness.engine.checks, queue.faults) == (2, {})
+
+
+async def test_a_fault_of_the_engine_that_only_one_task_meets_ends_that_task(harness: Harness) -> None:
+    """Such as a package that is missing for one model: the engine passes each check."""
+    async with harness.open() as queue:
+        first, second = await harness.submit(2)
+        for attempts in (1, 2, 3):
+            await until(lambda attempts=attempts: harness.engine.ran == [first] * attempts and harness.engine.busy)
+            harness.engine.finish(EngineError("No module named 'x'.", "engine_unavailable"))
+            await until(lambda: not harness.engine.busy)
+            queue.lanes[0].check_at = 0.0
+            queue.runner.wake.set()
+        task = await harness.end(first)
+        assert (task.status, task.error["code"]) == (Status.FAILED, "engine_unavailable")
+        await until(lambda: bool(queue.lanes[0].fault) or second in harness.engine.ran)
 
 
 async def test_a_device_that_stays_broken_gets_no_further_task(
@@ -301,11 +319,11 @@ async def test_a_device_that_stays_broken_gets_no_further_task(
         harness.engine.broken = EngineError("There is no GPU.", "no_device")
         harness.engine.finish(EngineError("The device failed.", DEVICE_FAULT))
         await until(lambda: queue.faults == {"engine": "There is no GPU."})
-        assert (harness.engine.ran, harness.waiting()) == ([first], [second])
+        assert (harness.engine.ran, harness.waiting()) == ([first], [first, second])
         harness.engine.broken = None
         queue.lanes[0].check_at = 0.0
         queue.runner.wake.set()
-        await harness.started(second)
+        await until(lambda: harness.engine.ran == [first, first])
         assert queue.faults == {}
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Endings:
         self._store, self._outputs, self._place, self._limits = store, outputs, place, limits
         self.stopping = asyncio.Event()  # running tasks are to wait again: the daemon is shutting down
         self.kept = True  # files of ended tasks may still have to be published
+        self._engine_faults: Counter[tuple[int, Lane]] = Counter()
 
     def cancelling(self, task_id: int) -> bool:
         """True if a client has cancelled this running task."""
@@ -100,16 +102,22 @@ class Endings:
     async def failed(self, lane: Lane, task_id: int, code: str, sentence: str) -> None:
         """End a task, unless the fault is its engine's or a disk's: then it waits until that is well again.
 
-        A disk that fails under this task alone, as where one file is larger than all the room, costs the attempt.
+        What fails under this task alone, as a disk does that is smaller than its file, costs the attempt.
         """
-        back, counted = code in ENGINE_FAULTS, False
-        if back:
+        attempts_left = self._store.started[task_id].attempts < self._limits.max_attempts
+        back = counted = False
+        if code in ENGINE_FAULTS:
             lane.fail(sentence)
+            self._engine_faults[task_id, lane] += (
+                1  # if the engine passes its checks in between, it is the task's fault
+            )
+            back = self._engine_faults[task_id, lane] <= self._limits.max_attempts
         elif code == DEVICE_FAULT:
             lane.suspect = True
+            back, counted = attempts_left, True
         elif code == STORAGE_FAULT:
             counted = not await self._place.doubt()
-            back = not counted or self._store.started[task_id].attempts < self._limits.max_attempts
+            back = attempts_left or not counted
             self._place.hold(self._place.fault or sentence)
         if back:
             log.error("task %d waits again: %s", task_id, sentence)
