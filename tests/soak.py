@@ -309,17 +309,20 @@ class Soak(crash.Storm):
                 self.act()
         self.sentry.expect(None)
         with self.gate:
-            before = {task["task_id"]: task["attempts"] for task in self.history() if task["status"] not in ENDED}
+            counted = {
+                task["task_id"]: task["attempts"] - (task["status"] != "queued")
+                for task in self.history()
+                if task["status"] not in ENDED
+            }
             with self.waiting() as channel:
                 self.end_life(number)
                 if answered(channel) is None:
                     self.blame("a stop costs no attempt and ends in order", "who waited for a task got no answer")
             self._session.close()
             self.begin_life()
-            tasks = self.history()
-            for task in tasks:  # one that was started meanwhile has one more
-                if task["status"] == "queued" and task["attempts"] > before.get(task["task_id"], 0):
-                    fault = f"{task['task_id']} has {task['attempts']} attempts, and had {before.get(task['task_id'])}"
+            for task in self.history():  # one that runs again has one more
+                if task["status"] == "queued" and task["attempts"] > counted.get(task["task_id"], 0):
+                    fault = f"{task['task_id']} has {task['attempts']} attempts, and had {counted}"
                     self.blame("a stop costs no attempt and ends in order", fault)
             self.check()
         self.settled(READY)
