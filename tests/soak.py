@@ -684,6 +684,7 @@ def play(folder: Path, seconds: float, seed: int, phases: Sequence[str], *, moun
     """Play a soak in this process; returns a report, also if it could not be played to its end."""
     obey_permissions()
     daemon = SoakDaemon(folder / "own", mounted=mounted)
+    threading.Thread(target=end_with_starter, args=(daemon,), daemon=True).start()
     storm = Soak(daemon, seed)
     crashed = ""
     try:
@@ -711,9 +712,12 @@ def play(folder: Path, seconds: float, seed: int, phases: Sequence[str], *, moun
     }
 
 
-def end_with_parent() -> None:
-    """End at once when whoever holds the other end of the standard input is gone."""
+def end_with_starter(daemon: Daemon) -> None:
+    """End at once, with all that was started, when whoever holds the other end of the standard input is gone."""
     sys.stdin.read()
+    with contextlib.suppress(AssertionError, OSError):  # there may be no daemon now
+        for pid in (*workers(daemon), daemon.process.pid):
+            send(pid, signal.SIGKILL)
     os._exit(1)
 
 
@@ -730,7 +734,6 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.tied:
-        threading.Thread(target=end_with_parent, daemon=True).start()
         report = play(options.folder, options.seconds, options.seed, options.phases, mounted=options.disks)
         (options.folder / "report.json").write_text(json.dumps(report))
         return 0
