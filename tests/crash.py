@@ -48,7 +48,7 @@ PROMISES = (
 CROWD = 12  # waiting tasks from which on nobody submits
 LONGEST_LIFE_S = 2.0
 PAGE = 200
-TASK_OF = re.compile(r"\.?\d{8}-\d{6}_t(\d+)_")
+TASK_OF = re.compile(r"\.?\d{8}-\d{6}_t(\d+)-")
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from engine.catalog.models import Catalog, Model
+from engine.files.outputs import OwnFile
 from engine.job import Cancelled, EngineError, Job, OutputFile, Result
 from engine.planning.machine import Machine
 from engine.queue.journal import Journal
@@ -99,7 +100,12 @@ class FakeOutputs:
             raise self.fault
         return 0
 
-    def prepare(self) -> None:
+    keeps_all = True
+
+    def made(self, _task_id: int, _names: Iterable[str]) -> list[OwnFile]:
+        return []
+
+    def require_room(self) -> None:
         if self.fault:
             raise self.fault
         if self.full:

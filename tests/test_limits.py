@@ -24,7 +24,7 @@ from PIL import Image
 import wangpd
 from engine.api.body import parsed
 from engine.files import outputs as outputs_module
-from engine.files.outputs import Outputs, Retention
+from engine.files.outputs import Outputs, OwnFile, Retention
 from engine.job import EngineError
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
@@ -373,11 +373,12 @@ def test_idleness_ends_the_generation_process_and_the_next_task_starts_one(tidy:
 
 
 def test_a_task_removes_what_is_older_than_it_is_to_be_kept(tidy: Daemon) -> None:
-    for name, age_s in {"old.mp4": 2 * DAY_S, "young.mp4": DAY_S / 2, "old.txt": 2 * DAY_S}.items():
-        aged(tidy.outputs / name, age_s)
+    old, young = (tidy.made(tidy.run(**QUICK)) for _ in range(2))
+    for path, age_s in {old: 2 * DAY_S, young: DAY_S / 2}.items():
+        os.utime(path, (time.time() - age_s,) * 2)
     made = tidy.made(tidy.run(**QUICK))
-    assert {"young.mp4", "old.txt", made.name} <= {path.name for path in tidy.outputs.iterdir()}
-    assert not (tidy.outputs / "old.mp4").exists()
+    assert {young, made} <= set(tidy.outputs.iterdir())
+    assert not old.exists()
 
 
 @pytest.fixture(scope="module")
@@ -417,11 +418,12 @@ def test_unload_leaves_a_task_alone_that_runs(at_work: Daemon) -> None:
 # ----------------------------------------------------------------------------------------------------------- the disk
 
 
-def aged(path: Path, age_s: float, size_bytes: int = 10) -> None:
-    """A file that was last changed so long ago."""
+def aged(path: Path, age_s: float, size_bytes: int = 10) -> OwnFile:
+    """A file that was made so long ago."""
     path.write_bytes(b"x" * size_bytes)
     then = time.time() - age_s
     os.utime(path, (then, then))
+    return OwnFile(path.name, 1, size_bytes, path.stat().st_mtime_ns, then)
 
 
 def names(folder: Path) -> set[str]:
@@ -429,23 +431,21 @@ def names(folder: Path) -> set[str]:
 
 
 def test_only_the_oldest_files_beyond_the_bytes_to_be_kept_are_removed(tmp_path: Path) -> None:
-    for number in range(6):
-        aged(tmp_path / f"{number}.mp4", age_s=number * 100, size_bytes=100)
+    own = [aged(tmp_path / f"{number}.mp4", age_s=number * 100, size_bytes=100) for number in range(6)]
     aged(tmp_path / "notes.txt", age_s=10_000, size_bytes=1000)
-    Outputs(tmp_path, tmp_path / "cache", Retention(keep_bytes=350)).prepare()
+    Outputs(tmp_path, tmp_path / "cache", Retention(keep_bytes=350)).prepare(own)
     assert names(tmp_path) == {"0.mp4", "1.mp4", "2.mp4", "notes.txt"}
 
 
 def test_only_files_older_than_they_are_to_be_kept_are_removed(tmp_path: Path) -> None:
-    for days in range(5):
-        aged(tmp_path / f"{days}.mp4", age_s=days * DAY_S + 60)
-    Outputs(tmp_path, tmp_path / "cache", Retention(keep_s=2 * DAY_S)).prepare()
+    own = [aged(tmp_path / f"{days}.mp4", age_s=days * DAY_S + 60) for days in range(5)]
+    Outputs(tmp_path, tmp_path / "cache", Retention(keep_s=2 * DAY_S)).prepare(own)
     assert names(tmp_path) == {"0.mp4", "1.mp4"}
 
 
 def test_without_a_limit_every_file_is_kept(tmp_path: Path) -> None:
-    aged(tmp_path / "ancient.mp4", age_s=10_000 * DAY_S, size_bytes=MIB)
-    Outputs(tmp_path, tmp_path / "cache", Retention()).prepare()
+    own = [aged(tmp_path / "ancient.mp4", age_s=10_000 * DAY_S, size_bytes=MIB)]
+    Outputs(tmp_path, tmp_path / "cache", Retention()).prepare(own)
     assert names(tmp_path) == {"ancient.mp4"}
 
 
@@ -477,17 +477,18 @@ Usage = namedtuple("Usage", "free")
 
 
 def test_room_that_old_files_made_is_enough_for_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aged(tmp_path / "old.mp4", age_s=2 * DAY_S)
+    own = [aged(tmp_path / "old.mp4", age_s=2 * DAY_S)]
     monkeypatch.setattr(
         outputs_module.shutil, "disk_usage", lambda folder: Usage(0 if (folder / "old.mp4").exists() else MIB)
     )
     folder = Outputs(tmp_path, tmp_path / "cache", Retention(keep_s=DAY_S, min_free_bytes=MIB))
-    folder.prepare()
+    folder.prepare(own)
+    folder.require_room()
     assert names(tmp_path) == set()
 
 
 def test_too_little_room_is_an_error_with_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs_module.shutil, "disk_usage", lambda _: Usage(MIB - 1))
     with pytest.raises(EngineError) as failed:
-        Outputs(tmp_path, tmp_path / "cache", Retention(min_free_bytes=MIB)).prepare()
+        Outputs(tmp_path, tmp_path / "cache", Retention(min_free_bytes=MIB)).require_room()
     assert failed.value.code == "disk_full"

@@ -250,7 +250,7 @@ def held_in_preparation(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> tu
         loop.call_soon_threadsafe(preparing.set)
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(PATIENCE_S)
 
-    monkeypatch.setattr(harness.outputs, "prepare", prepare)
+    monkeypatch.setattr(harness.outputs, "require_room", prepare)
     return preparing, go_on
 
 

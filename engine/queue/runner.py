@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from engine.admission import BadRequest, require_files
 from engine.catalog.models import Catalog, Model, UnknownModel
 from engine.files.outputs import Outputs
 from engine.job import NO_TASK, Cancelled, EngineError, Result
@@ -175,22 +176,36 @@ class QueueRunner:
     async def _process(self, lane: Lane, task: Task) -> None:
         warm = lane.engine.loaded(task.job.model)
         try:
-            await asyncio.to_thread(self._outputs.prepare)
+            await self._make_room()
+            await asyncio.to_thread(self._outputs.require_room)
             model = self._catalog.get(task.job.model)
+            await asyncio.to_thread(require_files, task.job)
             if self._put_back or self._cancelling(task.id):  # before the engine knew of it
                 raise Cancelled
             patience_s = self._facts.patience_s(task.job, self._limits.step_timeout_s)
             result = await lane.engine.run(task.id, task.job, model, patience_s, partial(self._release, lane, task))
         except Cancelled:
             await self._stopped(task.id)
-        except (EngineError, UnknownModel) as error:
-            await self._failed(lane, task.id, getattr(error, "code", "unknown_model"), str(error))
+        except (EngineError, UnknownModel, BadRequest) as error:
+            code = getattr(error, "code", "unknown_model" if isinstance(error, UnknownModel) else "file_gone")
+            await self._failed(lane, task.id, code, str(error))
         except Exception as error:
             log.exception("task %d: fault in the daemon", task.id)
             sentence = f"{type(error).__name__} in the daemon; its log says more."
             await self._failed(lane, task.id, "internal_error", sentence)
         else:
             await self._completed(lane, task, result, warm)
+
+    async def _make_room(self) -> None:
+        """Delete the files that are no longer to be kept; what can't be deleted now waits for the next task."""
+        if self._outputs.keeps_all:
+            return
+        journal = self._store.journal
+        try:
+            gone = await asyncio.to_thread(self._outputs.prepare, await journal.files())
+            await journal.disown(gone)
+        except JournalFault as fault:
+            log.warning("old files can't be deleted now: %s", fault)
 
     def _cancelling(self, task_id: int) -> bool:
         return self._store.started[task_id].status is Status.CANCELLING
@@ -204,7 +219,7 @@ class QueueRunner:
             # A cancel that came after the last file was whole: `cancelling` was shown, so `cancelled` must follow.
             return ended(now, Status.CANCELLED if now.status is Status.CANCELLING else Status.COMPLETED, **made)
 
-        await self._settle(task.id, end, **facts)
+        await self._settle(task.id, end, files=[file.filename for file in result.files], **facts)
 
     async def _failed(self, lane: Lane, task_id: int, code: str, sentence: str) -> None:
         """End the task, unless only this engine can't work: then it waits for another."""
@@ -226,8 +241,10 @@ class QueueRunner:
         await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
         await self._settle(task_id, lambda now: ended(now, Status.CANCELLED), back=back)
 
-    async def _settle(self, task_id: int, end: Callable[[Task], Task], *, back: bool = False, **facts: Any) -> None:
-        """Commit the end of a running task, however long the disk needs; `facts` in the same commit.
+    async def _settle(
+        self, task_id: int, end: Callable[[Task], Task], *, back: bool = False, files: Iterable[str] = (), **facts: Any
+    ) -> None:
+        """Commit the end of a running task, however long the disk needs; its `files` and `facts` in the same commit.
 
         With `back`, it waits again, unless a client has cancelled it meanwhile.
         """
@@ -235,7 +252,8 @@ class QueueRunner:
         def outcome(now: Task) -> Task:
             return put_back(now, now.attempts - 1) if back and now.status is Status.PROCESSING else end(now)
 
-        task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
+        made = () if back else await asyncio.to_thread(self._outputs.made, task_id, files)
+        task = await self._store.insist(lambda: self._store.settle(task_id, outcome, made=made, **facts))
         log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
 
     async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:
