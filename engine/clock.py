@@ -4,15 +4,14 @@ import logging
 import time
 
 log = logging.getLogger("wangpd")
-MOST_AWAY_S = 30 * 86400  # that a machine is off; a wall clock that has gone on further than that was set wrongly
-LEAST_AWAY_S = -60  # small steps back are the work of NTP
+MOST_OFF_S = 30 * 86400  # a machine is off for no longer; a wall clock that has gone on further was set wrongly
+NTP_S = 60  # a smaller step back is no fault
 
 
 class Clock:
-    """Seconds since the epoch that no step of the wall clock moves. They are comparable with each other only.
+    """Seconds since the epoch, to be compared with each other only: no step of the wall clock moves them.
 
-    While the daemon runs they go on with the machine's uptime. What is saved as `reading` lets them go on over a
-    restart, by what the wall clock has gone on meanwhile: up to 30 days, or not at all.
+    They go on with the machine's uptime; and over a restart, from an earlier `reading`, with the wall clock.
     """
 
     def __init__(self) -> None:
@@ -30,15 +29,15 @@ class Clock:
         """This clock and the wall clock, now."""
         return self.now(), time.time()
 
-    def resume(self, believed: float, wall: float) -> None:
-        """Go on from an earlier `reading`."""
-        away_s = time.time() - wall
-        if not LEAST_AWAY_S <= away_s <= MOST_AWAY_S:
-            log.warning("the clock is %.1f days off what it was; no file or record ages by that", away_s / 86400)
-            away_s = 0.0
-        self._start = believed + max(0.0, away_s) - _uptime_s()
+    def resume(self, now: float, wall: float) -> None:
+        """Go on from a `reading`, by what the wall clock has gone on meanwhile if that can be believed."""
+        off_s = time.time() - wall
+        if not -NTP_S <= off_s <= MOST_OFF_S:
+            log.warning("the clock is %.1f days off what it was; no file or record ages by that", off_s / 86400)
+            off_s = 0.0
+        self._start = now + max(0.0, off_s) - _uptime_s()
 
 
 def _uptime_s() -> float:
-    """Seconds since some moment, those of a suspended machine too where the system counts them."""
+    """Seconds since some moment; those of a suspended machine too, where the system counts them."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -367,6 +367,7 @@ async def test_what_is_submitted_after_a_move_comes_last(harness: Harness) -> No
 
 async def test_a_retry_is_a_new_task_with_everything_that_the_old_one_had(harness: Harness, tmp_path: Path) -> None:
     async with harness.open() as queue:
+        (tmp_path / "picture").touch()
         old = job("a cat", seed=42, inputs={"image_start": (tmp_path / "picture",)})
         task_id = (await queue.submit(old, ["a warning"])).answer["task_id"]
         await harness.started(task_id)

@@ -12,6 +12,7 @@ from pathlib import Path
 from engine.files.publish import published
 
 log = logging.getLogger("wangpd")
+ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
 class FolderLock:
@@ -20,7 +21,7 @@ class FolderLock:
     def __init__(self, key: str, file: Path, holder: str) -> None:
         """`key` names the folder in the configuration; `holder` is written into the file, for people to read."""
         self._key, self._file, self._holder = key, file, holder
-        self._handle = -1
+        self._handle: int | None = None
         self._warned = False
 
     def take(self) -> str:
@@ -28,51 +29,38 @@ class FolderLock:
 
         It is taken again where another folder is at this path now. A file system that can't lock is used without.
         """
-        try:
-            if self._handle >= 0 and os.path.samestat(os.fstat(self._handle), self._file.stat()):
+        with suppress(OSError):  # the file is gone, and with it the lock
+            if self._handle is not None and os.path.samestat(os.fstat(self._handle), self._file.stat()):
                 return ""
-        except OSError:
-            pass  # the file is gone, and with it the lock
         try:
             return self._taken()
         except OSError as error:
-            absent = error.errno in (errno.ENOENT, errno.ENOTDIR)
-            if not absent and not self._warned:
+            if error.errno not in ABSENT and not self._warned:
                 self._warned = True
-                log.warning("%s: %s can't be locked (%s); no other wangpd may use it", *self._named(), error.strerror)
+                reason = f"{self._key}: {self._file.parent} can't be locked ({error.strerror})"
+                log.warning("%s; no other wangpd may use it", reason)
             return ""
 
     def _taken(self) -> str:
-        """As `take`. Raises OSError where nothing can be locked."""
-        handle = self._opened()
+        """As `take`. Raises OSError where nothing can be locked. A link in the place of the file is not followed."""
+        try:
+            handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except PermissionError:  # it is another user's
+            handle = os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._handle, handle = handle, self._handle or -1
+            with suppress(OSError):  # the disk may be full
+                os.fchmod(self._handle, 0o644)  # another user's daemon must be able to look
+                os.truncate(self._handle, 0)
+                os.write(self._handle, f"{self._holder}\n".encode())
+            return ""
         except BlockingIOError:
-            other = os.read(handle, 1000).decode(errors="replace").strip()
-            os.close(handle)
-            key, folder = self._named()
-            return f"{key}: {folder} is in use by another wangpd ({other or 'unknown'}); one folder, one daemon"
-        except OSError:
-            os.close(handle)
-            raise
-        if self._handle >= 0:
-            os.close(self._handle)
-        self._handle = handle
-        with suppress(OSError):  # the disk may be full
-            os.ftruncate(handle, 0)
-            os.write(handle, f"{self._holder}\n".encode())
-        return ""
-
-    def _opened(self) -> int:
-        """A handle of the file, for reading only if it is another user's. A link in its place is not followed."""
-        flags = os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            return os.open(self._file, os.O_RDWR | os.O_CREAT | flags, 0o644)
-        except PermissionError:
-            return os.open(self._file, os.O_RDONLY | flags)
-
-    def _named(self) -> tuple[str, Path]:
-        return self._key, self._file.parent
+            other = os.read(handle, 1000).decode(errors="replace").strip() or "unknown"
+            return f"{self._key}: {self._file.parent} is in use by another wangpd ({other}); one folder, one daemon"
+        finally:
+            if handle >= 0:
+                os.close(handle)
 
 
 def instance_id(state_path: Path) -> str:

@@ -65,6 +65,7 @@ FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.S
 UPDATE = "UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?"
 ENDS = ", ".join(repr(str(status)) for status in sorted(ENDED))
 UNFINISHED = f"WHERE status NOT IN ({ENDS}) AND finished_at IS NULL ORDER BY rank, id"
+FILE = "name, task_id, size_bytes, mtime_ns, made_at"  # as OwnFile
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -123,7 +124,7 @@ class Journal:
         try:
             _refuse_newer(self._path)
             self._db = _connect(self._path)
-        except (sqlite3.DatabaseError, TypeError, ValueError, LookupError) as error:
+        except sqlite3.DatabaseError as error:
             if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in FILE_FAULTS:
                 raise
             self.set_aside = _move_aside(self._path)
@@ -168,7 +169,9 @@ class Journal:
             self._db.execute(UPDATE, self._row(task))
             if key is not None:
                 values = key, request, json.dumps({**answer, "task_id": task.id}), self._clock.now()
-                self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", values)
+                self._db.execute(
+                    "INSERT OR REPLACE INTO replies (key, request, answer, created_at) VALUES (?, ?, ?, ?)", values
+                )
         return None
 
     def _answer(self, key: str, request: str) -> Mapping[str, Any] | None:
@@ -192,12 +195,12 @@ class Journal:
         """Commit, together: these versions of tasks, ranks by task id, files that were made, JSON values by name."""
         with self._db:
             self._db.executemany(UPDATE, map(self._row, tasks))
-            self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", made)
+            self._db.executemany(f"INSERT OR REPLACE INTO files ({FILE}) VALUES (?, ?, ?, ?, ?)", made)
             ranked = ((rank, task_id) for task_id, rank in (ranks or {}).items())
             self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
             facts["clock"] = self._clock.reading()
             values = ((name, json.dumps(value)) for name, value in facts.items())
-            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", values)
+            self._db.executemany("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", values)
 
     @_in_thread
     def unfinished(self) -> list[Task]:
@@ -243,12 +246,12 @@ class Journal:
     def inputs(self) -> set[str]:
         """The names of all stored input files that some row still needs: the last parts of whatever paths it has."""
         rows = self._db.execute("SELECT record FROM tasks WHERE record LIKE '%/%'")
-        return {name for (record,) in rows for name in re.findall(r'/([^/"]+)"', record)}
+        return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
 
     @_in_thread
     def files(self) -> list[OwnFile]:
         """The files that are the daemon's own."""
-        return [OwnFile(*row) for row in self._db.execute("SELECT * FROM files")]
+        return [OwnFile(*row) for row in self._db.execute(f"SELECT {FILE} FROM files")]
 
     @_in_thread
     def disown(self, names: Iterable[str]) -> None:
@@ -277,7 +280,7 @@ class Journal:
         """Id, record and task of rows; None and a line in the log for one that can't be read."""
         for task_id, record in self._db.execute(f"SELECT id, record FROM tasks {rest}", values).fetchall():
             try:
-                yield task_id, record, Task.restore(record)
+                yield task_id, record, Task.restore(record, self._path.parent / "inputs")
             except Exception as fault:  # whatever another version, or a person, has written there
                 if task_id not in self._reported:
                     self._reported.add(task_id)

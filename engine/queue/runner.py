@@ -252,8 +252,9 @@ class QueueRunner:
         def outcome(now: Task) -> Task:
             return put_back(now, now.attempts - 1) if back and now.status is Status.PROCESSING else end(now)
 
-        made = () if back else await asyncio.to_thread(self._outputs.made, task_id, files)
-        task = await self._store.insist(lambda: self._store.settle(task_id, outcome, made=made, **facts))
+        if not back and (made := await asyncio.to_thread(self._outputs.made, task_id, files)):
+            facts["made"] = made
+        task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
         log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
 
     async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:

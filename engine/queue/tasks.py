@@ -71,14 +71,17 @@ class Task:
         return json.dumps(asdict(self), default=str)  # a path is the only value that JSON lacks
 
     @classmethod
-    def restore(cls, record: str) -> "Task":
-        """The task that `record` of this or of another version came from. Raises an Exception if it is not one."""
+    def restore(cls, record: str, inputs: Path | None = None) -> "Task":
+        """The task that `record` of this or of another version came from. Raises an Exception if it is not one.
+
+        `inputs` is where the folder of the stored inputs is now.
+        """
         values = json.loads(record)
         job = values["job"]
         loras = job.get("loras", ())
         job["loras"] = tuple(Lora(Path(lora["path"]), tuple(map(tuple, lora["phases"]))) for lora in loras)
-        inputs = job.get("inputs", job.get("images", {}))  # `images` until the models took videos and sounds
-        job["inputs"] = {name: tuple(map(Path, paths)) for name, paths in inputs.items()}
+        given = job.get("inputs", job.get("images", {}))  # `images` until the models took videos and sounds
+        job["inputs"] = {name: tuple(_moved(Path(path), inputs) for path in paths) for name, paths in given.items()}
         values["job"] = restored(Job, job)
         if values["status"] not in list(Status):  # of a later version
             values["status"] = Status.FAILED if values.get("finished_at") else Status.QUEUED
@@ -87,6 +90,10 @@ class Task:
         values["files"] = tuple(restored(OutputFile, file) for file in values.get("files", ()))
         values["timings"] = {phase: float(seconds) for phase, seconds in values.get("timings", {}).items()}
         return restored(cls, values)
+
+
+def _moved(path: Path, inputs: Path | None) -> Path:
+    return inputs / path.name if inputs and path.parent.name == inputs.name else path
 
 
 def restored(cls: type[T], values: Mapping[str, Any]) -> T:
