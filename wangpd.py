@@ -7,15 +7,15 @@ that needs a GPU in a process of its own (`engine/workers/local.py`). Nothing ha
 
 import asyncio
 import errno
-import fcntl
 import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -55,12 +55,14 @@ from engine.catalog import loras, weights
 from engine.catalog.download import Downloads
 from engine.catalog.models import Catalog, Model, default_settings
 from engine.cli import parse_arguments, run_command
+from engine.clock import Clock
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
+from engine.files.owner import FolderLock, instance_id
 from engine.files.place import Place
 from engine.queue.endings import Limits
-from engine.queue.journal import Journal, JournalFault
+from engine.queue.journal import Journal, JournalFault, NewerJournal
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.tasks import Status
 from engine.settings import echo
@@ -316,7 +318,8 @@ async def move_task(request: web.Request) -> web.Response:
 @routes.operation("Queue", "POST /queue/{task_id}/retry", schemas.Submitted, 400, 404, 503)
 async def retry_task(request: web.Request) -> web.Response:
     """Queue an ended task again, with its settings, seed and pictures."""
-    return accepted(request.app, await request.app[QUEUE].retry(request[PATH]["task_id"]))
+    app, task_id = request.app, request[PATH]["task_id"]
+    return accepted(app, await app[QUEUE].retry(task_id, app[ADMISSION].require))
 
 
 @routes.operation("Queue", "GET /tasks", schemas.TaskPage, 400, 503, query=requests.HistoryQuery)
@@ -400,11 +403,17 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
     app[CATALOG] = read_catalog(config) if catalog is None else catalog
     app[HEAVY] = asyncio.Semaphore(HEAVY_AT_ONCE)
-    app[OUTPUTS] = Outputs(config.save_path, config.state_path, config.retention())
+    clock = Clock()
+    app[OUTPUTS] = Outputs(
+        *(config.save_path, config.state_path, config.retention()),
+        instance=config.instance,
+        clock=clock,
+        holder=holder(config),
+    )
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
-    app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
+    app[JOURNAL] = Journal(config.state_path / "journal.sqlite", clock)
     place, limits = Place(config.folders()), config.part(Limits)
     app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
@@ -445,8 +454,8 @@ async def lifetime(app: web.Application) -> AsyncIterator[None]:
     """The journal is open, and its tasks run. Downloads and the generation processes end with it, whatever they do."""
     app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
     try:
-        await asyncio.to_thread(app[OUTPUTS].remove_parts)
         await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
+        await asyncio.to_thread(app[OUTPUTS].remove_parts)
         if aside := app[JOURNAL].set_aside:
             log.error("the journal could not be read and was moved to %s; the queue starts empty", aside)
         async with app[QUEUE].running(app[CONFIG].stop_grace_s):
@@ -483,6 +492,7 @@ async def sweep(app: web.Application) -> None:
     """Remove the input pictures that no task needs any more, now and every hour."""
     while True:
         with suppress(JournalFault, OSError):
+            await app[JOURNAL].save()  # the clock: a daemon that only idles knows of the time too
             await asyncio.to_thread(app[INPUT_FILES].sweep, await app[JOURNAL].inputs())
         await asyncio.sleep(SWEEP_S)
 
@@ -527,8 +537,10 @@ class CantStart(Exception):
 
 
 async def serve(config: Config, catalog: Catalog) -> None:
-    """Run until SIGTERM or SIGINT; a second one ends at once. Raises CantStart if the port is taken."""
+    """Run until SIGTERM or SIGINT; a second one ends at once. Raises CantStart if a folder or the port is taken."""
     app = make_app(config, catalog)
+    if taken := app[OUTPUTS].lock.take():
+        raise CantStart(taken)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
@@ -605,10 +617,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
     try:
         require_folders(config)
-        with only_one(config.state_path):
-            asyncio.run(serve(config, catalog))
-    except (CantStart, OSError, JournalFault) as error:
-        print("wangpd:", error if isinstance(error, CantStart) else f"can't go on: {error}", file=sys.stderr)
+        lock = FolderLock("state_path", config.state_path / "lock", holder(config))
+        if taken := lock.take():
+            raise CantStart(taken)
+        asyncio.run(serve(replace(config, instance=instance_id(config.state_path)), catalog))
+    except (CantStart, NewerJournal, OSError, JournalFault) as error:
+        ours = isinstance(error, CantStart | NewerJournal)
+        print("wangpd:", error if ours else f"can't go on: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -625,15 +640,9 @@ def require_folders(config: Config) -> None:
             raise CantStart(f"{name}: {folder} can't be written to; let the user of wangpd write there, or move it")
 
 
-@contextmanager
-def only_one(state_path: Path) -> Iterator[None]:
-    """Lock the queue's folder: a second daemon would run the tasks of the first. Raises CantStart."""
-    with (state_path / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
-        except BlockingIOError:
-            raise CantStart(f"state_path: {state_path} is in use by another wangpd; one folder, one daemon") from None
-        yield
+def holder(config: Config) -> str:
+    """What the lock files of this daemon's folders say."""
+    return f"process {os.getpid()} on {socket.gethostname()}, state_path {config.state_path}"
 
 
 if __name__ == "__main__":

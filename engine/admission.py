@@ -114,6 +114,15 @@ class Admission:
             raise BadRequest(f"model_type: '{model.id}' is not installed; {remedy}")
         return found
 
+    def require(self, job: Job) -> None:
+        """Raises BadRequest if a job that was admitted once can't be run any more. Blocks."""
+        if job.model not in self._catalog:
+            raise BadRequest(f"model_type: '{job.model}' is no longer in the catalogue; bring it back, or take another")
+        model = self._catalog.get(job.model)
+        self.require_weights(model)
+        _choose_task(model, frozenset(job.inputs), job.task)
+        require_files(job)
+
     def _checked_input(self, name: str, datas: list[bytes]) -> Media:
         """The input of one field, each file whole and of a size that fits in memory. Raises BadRequest."""
         about, seconds = INPUTS[name], 0.0
@@ -141,6 +150,15 @@ class Admission:
             return loras.chosen(names, multipliers, model, self._policy.loras_dir, found.folder)
         except loras.BadLora as error:
             raise BadRequest(str(error)) from None
+
+
+def require_files(job: Job) -> None:
+    """Raises BadRequest if an input or a LoRA of an admitted job is gone. Blocks."""
+    for name, paths in job.inputs.items():
+        if not all(path.is_file() for path in paths):
+            raise BadRequest(f"{name}: its file is no longer in state_path; send it again with a new request")
+    for path in (lora.path for lora in job.loras if not lora.path.is_file()):
+        raise BadRequest(f"activated_loras: '{path.name}' is no longer in {path.parent}; put it back")
 
 
 def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapping[str, Media]) -> Resolved:

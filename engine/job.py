@@ -37,6 +37,7 @@ class EngineConfig:
     convert_float32: bool = True
     prompt_cache_mb: int = 256  # of RAM; 0: off
     log_level: str = "info"
+    instance: str = "000000"  # 6 hex digits, others for each state folder: in the names of its files
 
 
 class Phase(IntEnum):

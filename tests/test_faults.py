@@ -396,7 +396,7 @@ def test_the_eta_of_a_task_that_waited_is_no_longer_than_its_own_work(house: Dae
 
 def test_a_finished_file_stays_whatever_becomes_of_its_task(house: Daemon) -> None:
     task_id = house.submit(**LONG)["task_id"]
-    mark = f"_t{task_id:06d}_"
+    mark = f"_t{task_id:06d}-"
 
     def listed() -> list[str]:
         files = house.get("/outputs").json()["data"]["files"]

@@ -481,9 +481,9 @@ def test_what_an_earlier_process_left_counts_towards_the_limit(tmp_path: Path) -
 
 def test_a_broken_attempt_leaves_nothing(folder: Path, outputs: Outputs) -> None:
     for name in (
-        "20261122-210533_t000123_a-cat_s42.mp4",
-        "20261122-210533_t000123_untitled_s43.png",
-        ".20261122-210533_t000123_a-cat_s44.mp4.part",
+        "20261122-210533_t000123-000000_a-cat_s42.mp4",
+        "20261122-210533_t000123-000000_untitled_s43.png",
+        ".20261122-210533_t000123-000000_a-cat_s44.mp4.part",
     ):
         put(folder, name)
     assert outputs.remove_attempt(123) == 3
@@ -492,10 +492,14 @@ def test_a_broken_attempt_leaves_nothing(folder: Path, outputs: Outputs) -> None
 
 def test_the_files_of_others_stay(folder: Path, outputs: Outputs) -> None:
     others = {
-        "20261122-210533_t000124_a-cat_s42.mp4",
-        "20261122-210533_t1000123_a-cat_s42.mp4",
-        "20261122-210533_t000012_t000123_s42.mp4",
-        ".20261122-210533_t000124_a-cat_s42.mp4.part",
+        "20261122-210533_t000124-000000_a-cat_s42.mp4",
+        "20261122-210533_t1000123-000000_a-cat_s42.mp4",
+        "20261122-210533_t000012-000000_t000123-000000_s42.mp4",
+        ".20261122-210533_t000124-000000_a-cat_s42.mp4.part",
+        "20261122-210533_t000123-1f3a9c_of-another-daemon_s42.mp4",
+        ".20261122-210533_t000123-1f3a9c_of-another-daemon_s42.mp4.part",
+        "20261122-210533_t000123_of-an-older-version_s42.mp4",
+        "20261122-210533_t000123-000000.mp4",
         "trip_t000123_.mp4",
         "video_001.mp4",
     }

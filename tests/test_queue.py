@@ -386,7 +386,7 @@ def held_in_preparation(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> tu
         loop.call_soon_threadsafe(preparing.set)
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(PATIENCE_S)
 
-    monkeypatch.setattr(harness.outputs, "prepare", prepare)
+    monkeypatch.setattr(harness.outputs, "require_room", prepare)
     return preparing, go_on
 
 
@@ -503,6 +503,7 @@ async def test_what_is_submitted_after_a_move_comes_last(harness: Harness) -> No
 
 async def test_a_retry_is_a_new_task_with_everything_that_the_old_one_had(harness: Harness, tmp_path: Path) -> None:
     async with harness.open() as queue:
+        (tmp_path / "picture").touch()
         old = job("a cat", seed=42, inputs={"image_start": (tmp_path / "picture",)})
         task_id = (await queue.submit(old, ["a warning"])).answer["task_id"]
         await harness.started(task_id)

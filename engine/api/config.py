@@ -120,9 +120,9 @@ class Config:
     min_free_mb: int = key(1024, between(0, 10**9),
         why="MiB that must be free on the disk of save_path before a task starts.")
     keep_outputs_days: float = key(0.0, between(0, 36500),
-        why="Days after which finished files are deleted; 0: never.")
+        why="Days after which the files that wangpd made are deleted, and no others; 0: never.")
     keep_outputs_mb: int = key(0, between(0, 10**9),
-        why="MiB of finished files; the oldest beyond it are deleted; 0: no limit.")
+        why="MiB of files that wangpd made; the oldest beyond it are deleted, and no others; 0: no limit.")
 
     max_queue: int = key(Limits.max_queue, between(1, 1_000_000),
         why="Tasks that may wait; one more is answered 503.")
@@ -157,6 +157,7 @@ class Config:
     # fmt: on
 
     shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
+    instance: str = EngineConfig.instance  # read from `state_path` once that is locked
 
     def part(self, cls: type[Part]) -> Part:
         """The part of the configuration that a component needs: a `cls`, whose fields are named like keys."""

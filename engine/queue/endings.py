@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +95,7 @@ class Endings:
             # A cancel that came after the last file was whole: `cancelling` was shown, so `cancelled` must follow.
             return ended(now, Status.CANCELLED if now.status is Status.CANCELLING else Status.COMPLETED, **changes)
 
-        await self._settle(task_id, end, **facts)
+        await self._settle(task_id, end, names, **facts)
 
     async def failed(self, lane: Lane, task_id: int, code: str, sentence: str) -> None:
         """End a task, unless the fault is its engine's or a disk's: then it waits until that is well again.
@@ -128,20 +128,27 @@ class Endings:
         """
         files = () if back else tuple(lane.engine.made(task_id))
         await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
+        names = [file.filename for file in files]
         if files:
-            names = [file.filename for file in files]
             self.kept |= bool(await asyncio.to_thread(self._outputs.publish_kept, names))
         status = Status.FAILED if code else Status.CANCELLED
 
         def end(now: Task) -> Task:
             return ended(now, status, code, sentence, files=files)
 
-        await self._settle(task_id, end, back=back, counted=counted)
+        await self._settle(task_id, end, names, back=back, counted=counted)
 
     async def _settle(
-        self, task_id: int, end: Callable[[Task], Task], *, back: bool = False, counted: bool = False, **facts: Any
+        self,
+        task_id: int,
+        end: Callable[[Task], Task],
+        files: Iterable[str],
+        *,
+        back: bool = False,
+        counted: bool = False,
+        **facts: Any,
     ) -> None:
-        """Commit the end of a running task, `facts` in the same commit.
+        """Commit the end of a running task, its `files` and `facts` in the same commit.
 
         With `back`, it waits again, unless a client has cancelled it meanwhile. `counted`: the attempt counts.
         """
@@ -150,6 +157,8 @@ class Endings:
             goes_back = back and now.status is Status.PROCESSING
             return put_back(now, now.attempts - (0 if counted else 1)) if goes_back else end(now)
 
+        if not back and (made := await asyncio.to_thread(self._outputs.made, task_id, files)):
+            facts["made"] = made
         task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
         log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
 

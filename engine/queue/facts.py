@@ -1,15 +1,18 @@
 """What is learnt while tasks run, and kept in the journal over restarts: speeds, machines, the model last in use."""
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.job import Job, Phase, Result
 from engine.planning.machine import Machine
 from engine.queue.journal import Journal
+from engine.queue.tasks import restored
 from engine.workers.lanes import Runner
 
 log = logging.getLogger("wangpd.queue")
+T = TypeVar("T")
 SLOW_STEPS = 20  # usual denoising steps without progress that make a hang
 WEIGHT = 0.5  # of the newest measurement in the running mean
 COVER_S = 60.0  # length of a sound that is made from another, as long as that one: its job does not know it
@@ -34,9 +37,9 @@ class Facts:
 
     async def restore(self, journal: Journal) -> None:
         """Take in what a former life of the daemon has learnt. Raises JournalFault."""
-        self._paces = {model: Pace(**pace) for model, pace in (await journal.fact("speeds", {})).items()}
-        self.machines = {device: Machine(**machine) for device, machine in (await journal.fact("machines", {})).items()}
-        self.last_model = await journal.fact("model", "")
+        self._paces = _known(Pace, await journal.fact("speeds"))
+        self.machines = _known(Machine, await journal.fact("machines"))
+        self.last_model = str(await journal.fact("model", ""))
 
     def used(self, engine: Runner, model_id: str) -> dict[str, Any]:
         """Note that `engine` has worked with this model; returns what has changed, for `Journal.save`."""
@@ -74,6 +77,15 @@ class Facts:
 def extent(job: Job) -> float:
     """Pixels times frames of one file, or the seconds of a sound."""
     return job.width * job.height * job.frames or job.duration_s or COVER_S
+
+
+def _known(cls: type[T], stored: Any) -> dict[str, T]:
+    """The facts of a kind by their names, without those that another version has written in another form."""
+    facts: dict[str, T] = {}
+    for name, values in stored.items() if isinstance(stored, dict) else ():
+        with suppress(TypeError):
+            facts[name] = restored(cls, values)
+    return facts
 
 
 def _mean(old: Pace | None, job: Job, result: Result, loaded: bool) -> Pace:

@@ -5,7 +5,7 @@ import contextlib
 import heapq
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class TaskQueue(TaskStore):
     async def running(self, stop_s: float) -> AsyncIterator[None]:
         """Take up what the journal holds, run it and whatever is submitted, until the block ends; then `stop`."""
         await self.facts.restore(self.journal)
-        self.paused = await self.journal.fact("paused", False)
+        self.paused = await self.journal.fact("paused", False) is True
         await self.runner.restore()
         self._work = asyncio.create_task(self.runner.run(), name="queue runner")
         try:
@@ -135,15 +135,16 @@ class TaskQueue(TaskStore):
         for sentence in self.faults.values():
             raise Unavailable(sentence)
 
-    async def retry(self, task_id: int) -> Receipt:
+    async def retry(self, task_id: int, require: Callable[[Job], object] = lambda _: None) -> Receipt:
         """Queue the job of an ended task again, with its settings, seed and pictures.
 
-        Raises NoSuchTask, or WrongState if it has not ended; and what `submit` raises.
+        Raises NoSuchTask, or WrongState if it has not ended; and what `submit` and, in a thread, `require` raise.
         """
         task = await self.get(task_id)
         if not task.status.ended:
             raise WrongState(f"Task {task_id} is {task.status}; only an ended task can be retried")
         await self.place.look()
+        await asyncio.to_thread(require, task.job)
         return await self.submit(task.job, task.warnings)
 
     # -- changes that concern the engines

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
+from engine.admission import BadRequest, require_files
 from engine.catalog.models import Catalog, Model, UnknownModel
 from engine.files.outputs import Outputs
 from engine.files.place import Place
@@ -117,11 +118,15 @@ class QueueRunner:
         return not self._place.fault
 
     async def _retire(self) -> None:
-        """Remove the oldest results beyond what is to be kept."""
+        """Delete the files that are no longer to be kept; what can't be deleted now waits for the next task."""
+        if self._outputs.keeps_all:
+            return
+        journal = self._store.journal
         try:
-            await asyncio.to_thread(self._outputs.prepare)
-        except OSError as error:
-            log.warning("old files can't be removed now: %s", error)
+            gone = await asyncio.to_thread(self._outputs.prepare, await journal.files())
+            await journal.disown(gone)
+        except (OSError, JournalFault) as fault:
+            log.warning("old files can't be deleted now: %s", fault)
 
     async def _idle(self) -> None:
         """Wait for something to do; give the memory of a lane back when it takes too long."""
@@ -194,14 +199,16 @@ class QueueRunner:
         try:
             await self._retire()
             model = self._catalog.get(task.job.model)
+            await asyncio.to_thread(require_files, task.job)
             if self._endings.stopping.is_set() or self._endings.cancelling(task.id):  # before the engine knew of it
                 raise Cancelled
             patience_s = self._facts.patience_s(task.job, self._limits.step_timeout_s)
             result = await lane.engine.run(task.id, task.job, model, patience_s, partial(self._release, lane, task))
         except Cancelled:
             await self._endings.stopped(lane, task.id)
-        except (EngineError, UnknownModel) as error:
-            await self._endings.failed(lane, task.id, getattr(error, "code", "unknown_model"), str(error))
+        except (EngineError, UnknownModel, BadRequest) as error:
+            code = getattr(error, "code", "unknown_model" if isinstance(error, UnknownModel) else "file_gone")
+            await self._endings.failed(lane, task.id, code, str(error))
         except Exception as error:
             log.exception("task %d: fault in the daemon", task.id)
             sentence = f"{type(error).__name__} in the daemon; its log says more."

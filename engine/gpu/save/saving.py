@@ -66,7 +66,8 @@ class Saver:
         kind = "audio" if clip.frames is None else "video" if job.frames > 1 else "image"
         config, layer = self._config, f"_{clip.layer}" if clip.layer else ""
         suffix = {"audio": config.audio_format, "video": "mp4", "image": config.image_format.replace("jpeg", "jpg")}
-        name = encode.output_name(job, clip.seed, task_id, started, f"{layer}.{suffix[kind]}")
+        ending = f"{layer}.{suffix[kind]}"
+        name = encode.output_name(job, clip.seed, task_id, started, ending, instance=config.instance)
         height = width = count = 0
 
         def pieces() -> Iterator[torch.Tensor]:
