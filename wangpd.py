@@ -58,6 +58,7 @@ from engine.cli import parse_arguments, run_command
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
+from engine.gpu.process import GROUP_SIGNALS
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.runner import Limits
@@ -71,7 +72,7 @@ API_VERSION = "1.0.0"  # of the contract
 SWEEP_S = 3600
 HEAVY_AT_ONCE = 2
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
-DRAIN_S = 5  # for answers under way at a shutdown
+DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
 QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
 
@@ -523,12 +524,17 @@ class CantStart(Exception):
 
 
 async def serve(config: Config, catalog: Catalog) -> None:
-    """Run until SIGTERM or SIGINT; a second one ends at once. Raises CantStart if the port is taken."""
+    """Run until SIGTERM, SIGINT or SIGHUP; a second one ends at once. Raises CantStart if the port is taken."""
     app = make_app(config, catalog)
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
-    runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
+    for number in GROUP_SIGNALS:
+        # nohup ignores SIGHUP, and that holds; a script that starts it in the background ignores SIGINT in all cases.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # by default they would end it like a crash
+    # aiohttp waits for an answer under way twice, the second time without its request's body.
+    runner = web.AppRunner(app, shutdown_timeout=DRAIN_S / 2)
     listener = await bind(runner, config)  # first: where the port is taken, no task may start
     supervisor = Supervisor(app[QUEUE], lambda: views.remarks(app))
     watching = asyncio.create_task(supervisor.watch())

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine import awake
 from engine.catalog.models import Catalog, Model
 from engine.files.outputs import Outputs
 from engine.job import Job
@@ -68,9 +69,15 @@ class TaskQueue(TaskStore):
             await self.stop(stop_s)
 
     async def stop(self, stop_s: float) -> None:
-        """Take no new work, and within `stop_s` seconds put the running tasks back, as if they had never started."""
+        """Take no new work, answer who waits, and within `stop_s` seconds put the running tasks back.
+
+        A task that was put back is as if it had never started.
+        """
+        self.events.close()
         self.runner.interrupt()
-        await asyncio.wait([self._work], timeout=stop_s)
+        with contextlib.suppress(TimeoutError):
+            async with awake.timeout(stop_s):
+                await asyncio.wait([self._work])
         self._work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._work

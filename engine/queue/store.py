@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from engine.queue.events import EventKind, Events, EventsLost
+from engine.queue.events import EventKind, Events, EventsEnded, EventsLost
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.order import Order, ranks_of
 from engine.queue.tasks import NoSuchTask, Status, Task, WrongState, ended
@@ -65,10 +65,10 @@ class TaskStore:
         return task
 
     async def wait(self, task_id: int, timeout_s: float) -> Task:
-        """The task once it has ended, or as it is after `timeout_s`. Raises NoSuchTask."""
+        """The task once it has ended, or as it is after `timeout_s` or at a stop of the daemon. Raises NoSuchTask."""
         subscription = self.events.subscribe()  # first: an end that comes while `get` asks the journal is not missed
         task = await self.get(task_id)
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, EventsEnded):
             async with asyncio.timeout(timeout_s):
                 while not task.status.ended:
                     try:
