@@ -58,7 +58,7 @@ from engine.cli import parse_arguments, run_command
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
-from engine.gpu.process import GROUP_SIGNALS
+from engine.job import GROUP_SIGNALS
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.runner import Limits
@@ -584,7 +584,7 @@ def on_signal(stop: asyncio.Event, app: web.Application) -> None:
     if stop.is_set():
         close_engines(app)
         os._exit(1)
-    app[QUEUE].runner.close()
+    app[QUEUE].runner.interrupt()
     stop.set()
 
 

@@ -11,10 +11,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from engine.capabilities import compile_environment, hide_unused_packages
-from engine.job import EngineConfig
+from engine.job import GROUP_SIGNALS, EngineConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-GROUP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # that end the daemon, and come to its group
 LOCAL_ONLY = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a team does not listen to the LAN
 
 
@@ -45,12 +44,11 @@ def prepare(config: EngineConfig, device: str, visible: str | None) -> None:
 
 
 def release_signals() -> None:
-    """Take signals again, which the daemon holds while it starts this process; those to its own group are dropped."""
+    """Take signals, which are held while this process is started; those that came to the daemon's group are dropped."""
     for number in GROUP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # forgets one that has come already
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
-    for number in GROUP_SIGNALS - {signal.SIGINT}:
+        signal.signal(number, signal.SIG_IGN)
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def _end_with_parent() -> None:

@@ -93,7 +93,8 @@ class ModelSession:
         rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak_bytes = int(torch.cuda.max_memory_allocated(self._device)) if cuda else rss_bytes
         pending = self._saver.finish(saved)
-        return Result(tuple(file.file for file in saved), meter.done(), peak_bytes, self.plan, pending)
+        files, timings = tuple(file.file for file in saved), meter.done()
+        return Result(files, timings, peak_bytes, self.plan, pending, meter.step_s)
 
     def load(self, model: Model, task: str, job: Job | None = None) -> Any:
         """The pipeline of `model`, ready to run `job`; nothing happens if it is loaded and placed well for it."""

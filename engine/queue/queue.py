@@ -14,7 +14,6 @@ from engine.catalog.models import Catalog, Model
 from engine.files.outputs import Outputs
 from engine.job import Job
 from engine.planning.machine import Machine
-from engine.planning.work import Work
 from engine.queue.events import EventKind, EventsLost
 from engine.queue.facts import Facts
 from engine.queue.journal import Journal
@@ -24,7 +23,6 @@ from engine.queue.tasks import Status, Task, WrongState
 from engine.workers.lanes import Lanes, Runner
 
 ADDED_UP_S = 1.0  # how old the sum of all that waits may be
-KNOWN_PERCENT = 5  # from here on, a task's own pace says more than those of earlier ones
 
 
 class Unavailable(Exception):
@@ -46,8 +44,8 @@ class TaskQueue(TaskStore):
         self, journal: Journal, engines: Sequence[Runner], catalog: Catalog, outputs: Outputs, limits: Limits
     ) -> None:
         super().__init__(journal)
-        self.lanes, self.facts = Lanes(engines), Facts()
-        self._catalog, self._max_queue = catalog, limits.max_queue
+        self.lanes, self.facts = Lanes(engines), Facts(catalog)
+        self._max_queue = limits.max_queue
         self.runner = QueueRunner(self, self.lanes, self.facts, catalog=catalog, outputs=outputs, limits=limits)
         self._submitting = 0
         self._free_at: list[float] = []  # seconds until each lane is free, a heap
@@ -191,24 +189,22 @@ class TaskQueue(TaskStore):
 
     def steps_done(self, task: Task) -> tuple[int, int]:
         """Denoising steps done and to do, over all runs of the task; the first only grows."""
-        job = task.job
-        model = self._catalog.get(job.model) if job.model in self._catalog else None
-        known = Work.of(model, job).runs if model and job.task in model.pipelines else None
-        total = job.steps * (known or job.repeat_generation * job.batch_size)
+        job, work = task.job, self.facts.work(task.job)
+        total = job.steps * (work.runs if work else job.repeat_generation * job.batch_size)
         return total if task.status is Status.COMPLETED else task.steps_done, total
 
     def estimate_s(self, job: Job) -> float | None:
-        """Seconds of its own work that `job` will take; None if its model has never run."""
+        """Seconds of its own work that `job` will take; None if no such job of its model has run."""
         return self.facts.estimate_s(job, self.lanes.loaded(job.model))
 
     def eta_s(self, task: Task) -> float | None:
         """Seconds of work still ahead of this task, none of them spent in the queue; None if nothing is known."""
         if task.status.ended:
             return None
-        if task.started_at and task.progress >= KNOWN_PERCENT:
-            return round((time.time() - task.started_at) * (100 - task.progress) / task.progress, 1)
-        estimate_s = self.estimate_s(task.job)
-        return None if estimate_s is None else round(estimate_s * (1 - task.progress / 100), 1)
+        if clock := self.runner.clocks.get(task.id):
+            left_s = clock.left_s(self.facts.pace(task.job), self.facts.estimate_s(task.job, warm=True))
+            return None if left_s is None else round(left_s, 1)
+        return self.estimate_s(task.job)
 
     def estimated_wait_s(self) -> float | None:
         """Seconds until a task that is submitted now would start; None if a task without history decides it."""

@@ -13,7 +13,7 @@ from engine.files.outputs import Outputs
 from engine.job import NO_TASK, Cancelled, EngineError, Result
 from engine.queue.facts import Facts
 from engine.queue.journal import JournalFault
-from engine.queue.progress import advanced
+from engine.queue.progress import TaskClock, advanced
 from engine.queue.store import TaskStore
 from engine.queue.tasks import Status, Task, ended, put_back
 from engine.workers.lanes import ENGINE_FAULTS, Lane, Lanes
@@ -43,11 +43,11 @@ class QueueRunner:
     ) -> None:
         self._store, self._lanes, self._facts = store, lanes, facts
         self._catalog, self._outputs, self._limits = catalog, outputs, limits
-        self.closed = False  # no new work is taken
+        self.closed = False  # shutting down: no new work is taken, and running tasks are to wait again
         self.wake = asyncio.Event()  # set when there may be something to do
         self.to_load: list[Model] = []  # one for each lane that is to load it
-        self._put_back = False  # running tasks are to wait again: the daemon is shutting down
         self._at_work = asyncio.Event()  # set while tasks run
+        self.clocks: dict[int, TaskClock] = {}  # of the tasks that run
 
     # -- life
 
@@ -78,7 +78,7 @@ class QueueRunner:
         return task
 
     async def run(self) -> None:
-        """Work until `close`, then wait for the tasks that still run."""
+        """Work until `interrupt`, then wait for the tasks that still run."""
         reading = asyncio.create_task(self._read_boards(), name="board reader")
         try:
             async with asyncio.TaskGroup() as group:  # at its end it waits for those that still run
@@ -90,16 +90,11 @@ class QueueRunner:
         finally:
             reading.cancel()
 
-    def close(self) -> None:
-        """Take no new work and start none."""
-        self.closed = True
-        self.wake.set()
-
     def interrupt(self) -> None:
-        """Take no new work, and begin to stop the running tasks, which will be put back."""
-        self.close()
-        if not self._put_back:
-            self._put_back = True
+        """Take no new work, start none, and begin to stop the running tasks, which will be put back."""
+        if not self.closed:
+            self.closed = True
+            self.wake.set()
             for task_id in (*self._store.started, NO_TASK):
                 self._lanes.cancel(task_id)
 
@@ -135,7 +130,13 @@ class QueueRunner:
                 self._at_work.clear()
             await self._at_work.wait()
             await asyncio.sleep(READ_S)
-            await self._store.advance(lambda task: advanced(task, self._lanes.progress(task.id)))
+            await self._store.advance(self._looked_at)
+
+    def _looked_at(self, task: Task) -> Task:
+        shown = self._lanes.progress(task.id)
+        if clock := self.clocks.get(task.id):
+            clock.look(shown)
+        return advanced(task, shown)
 
     async def _load(self, lane: Lane, model: Model) -> None:
         try:
@@ -161,6 +162,7 @@ class QueueRunner:
             log.exception("task %d could not be brought to its end", task.id)
             self._store.forget(task.id)
         finally:
+            self.clocks.pop(task.id, None)
             self._release(lane, task)
         try:  # only now: who waits for the task need not wait for this
             await self._store.journal.prune(self._limits.history_count, self._limits.history_s)
@@ -174,16 +176,21 @@ class QueueRunner:
 
     async def _process(self, lane: Lane, task: Task) -> None:
         warm = lane.engine.loaded(task.job.model)
+        self.clocks[task.id] = TaskClock(warm)
         try:
             await asyncio.to_thread(self._outputs.prepare)
             model = self._catalog.get(task.job.model)
-            if self._put_back or self._cancelling(task.id):  # before the engine knew of it
+            if self.closed or self._cancelling(task.id):  # before the engine knew of it
                 raise Cancelled
             patience_s = self._facts.patience_s(task.job, self._limits.step_timeout_s)
             result = await lane.engine.run(task.id, task.job, model, patience_s, partial(self._release, lane, task))
         except Cancelled:
             await self._stopped(task.id)
         except (EngineError, UnknownModel) as error:
+            if (
+                self.closed and getattr(error, "code", "") == "worker_died"
+            ):  # what ends the daemon may end all processes
+                return await self._stopped(task.id)
             await self._failed(lane, task.id, getattr(error, "code", "unknown_model"), str(error))
         except Exception as error:
             log.exception("task %d: fault in the daemon", task.id)
@@ -222,7 +229,7 @@ class QueueRunner:
 
         A client keeps the files of earlier runs, each of them whole; a task that goes back will make them all again.
         """
-        back = self._put_back and not self._cancelling(task_id)
+        back = self.closed and not self._cancelling(task_id)
         await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
         await self._settle(task_id, lambda now: ended(now, Status.CANCELLED), back=back)
 

@@ -150,8 +150,8 @@ class TaskStore:
         async with self._changing:
             if self.waiting.first is not task or self.paused:
                 return False
-            attempts = task.attempts + 1
-            await self._commit(replace(task, status=Status.PROCESSING, started_at=time.time(), attempts=attempts))
+            attempts, now = task.attempts + 1, max(time.time(), task.created_at)  # the clock may have been set back
+            await self._commit(replace(task, status=Status.PROCESSING, started_at=now, attempts=attempts))
             return True
 
     async def settle(self, task_id: int, outcome: Callable[[Task], Task], **facts: Any) -> Task:

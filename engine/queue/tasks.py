@@ -83,7 +83,8 @@ class Task:
 def ended(task: Task, status: Status, code: str = "", sentence: str = "", **changes: Any) -> Task:
     """The version of `task` that has ended now, `error` set if there is a sentence."""
     error = {"code": code, "message": sentence} if sentence else None
-    return replace(task, status=status, finished_at=time.time(), phase="", error=error, **changes)
+    now = max(time.time(), task.started_at or task.created_at)  # the clock may have been set back
+    return replace(task, status=status, finished_at=now, phase="", error=error, **changes)
 
 
 def put_back(task: Task, attempts: int) -> Task:

@@ -18,8 +18,19 @@ from typing import Any, TypeVar
 from engine import awake
 from engine.catalog.models import Model
 from engine.gpu import worker
-from engine.gpu.process import GROUP_SIGNALS
-from engine.job import NO_TASK, Board, Cancelled, EngineConfig, EngineError, Job, OutputFile, Phase, Result, fingerprint
+from engine.job import (
+    GROUP_SIGNALS,
+    NO_TASK,
+    Board,
+    Cancelled,
+    EngineConfig,
+    EngineError,
+    Job,
+    OutputFile,
+    Phase,
+    Result,
+    fingerprint,
+)
 from engine.planning.machine import Machine
 from engine.workers.lanes import Progress
 from engine.workers.reports import Reports
