@@ -59,6 +59,8 @@ from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
 from engine.job import GROUP_SIGNALS
+from engine.log import Counted
+from engine.log import set_up as set_up_log
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.runner import Limits
@@ -241,7 +243,7 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
         "position": None,
         "estimated_wait": queue.estimated_wait_s(),
         "estimated_seconds": known_s,
-        "estimate": needs and {**vars(needs), "seconds": round(needs.seconds, 1) if known_s is None else known_s},
+        "estimate": needs and {**vars(needs), "seconds": needs.seconds if known_s is None else known_s},
         "seed": job.seed,
         "warnings": list(resolved.warnings),
         "status_url": None,
@@ -557,10 +559,10 @@ async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
     """Take the port, without listening yet. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
-    loop = asyncio.get_running_loop()
+    loop, refusals = asyncio.get_running_loop(), Counted(log)
     try:
         return await loop.create_server(
-            lambda: Connection(cast(web.Server, runner.server), config.max_connections, loop=loop, **options),
+            lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options),
             config.host,
             config.port,
             start_serving=False,
@@ -604,7 +606,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command:
         return run_command(options, config, catalog)
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
+    set_up_log(config.log_level)
+    # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     try:
         require_folders(config)
         with only_one(config.state_path):

@@ -110,7 +110,7 @@ class ModelSession:
         self.model_id, self._pipe = model.id, pipe
         gc.collect()
         gc.freeze()  # else half a million objects of the libraries are searched after each task: a third of a second
-        log.info("loaded model %s on %s", model.id, self._device)
+        log.debug("loaded model %s on %s", model.id, self._device)
         return pipe
 
     def _fit(self, pipe: Any, parts: Parts, source: ModelSource, work: Work) -> None:
@@ -121,14 +121,14 @@ class ModelSession:
         decoding.set_precision(pipe, self._config.vae_precision, self._device)
         self._parts = replace(parts, vae_width=decoding.width_of(pipe))
         if self._config.compile:  # before they are placed: what places them hooks their blocks
-            log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
+            log.debug("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
         machine = machine if shared else replace(machine, cards=1)
         self._plan = self._planned(model, work, machine, source.kind, self._parts)
-        log.info("model %s: %s", model.id, self.plan)
+        log.debug("model %s: %s", model.id, self.plan)
         kernel = model.attention_backend or kernels.set_kernel(  # a model's own was set when it was loaded
             pipe, self._config.attention_mode, self._device, work.tokens, together=shared
         )
-        log.info("attention: %s", kernel)
+        log.debug("attention: %s", kernel)
         with self._helping.loading(source, self._plan, kernel) if self._helping else nullcontext():
             offloading.carry_out(pipe, self._plan, self._device)
         if self._tiled:

@@ -15,7 +15,7 @@ from engine.queue.facts import Facts
 from engine.queue.journal import JournalFault
 from engine.queue.progress import TaskClock, advanced
 from engine.queue.store import TaskStore
-from engine.queue.tasks import Status, Task, ended, put_back
+from engine.queue.tasks import Status, Task, ended, put_back, summary
 from engine.workers.lanes import ENGINE_FAULTS, Lane, Lanes
 
 log = logging.getLogger("wangpd.queue")
@@ -243,7 +243,7 @@ class QueueRunner:
             return put_back(now, now.attempts - 1) if back and now.status is Status.PROCESSING else end(now)
 
         task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
-        log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
+        log.info("task %d %s", task_id, summary(task))
 
     async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:
         """Delete the files of an attempt; one that can't be deleted must not cost the task its end."""

@@ -180,10 +180,13 @@ class TaskStore:
             try:
                 done = await change()
             except JournalFault as fault:
+                if not self.journal_fault:  # once, not at every try
+                    log.error("%s", fault)
                 self.journal_fault = str(fault)
-                log.error("%s", fault)
                 await asyncio.sleep(SAVE_AGAIN_S)
             else:
+                if self.journal_fault:
+                    log.info("the journal can be used again")
                 self.journal_fault = ""
                 return done
 

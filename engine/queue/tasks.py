@@ -87,6 +87,18 @@ def ended(task: Task, status: Status, code: str = "", sentence: str = "", **chan
     return replace(task, status=status, finished_at=now, phase="", error=error, **changes)
 
 
+def summary(task: Task) -> str:
+    """What has become of a task, for the log: its state, what it was, its seconds and files, or what went wrong."""
+    job, seconds = task.job, sum(task.timings.values())
+    what = f"{job.width}x{job.height}, {job.frames} frames" if job.width else "sound"
+    if not task.status.ended:
+        return "waits again"
+    if task.error:
+        return f"{task.status}: {job.model}, {what}: {task.error['message']}"
+    made = f"; {seconds:.1f} s; {', '.join(file.filename for file in task.files)}" if task.files else ""
+    return f"{task.status}: {job.model}, {what}, {job.steps} steps{made}"
+
+
 def put_back(task: Task, attempts: int) -> Task:
     """The version of `task` that waits again, with nothing done, after so many starts."""
     nothing: dict[str, Any] = {"started_at": None, "files": (), "progress": 0.0, "steps_done": 0, "phase": ""}
