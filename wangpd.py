@@ -532,7 +532,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
     for number in GROUP_SIGNALS:
         # nohup ignores SIGHUP, and that holds; a script that starts it in the background ignores SIGINT in all cases.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app, number)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # by default they would end it like a crash
     # aiohttp waits for an answer under way twice, the second time without its request's body.
@@ -581,9 +581,9 @@ LISTEN_FAULTS: Mapping[int, str] = {
 }
 
 
-def on_signal(stop: asyncio.Event, app: web.Application) -> None:
-    """The first signal ends the daemon in order, without new work; the second at once."""
-    if stop.is_set():
+def on_signal(stop: asyncio.Event, app: web.Application, number: signal.Signals) -> None:
+    """The first signal ends the daemon in order, without new work; the second at once, unless a terminal sent it."""
+    if stop.is_set() and number != signal.SIGHUP:  # which comes twice: from the shell and from the kernel
         close_engines(app)
         os._exit(1)
     app[QUEUE].runner.interrupt()
