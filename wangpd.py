@@ -61,6 +61,9 @@ from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
 from engine.files.owner import FolderLock, instance_id
 from engine.files.place import Place
+from engine.job import GROUP_SIGNALS
+from engine.log import Counted
+from engine.log import set_up as set_up_log
 from engine.queue.endings import Limits
 from engine.queue.journal import Journal, JournalFault, NewerJournal
 from engine.queue.queue import Receipt, TaskQueue
@@ -74,7 +77,7 @@ API_VERSION = "1.0.0"  # of the contract
 SWEEP_S = 3600
 HEAVY_AT_ONCE = 2
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
-DRAIN_S = 5  # for answers under way at a shutdown
+DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
 QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
 
@@ -243,7 +246,7 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
         "position": None,
         "estimated_wait": queue.estimated_wait_s(),
         "estimated_seconds": known_s,
-        "estimate": needs and {**vars(needs), "seconds": round(needs.seconds, 1) if known_s is None else known_s},
+        "estimate": needs and {**vars(needs), "seconds": needs.seconds if known_s is None else known_s},
         "seed": job.seed,
         "warnings": list(resolved.warnings),
         "status_url": None,
@@ -537,14 +540,19 @@ class CantStart(Exception):
 
 
 async def serve(config: Config, catalog: Catalog) -> None:
-    """Run until SIGTERM or SIGINT; a second one ends at once. Raises CantStart if a folder or the port is taken."""
+    """Run until SIGTERM, SIGINT or SIGHUP; a second one ends at once. Raises CantStart if a folder or port is taken."""
     app = make_app(config, catalog)
     if taken := app[OUTPUTS].lock.take():
         raise CantStart(taken)
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
-    runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
+    for number in GROUP_SIGNALS:
+        # nohup ignores SIGHUP, and that holds; a script that starts it in the background ignores SIGINT in all cases.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app, number)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # by default they would end it like a crash
+    # aiohttp waits for an answer under way twice, the second time without its request's body.
+    runner = web.AppRunner(app, shutdown_timeout=DRAIN_S / 2)
     listener = await bind(runner, config)  # first: where the port is taken, no task may start
     supervisor = Supervisor(app[QUEUE], lambda: views.remarks(app))
     watching = asyncio.create_task(supervisor.watch())
@@ -567,10 +575,10 @@ async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
     """Take the port, without listening yet. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
-    loop = asyncio.get_running_loop()
+    loop, refusals = asyncio.get_running_loop(), Counted(log)
     try:
         return await loop.create_server(
-            lambda: Connection(cast(web.Server, runner.server), config.max_connections, loop=loop, **options),
+            lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options),
             config.host,
             config.port,
             start_serving=False,
@@ -589,12 +597,12 @@ LISTEN_FAULTS: Mapping[int, str] = {
 }
 
 
-def on_signal(stop: asyncio.Event, app: web.Application) -> None:
-    """The first signal ends the daemon in order, without new work; the second at once."""
-    if stop.is_set():
+def on_signal(stop: asyncio.Event, app: web.Application, number: signal.Signals) -> None:
+    """The first signal ends the daemon in order, without new work; the second at once, unless a terminal sent it."""
+    if stop.is_set() and number != signal.SIGHUP:  # which comes twice: from the shell and from the kernel
         close_engines(app)
         os._exit(1)
-    app[QUEUE].runner.close()
+    app[QUEUE].runner.interrupt()
     stop.set()
 
 
@@ -614,7 +622,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command:
         return run_command(options, config, catalog)
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
+    set_up_log(config.log_level)
+    # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     try:
         require_folders(config)
         lock = FolderLock("state_path", config.state_path / "lock", holder(config))

@@ -11,6 +11,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from marshmallow import EXCLUDE, Schema, ValidationError, fields
 
+from engine import awake
 from engine.admission import UNKNOWN, BadRequest
 from engine.api.answers import shortened
 from engine.api.app_keys import BODY, CONFIG, DIGEST, HEAVY, PATH, QUERY, Handler
@@ -61,7 +62,7 @@ async def _read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
     if (request.content_length or 0) > request.client_max_size:
         raise web.HTTPRequestEntityTooLarge(request.client_max_size)
     try:
-        async with asyncio.timeout(request.app[CONFIG].body_timeout_s):
+        async with awake.timeout(request.app[CONFIG].body_timeout_s):
             body = await read(request, schema)
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None

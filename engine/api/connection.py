@@ -11,6 +11,7 @@ from typing import Any, cast
 from aiohttp import web
 
 from engine.api.errors import RETRY_AFTER_S, failure
+from engine.log import Counted
 
 log = logging.getLogger("wangpd")
 NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
@@ -24,15 +25,16 @@ REFUSAL = (
 class Connection(web.RequestHandler):
     """A connection with aiohttp's protocol, unless it is one too many; aiohttp's own refusals become JSON."""
 
-    def __init__(self, server: web.Server, limit: int, **options: Any) -> None:
+    def __init__(self, server: web.Server, limit: int, refusals: Counted, **options: Any) -> None:
         super().__init__(server, **options)
-        self._server, self._limit = server, limit
+        self._server, self._limit, self._refusals = server, limit, refusals
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection, or answer 503 without reading its request."""
         if len(self._server.connections) < self._limit:
             super().connection_made(transport)
             return
+        self._refusals.happened(f"connection refused: {self._limit} are open (max_connections)")
         refused = cast(asyncio.Transport, transport)
         refused.set_protocol(asyncio.Protocol())
         body = json.dumps({"detail": f"Too many connections: {self._limit} are open (max_connections)"})

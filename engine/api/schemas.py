@@ -97,7 +97,7 @@ ModelInfo = answer(
 Cost = answer(
     "Cost",
     memory_bytes=required(int, "Most memory in use at once: of the card, or RAM without one."),
-    seconds=required(float, "Seconds of its own work: by history where there is one, else by the plan."),
+    seconds=nullable(float, "Seconds of its own work, by history or by the plan; null if neither is sure."),
     plan=required(str, "Where the weights will be, in a line."),
 )
 Submitted = answer(

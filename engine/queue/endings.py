@@ -12,7 +12,7 @@ from engine.files.outputs import Outputs
 from engine.files.place import Place
 from engine.job import DEVICE_FAULT, ENGINE_FAULTS, STORAGE_FAULT
 from engine.queue.store import TaskStore
-from engine.queue.tasks import Status, Task, ended, put_back
+from engine.queue.tasks import Status, Task, ended, put_back, summary
 from engine.workers.lanes import Lane
 
 log = logging.getLogger("wangpd.queue")
@@ -160,7 +160,7 @@ class Endings:
         if not back and (made := await asyncio.to_thread(self._outputs.made, task_id, files)):
             facts["made"] = made
         task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
-        log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
+        log.info("task %d %s", task_id, summary(task))
 
     async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:
         """Delete the files of an attempt; one that can't be deleted must not cost the task its end."""

@@ -15,7 +15,7 @@ from engine.job import ENGINE_FAULTS, NO_TASK, Cancelled, EngineError
 from engine.queue.endings import PLACE_S, Endings, Limits
 from engine.queue.facts import Facts
 from engine.queue.journal import JournalFault
-from engine.queue.progress import advanced
+from engine.queue.progress import TaskClock, advanced
 from engine.queue.store import TaskStore
 from engine.queue.tasks import Status, Task
 from engine.workers.lanes import Lane, Lanes
@@ -41,10 +41,11 @@ class QueueRunner:
         self._store, self._lanes, self._facts, self._place = store, lanes, facts, place
         self._catalog, self._outputs, self._limits = catalog, outputs, limits
         self._endings = Endings(store, outputs, place, limits)
-        self.closed = False  # no new work is taken
+        self.closed = False  # shutting down: no new work is taken, and running tasks are to wait again
         self.wake = asyncio.Event()  # set when there may be something to do
         self.to_load: list[Model] = []  # one for each lane that is to load it
         self._at_work = asyncio.Event()  # set while tasks run
+        self.clocks: dict[int, TaskClock] = {}  # of the tasks that run
 
     # -- life
 
@@ -62,7 +63,7 @@ class QueueRunner:
         await self._store.restore([task for task in (*taken_up, *waiting) if not task.status.ended], started=made)
 
     async def run(self) -> None:
-        """Work until `close`, then wait for the tasks that still run."""
+        """Work until `interrupt`, then wait for the tasks that still run."""
         reading = asyncio.create_task(self._read_boards(), name="board reader")
         try:
             async with asyncio.TaskGroup() as group:  # at its end it waits for those that still run
@@ -77,16 +78,12 @@ class QueueRunner:
         finally:
             reading.cancel()
 
-    def close(self) -> None:
-        """Take no new work and start none."""
-        self.closed = True
-        self.wake.set()
-
     def interrupt(self) -> None:
-        """Take no new work, and begin to stop the running tasks, which will be put back."""
-        self.close()
-        if not self._endings.stopping.is_set():
+        """Take no new work, start none, and begin to stop the running tasks, which will be put back."""
+        if not self.closed:
+            self.closed = True
             self._endings.stopping.set()
+            self.wake.set()
             for task_id in (*self._store.started, NO_TASK):
                 self._lanes.cancel(task_id)
 
@@ -158,7 +155,13 @@ class QueueRunner:
                 self._at_work.clear()
             await self._at_work.wait()
             await asyncio.sleep(READ_S)
-            await self._store.advance(lambda task: advanced(task, self._lanes.progress(task.id)))
+            await self._store.advance(self._looked_at)
+
+    def _looked_at(self, task: Task) -> Task:
+        shown = self._lanes.progress(task.id)
+        if clock := self.clocks.get(task.id):
+            clock.look(shown)
+        return advanced(task, shown)
 
     async def _load(self, lane: Lane, model: Model) -> None:
         try:
@@ -183,6 +186,7 @@ class QueueRunner:
             log.exception("task %d could not be brought to its end", task.id)
             self._store.forget(task.id)
         finally:
+            self.clocks.pop(task.id, None)
             self._release(lane, task)
         try:  # only now: who waits for the task need not wait for this
             await self._store.journal.prune(self._limits.history_count, self._limits.history_s)
@@ -196,6 +200,7 @@ class QueueRunner:
 
     async def _process(self, lane: Lane, task: Task) -> None:
         warm = lane.engine.loaded(task.job.model)
+        self.clocks[task.id] = TaskClock(warm)
         try:
             await self._retire()
             model = self._catalog.get(task.job.model)
@@ -208,6 +213,8 @@ class QueueRunner:
             await self._endings.stopped(lane, task.id)
         except (EngineError, UnknownModel, BadRequest) as error:
             code = getattr(error, "code", "unknown_model" if isinstance(error, UnknownModel) else "file_gone")
+            if self.closed and code == "worker_died":  # what ends the daemon may end all processes
+                return await self._endings.stopped(lane, task.id)
             await self._endings.failed(lane, task.id, code, str(error))
         except Exception as error:
             log.exception("task %d: fault in the daemon", task.id)

@@ -123,7 +123,20 @@ def unreadable(task_id: int, record: str) -> Task:
 def ended(task: Task, status: Status, code: str = "", sentence: str = "", **changes: Any) -> Task:
     """The version of `task` that has ended now, `error` set if there is a sentence."""
     error = {"code": code, "message": sentence} if sentence else None
-    return replace(task, status=status, finished_at=time.time(), phase="", error=error, **changes)
+    now = max(time.time(), task.started_at or task.created_at)  # the clock may have been set back
+    return replace(task, status=status, finished_at=now, phase="", error=error, **changes)
+
+
+def summary(task: Task) -> str:
+    """What has become of a task, for the log: its state, what it was, its seconds and files, or what went wrong."""
+    job, seconds = task.job, sum(task.timings.values())
+    what = f"{job.width}x{job.height}, {job.frames} frames" if job.width else "sound"
+    if not task.status.ended:
+        return "waits again"
+    if task.error:
+        return f"{task.status}: {job.model}, {what}: {task.error['message']}"
+    made = f"; {seconds:.1f} s; {', '.join(file.filename for file in task.files)}" if task.files else ""
+    return f"{task.status}: {job.model}, {what}, {job.steps} steps{made}"
 
 
 def put_back(task: Task, attempts: int) -> Task:

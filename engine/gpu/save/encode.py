@@ -29,7 +29,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from engine.files.publish import published
 from engine.job import STORAGE_FAULT, EngineError, Job
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("wangpd.worker")
 
 Pixels = NDArray[np.uint8]
 ImageFormat = Literal["png", "jpeg", "webp"]
