@@ -23,7 +23,7 @@ from aiohttp import hdrs, web
 
 from engine.admission import Admission, BadRequest, Policy, Resolved
 from engine.api import requests, schemas, views
-from engine.api.answers import answered, iso, link, shortened
+from engine.api.answers import answered, iso, link
 from engine.api.app_keys import (
     ADMISSION,
     API,
@@ -47,7 +47,7 @@ from engine.api.body import validation_middleware
 from engine.api.config import KEYS, Config, ConfigError, load_config
 from engine.api.connection import Connection
 from engine.api.errors import errors_middleware
-from engine.api.files import gone, inline, media_file
+from engine.api.files import folder_away, inline, open_output, open_preview, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
 from engine.api.openapi import Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
@@ -56,7 +56,7 @@ from engine.catalog.download import Downloads
 from engine.catalog.models import Catalog, Model, default_settings
 from engine.cli import parse_arguments, run_command
 from engine.files.inputs import Inputs
-from engine.files.media import MEDIA_TYPES, NoPreview
+from engine.files.media import MEDIA_TYPES
 from engine.files.outputs import Outputs
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.queue import Receipt, TaskQueue
@@ -329,48 +329,36 @@ async def history(request: web.Request) -> web.Response:
 
 
 # ---- output files
-@routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, query=requests.OutputsQuery)
+@routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, 503, query=requests.OutputsQuery)
 async def outputs(request: web.Request) -> web.Response:
     """The finished files, newest first."""
     folder, query = request.app[OUTPUTS], request[QUERY]
     kind, limit, offset = query.get("file_type"), query["limit"], query["offset"]
-    # From memory while nothing changed: that is not worth a thread.
-    entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
+    try:  # from memory while nothing changed: that is not worth a thread
+        entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
+    except OSError as error:
+        raise folder_away(request.app, error) from None
     page = [views.output_entry(entry) for entry in entries[offset : offset + limit]]
     data = {"files": page, "total": len(entries), "limit": limit, "offset": offset}
     return answered(f"Found {len(entries)} files", data)
 
 
-@routes.operation("Output files", "GET /download/{filename}", None, 404, 416)
+@routes.operation("Output files", "GET /download/{filename}", None, 404, 412, 416, 503)
 async def download(request: web.Request) -> web.StreamResponse:
     """A file, with ranges, conditions and HEAD."""
-    path = output_path(request)
-    content_type = MEDIA_TYPES[path.suffix.lower()][1]
-    return media_file(request, path, content_type, **{hdrs.CONTENT_DISPOSITION: inline(path)})
+    opened = await asyncio.to_thread(open_output, request.app, request[PATH]["filename"])
+    content_type = MEDIA_TYPES[opened.path.suffix.lower()][1]
+    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.path.name)})
 
 
-def output_path(request: web.Request) -> Path:
-    """Return the output file that the path names. Raises 404."""
-    name = request[PATH]["filename"]
-    path = request.app[OUTPUTS].find(name)
-    if path is None:
-        raise web.HTTPNotFound(text=f"File '{shortened(name)}' not found; GET {API}/outputs lists those there are")
-    return path
-
-
-@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 416, query=requests.PreviewQuery)
+@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 412, 416, 503, query=requests.PreviewQuery)
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
-    path = output_path(request)
-    try:
-        thumbnail = await asyncio.to_thread(request.app[OUTPUTS].thumbnail, path, request[QUERY]["width"])
-    except NoPreview as error:
-        raise BadRequest(str(error)) from None
-    except FileNotFoundError:
-        raise gone(path) from None
-    if isinstance(thumbnail, bytes):  # the cache can't be written now
-        return web.Response(body=thumbnail, content_type="image/jpeg")
-    return media_file(request, thumbnail, "image/jpeg")
+    name, width = request[PATH]["filename"], request[QUERY]["width"]
+    opened = await asyncio.to_thread(open_preview, request.app, name, width)
+    if isinstance(opened, bytes):  # the cache can't be written now
+        return web.Response(body=opened, content_type="image/jpeg")
+    return await send_file(request, opened, "image/jpeg")
 
 
 # ---- configuration
