@@ -6,7 +6,6 @@ that needs a GPU in a process of its own (`engine/workers/local.py`). Nothing ha
 """
 
 import asyncio
-import errno
 import fcntl
 import logging
 import os
@@ -14,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
@@ -44,11 +43,12 @@ from engine.api.app_keys import (
     TOKEN,
 )
 from engine.api.body import validation_middleware
-from engine.api.config import KEYS, Config, ConfigError, load_config
+from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config
 from engine.api.connection import Connection
 from engine.api.errors import errors_middleware
 from engine.api.files import folder_away, inline, open_output, open_preview, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
+from engine.api.listeners import Listeners, url_of
 from engine.api.openapi import Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
 from engine.catalog import loras, weights
@@ -506,10 +506,6 @@ class Supervisor:
 
 
 # ---- serve
-class CantStart(Exception):
-    """This machine does not let the daemon start: one sentence that names the key, the value and the remedy."""
-
-
 async def serve(config: Config, catalog: Catalog) -> None:
     """Run until SIGTERM or SIGINT; a second one ends at once. Raises CantStart if the port is taken."""
     app = make_app(config, catalog)
@@ -517,48 +513,34 @@ async def serve(config: Config, catalog: Catalog) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
     runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
-    listener = await bind(runner, config)  # first: where the port is taken, no task may start
+    listeners = await bind(runner, config)  # first: where the port is taken, no task may start
     supervisor = Supervisor(app[QUEUE], lambda: views.remarks(app))
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
-        await listener.start_serving()
-        host, port, *_ = listener.sockets[0].getsockname()
-        log.info("wangpd %s listens on http://%s:%d%s/", version(), host, port, API)
+        await listeners.start_serving()
+        for url in map(url_of, listeners.sockets):
+            log.info("wangpd %s listens on %s", version(), f"{url}{API}/" if url.startswith("http") else url)
         supervisor.notify("READY=1", supervisor.status())
         await stop.wait()
         supervisor.notify("STOPPING=1", "STATUS=stopping the running task")
         await app[QUEUE].stop(config.stop_grace_s)  # while it still listens: new work is answered 503
     finally:
-        listener.close()  # before the rest ends: a connection that is opened now would be cut off
+        listeners.close()  # before the rest ends: a connection that is opened now would be cut off
         watching.cancel()
         await runner.cleanup()
 
 
-async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
-    """Take the port, without listening yet. Raises CantStart."""
+async def bind(runner: web.AppRunner, config: Config) -> Listeners:
+    """Take the addresses, without listening yet. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
     loop = asyncio.get_running_loop()
-    try:
-        return await loop.create_server(
-            lambda: Connection(cast(web.Server, runner.server), config.max_connections, loop=loop, **options),
-            config.host,
-            config.port,
-            start_serving=False,
-        )
-    except OSError as error:
-        sentence = LISTEN_FAULTS.get(error.errno or 0, f"can't listen on {{host}}, port {{port}}: {error.strerror}")
-        raise CantStart(sentence.format(host=config.host, port=config.port)) from None
-
-
-LISTEN_FAULTS: Mapping[int, str] = {
-    errno.EADDRINUSE: "port: {port} on {host} is taken; end the program that has it, or choose another with --port",
-    errno.EADDRNOTAVAIL: "host: '{host}' is no address of this machine; 127.0.0.1 and 0.0.0.0 always are",
-    errno.EACCES: "port: {port} is for root; choose one above 1023 with --port",
-    socket.EAI_NONAME: "host: '{host}' is neither an address nor a known name; 127.0.0.1 and 0.0.0.0 always work",
-    socket.EAI_AGAIN: "host: '{host}' can't be looked up now; an address needs no looking up",
-}
+    listeners = Listeners(
+        lambda: Connection(cast(web.Server, runner.server), config.max_connections, loop=loop, **options)
+    )
+    await asyncio.to_thread(listeners.take, config.hosts, config.port)
+    return listeners
 
 
 def on_signal(stop: asyncio.Event, app: web.Application) -> None:
