@@ -86,19 +86,27 @@ class Listeners:
     def _bind(self, family: int, address: Any, port: int) -> int:
         """Bind one socket; returns the port for the others. Raises OSError."""
         channel = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if family == socket.AF_UNIX:
+                self._bind_unix(channel, Path(address))
+            else:
+                channel.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait a minute
+                if family == socket.AF_INET6:
+                    channel.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not _takes_both(family, address))
+                channel.bind((address[0], port, *address[2:]))
+                port = channel.getsockname()[1]
+        except BaseException:
+            channel.close()
+            raise
         self.sockets.append(channel)
-        if family == socket.AF_UNIX:
-            _make_way(Path(address))
-            channel.bind(address)
-            self._made[Path(address)] = Path(address).stat().st_ino
-            Path(address).chmod(UNIX_MODE)
-            channel.listen()  # a second daemon would take a socket that refuses connections for one left behind
-            return port
-        channel.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
-        if family == socket.AF_INET6:
-            channel.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not _takes_both(family, address))
-        channel.bind((address[0], port, *address[2:]))
-        return int(channel.getsockname()[1])
+        return port
+
+    def _bind_unix(self, channel: socket.socket, path: Path) -> None:
+        _make_way(path)
+        channel.bind(str(path))
+        self._made[path] = path.stat().st_ino
+        path.chmod(UNIX_MODE)
+        channel.listen()  # now: another daemon would take a socket that refuses connections for one left behind
 
 
 def passed_sockets() -> list[socket.socket]:
