@@ -6,14 +6,13 @@ that needs a GPU in a process of its own (`engine/workers/local.py`). Nothing ha
 """
 
 import asyncio
-import errno
 import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from aiohttp import hdrs, web
 
 from engine.admission import Admission, BadRequest, Policy, Resolved
 from engine.api import requests, schemas, views
-from engine.api.answers import answered, iso, link, shortened
+from engine.api.answers import answered, iso, link
 from engine.api.app_keys import (
     ADMISSION,
     API,
@@ -44,11 +43,12 @@ from engine.api.app_keys import (
     TOKEN,
 )
 from engine.api.body import validation_middleware
-from engine.api.config import KEYS, Config, ConfigError, load_config
+from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config
 from engine.api.connection import Connection
 from engine.api.errors import errors_middleware
-from engine.api.files import gone, inline, media_file
+from engine.api.files import folder_away, inline, open_output, open_preview, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
+from engine.api.listeners import Listeners, url_of
 from engine.api.openapi import Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
 from engine.catalog import loras, weights
@@ -57,7 +57,7 @@ from engine.catalog.models import Catalog, Model, default_settings
 from engine.cli import parse_arguments, run_command
 from engine.clock import Clock
 from engine.files.inputs import Inputs
-from engine.files.media import MEDIA_TYPES, NoPreview
+from engine.files.media import MEDIA_TYPES
 from engine.files.outputs import Outputs
 from engine.files.owner import FolderLock, instance_id
 from engine.files.place import Place
@@ -337,48 +337,36 @@ async def history(request: web.Request) -> web.Response:
 
 
 # ---- output files
-@routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, query=requests.OutputsQuery)
+@routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, 503, query=requests.OutputsQuery)
 async def outputs(request: web.Request) -> web.Response:
     """The finished files, newest first."""
     folder, query = request.app[OUTPUTS], request[QUERY]
     kind, limit, offset = query.get("file_type"), query["limit"], query["offset"]
-    # From memory while nothing changed: that is not worth a thread.
-    entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
+    try:  # from memory while nothing changed: that is not worth a thread
+        entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
+    except OSError as error:
+        raise folder_away(request.app, error) from None
     page = [views.output_entry(entry) for entry in entries[offset : offset + limit]]
     data = {"files": page, "total": len(entries), "limit": limit, "offset": offset}
     return answered(f"Found {len(entries)} files", data)
 
 
-@routes.operation("Output files", "GET /download/{filename}", None, 404, 416)
+@routes.operation("Output files", "GET /download/{filename}", None, 404, 412, 416, 503)
 async def download(request: web.Request) -> web.StreamResponse:
     """A file, with ranges, conditions and HEAD."""
-    path = output_path(request)
-    content_type = MEDIA_TYPES[path.suffix.lower()][1]
-    return media_file(request, path, content_type, **{hdrs.CONTENT_DISPOSITION: inline(path)})
+    opened = await asyncio.to_thread(open_output, request.app, request[PATH]["filename"])
+    content_type = MEDIA_TYPES[opened.path.suffix.lower()][1]
+    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.path.name)})
 
 
-def output_path(request: web.Request) -> Path:
-    """Return the output file that the path names. Raises 404."""
-    name = request[PATH]["filename"]
-    path = request.app[OUTPUTS].find(name)
-    if path is None:
-        raise web.HTTPNotFound(text=f"File '{shortened(name)}' not found; GET {API}/outputs lists those there are")
-    return path
-
-
-@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 416, query=requests.PreviewQuery)
+@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 412, 416, 503, query=requests.PreviewQuery)
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
-    path = output_path(request)
-    try:
-        thumbnail = await asyncio.to_thread(request.app[OUTPUTS].thumbnail, path, request[QUERY]["width"])
-    except NoPreview as error:
-        raise BadRequest(str(error)) from None
-    except FileNotFoundError:
-        raise gone(path) from None
-    if isinstance(thumbnail, bytes):  # the cache can't be written now
-        return web.Response(body=thumbnail, content_type="image/jpeg")
-    return media_file(request, thumbnail, "image/jpeg")
+    name, width = request[PATH]["filename"], request[QUERY]["width"]
+    opened = await asyncio.to_thread(open_preview, request.app, name, width)
+    if isinstance(opened, bytes):  # the cache can't be written now
+        return web.Response(body=opened, content_type="image/jpeg")
+    return await send_file(request, opened, "image/jpeg")
 
 
 # ---- configuration
@@ -535,10 +523,6 @@ class Supervisor:
 
 
 # ---- serve
-class CantStart(Exception):
-    """This machine does not let the daemon start: one sentence that names the key, the value and the remedy."""
-
-
 async def serve(config: Config, catalog: Catalog) -> None:
     """Run until SIGTERM, SIGINT or SIGHUP; a second one ends at once. Raises CantStart if a folder or port is taken."""
     app = make_app(config, catalog)
@@ -553,48 +537,34 @@ async def serve(config: Config, catalog: Catalog) -> None:
         signal.signal(number, signal.SIG_IGN)  # by default they would end it like a crash
     # aiohttp waits for an answer under way twice, the second time without its request's body.
     runner = web.AppRunner(app, shutdown_timeout=DRAIN_S / 2)
-    listener = await bind(runner, config)  # first: where the port is taken, no task may start
+    listeners = await bind(runner, config)  # first: where the port is taken, no task may start
     supervisor = Supervisor(app[QUEUE], lambda: views.remarks(app))
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
-        await listener.start_serving()
-        host, port, *_ = listener.sockets[0].getsockname()
-        log.info("wangpd %s listens on http://%s:%d%s/", version(), host, port, API)
+        await listeners.start_serving()
+        for url in map(url_of, listeners.sockets):
+            log.info("wangpd %s listens on %s", version(), f"{url}{API}/" if url.startswith("http") else url)
         supervisor.notify("READY=1", supervisor.status())
         await stop.wait()
         supervisor.notify("STOPPING=1", "STATUS=stopping the running task")
         await app[QUEUE].stop(config.stop_grace_s)  # while it still listens: new work is answered 503
     finally:
-        listener.close()  # before the rest ends: a connection that is opened now would be cut off
+        listeners.close()  # before the rest ends: a connection that is opened now would be cut off
         watching.cancel()
         await runner.cleanup()
 
 
-async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
-    """Take the port, without listening yet. Raises CantStart."""
+async def bind(runner: web.AppRunner, config: Config) -> Listeners:
+    """Take the addresses, without listening yet. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
     loop, refusals = asyncio.get_running_loop(), Counted(log)
-    try:
-        return await loop.create_server(
-            lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options),
-            config.host,
-            config.port,
-            start_serving=False,
-        )
-    except OSError as error:
-        sentence = LISTEN_FAULTS.get(error.errno or 0, f"can't listen on {{host}}, port {{port}}: {error.strerror}")
-        raise CantStart(sentence.format(host=config.host, port=config.port)) from None
-
-
-LISTEN_FAULTS: Mapping[int, str] = {
-    errno.EADDRINUSE: "port: {port} on {host} is taken; end the program that has it, or choose another with --port",
-    errno.EADDRNOTAVAIL: "host: '{host}' is no address of this machine; 127.0.0.1 and 0.0.0.0 always are",
-    errno.EACCES: "port: {port} is for root; choose one above 1023 with --port",
-    socket.EAI_NONAME: "host: '{host}' is neither an address nor a known name; 127.0.0.1 and 0.0.0.0 always work",
-    socket.EAI_AGAIN: "host: '{host}' can't be looked up now; an address needs no looking up",
-}
+    listeners = Listeners(
+        lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options)
+    )
+    await asyncio.to_thread(listeners.take, config.hosts, config.port)
+    return listeners
 
 
 def on_signal(stop: asyncio.Event, app: web.Application, number: signal.Signals) -> None:

@@ -134,10 +134,11 @@ def test_everything_listed_can_be_found(folder: Path, outputs: Outputs) -> None:
     assert all(outputs.find(entry.filename) == folder / entry.filename for entry in outputs.listing())
 
 
-def test_a_missing_folder_is_an_empty_one(tmp_path: Path) -> None:
+def test_a_missing_folder_is_no_empty_one(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path / "none", tmp_path / "cache")
-    assert outputs.listing() == ()
-    assert outputs.fresh()
+    with pytest.raises(FileNotFoundError):
+        outputs.listing()
+    assert not outputs.fresh()
     (tmp_path / "none").mkdir()
     put(tmp_path / "none", "a.mp4")
     assert names(outputs.listing()) == ["a.mp4"]

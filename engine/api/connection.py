@@ -29,6 +29,14 @@ class Connection(web.RequestHandler):
         super().__init__(server, **options)
         self._server, self._limit, self._refusals = server, limit, refusals
 
+    @property
+    def peername(self) -> Any:
+        """The client's address: "unix" over a Unix socket, whose clients name themselves; IPv4 as such on `::` too."""
+        name = self.transport and self.transport.get_extra_info("peername")
+        if isinstance(name, str | bytes):
+            return ("unix",)
+        return name and (name[0].removeprefix("::ffff:"), *name[1:])
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection, or answer 503 without reading its request."""
         if len(self._server.connections) < self._limit:

@@ -143,6 +143,16 @@ class Texts(fields.List[Any]):
         return tuple(super()._deserialize(value, attr, data, **kwargs))
 
 
+class TextOrTexts(Texts):
+    """A text or a list of texts; of a list with one, the text."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if not isinstance(value, list):
+            return Text().deserialize(value, attr, data)
+        texts = super()._deserialize(value, attr, data, **kwargs)
+        return texts[0] if len(texts) == 1 else texts
+
+
 # The field of a value, by the type that a table of settings or of configuration keys names.
 FIELD_OF: Mapping[Any, type[fields.Field[Any]]] = {
     str: Text,
@@ -151,6 +161,7 @@ FIELD_OF: Mapping[Any, type[fields.Field[Any]]] = {
     int: Whole,
     float: Real,
     tuple[str, ...]: Texts,
+    str | tuple[str, ...]: TextOrTexts,
     int | str: VideoLength,
 }
 

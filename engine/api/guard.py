@@ -8,6 +8,8 @@ import hmac
 import logging
 import re
 import uuid
+from contextlib import suppress
+from ipaddress import ip_address
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
@@ -73,9 +75,12 @@ def _from_elsewhere(request: web.Request, host: str) -> bool:
 
 
 def _bare_name(host: str) -> str:
-    """The name or address in a Host header, without its port, as resolvers compare it."""
+    """The name or address in a Host header, without its port and zone, as resolvers compare it."""
     name = re.sub(r":[0-9]*$", "", host) if "]" in host or host.count(":") == 1 else host
-    return name.strip("[]").rstrip(".").lower()
+    name = name.strip("[]").rstrip(".").lower()
+    with suppress(ValueError):  # an IPv6 address can be written in many ways
+        return str(ip_address(name.partition("%")[0] if ":" in name else name))
+    return name
 
 
 def _may_share(request: web.Request) -> bool:

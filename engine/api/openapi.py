@@ -22,10 +22,11 @@ ERRORS = {
     403: "Requested under a host name that is not allowed, or by a web page of another site.",
     404: "There is no such thing.",
     408: "The body did not arrive in time.",
+    412: "The file is another than the conditions of the request name.",
     413: "The body is larger than `max_body_mb`.",
     416: "The file has no such range.",
     500: "A fault of the server.",
-    503: "Shutting down, or the queue is full: try again after `Retry-After` seconds.",
+    503: "Shutting down, the queue is full, or a disk can't be used: try again after `Retry-After` seconds.",
 }
 ANY_BYTES: Mapping[str, Any] = {"*/*": {"schema": {}}}
 FILE_ANSWERS = {

@@ -1,5 +1,6 @@
 """The output folder. It is the only source of truth: users may add, overwrite and delete files too."""
 
+import errno
 import logging
 import math
 import os
@@ -69,7 +70,7 @@ class Retention(NamedTuple):
 class _Snapshot(NamedTuple):
     """One reading of the folder."""
 
-    folder_mtime_ns: int | None  # None: no such folder
+    folder_times: tuple[int, int] | None  # None: never read
     read_at: float  # time.monotonic() before the reading
     settled: bool  # nothing was touched so recently that its time stamp could hide a change
     by_type: Mapping[str | None, Sequence[Entry]]  # None: of every type
@@ -105,10 +106,15 @@ class Outputs:
         """Whether `listing` would answer from memory. Costs one stat, so that the event loop may ask."""
         known = self._snapshot
         valid = known.settled and time.monotonic() - known.read_at <= _MAX_AGE_S
-        return valid and known.folder_mtime_ns == _mtime_ns(self._folder)
+        with suppress(OSError):
+            return valid and known.folder_times == _times(self._folder)
+        return False
 
     def listing(self, file_type: str | None = None) -> Sequence[Entry]:
-        """Return the media files, all or of one type, newest modification first, ties by name; none if no folder."""
+        """Return the media files, all or of one type, newest modification first, ties by name.
+
+        Raises OSError if the folder is not there or can't be read.
+        """
         if not self.fresh():
             asked_at = time.monotonic()
             with self._reading:
@@ -117,18 +123,35 @@ class Outputs:
         return self._snapshot.by_type.get(file_type, ())
 
     def find(self, filename: str) -> Path | None:
-        """Return the regular file of that name in the folder, else None: for links, devices, what `listing` hides."""
-        return self._folder / filename if self._about(filename) else None
+        """Return the regular file of that name in the folder, else None: for links, devices, what `listing` hides.
 
-    def _about(self, filename: str) -> os.stat_result | None:
+        Raises OSError if the folder is not there or can't be searched.
+        """
+        try:
+            return self._folder / filename if self._stat(filename) else None
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+                raise
+            _times(self._folder)
+            return None
+
+    def _stat(self, filename: str) -> os.stat_result | None:
+        if not _kind(filename):
+            return None
         try:
             about = (self._folder / filename).lstat()
-        except (OSError, ValueError):  # no such file, a name too long, or one that the file system can't express
+        except ValueError:  # a name that the file system can't express
             return None
-        return about if _kind(filename) and stat.S_ISREG(about.st_mode) else None
+        return about if stat.S_ISREG(about.st_mode) else None
+
+    def _about(self, filename: str) -> os.stat_result | None:
+        with suppress(OSError):
+            return self._stat(filename)
+        return None
 
     def thumbnail(self, path: Path, width: int) -> Path | bytes:
         """Return the cached file of `media.thumbnail`, or its bytes if none can be written. Raises what that raises."""
+        path.open("rb").close()  # what can't be read is not shown either, though its thumbnail may be here
         key = key_of(path, width)
         if kept := self._thumbnails.get(key):
             return kept
@@ -230,16 +253,15 @@ def _kind(name: str) -> str:
     return "" if _UNSAFE_NAME.search(name) else kind
 
 
-def _mtime_ns(folder: Path) -> int | None:
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return None
+def _times(folder: Path) -> tuple[int, int]:
+    """When the folder's content and its permissions changed, in ns. Raises OSError if it can't be searched."""
+    about = os.stat(f"{folder}/.")  # noqa: PTH116  pathlib drops the dot, which makes the kernel ask for that permission
+    return about.st_mtime_ns, about.st_ctime_ns
 
 
 def _read(folder: Path) -> _Snapshot:
     read_at, now = time.monotonic(), time.time()
-    folder_mtime_ns = _mtime_ns(folder)  # before the files: a change during the reading then shows as one afterwards
+    times = _times(folder)  # before the files: a change during the reading then shows as one afterwards
     entries = [
         Entry(name, kind, about.st_size, min(about.st_mtime, about.st_ctime), about.st_mtime)
         for name, about in stats(folder)
@@ -248,8 +270,8 @@ def _read(folder: Path) -> _Snapshot:
     # Two plain sorts, the second one stable: half the time of one by a pair, and a sort lets no other thread run.
     entries.sort(key=attrgetter("filename"))
     entries.sort(key=attrgetter("modified_at"), reverse=True)
-    touched = [(folder_mtime_ns or 0) / 1e9, *(entry.modified_at for entry in entries)]
+    touched = [times[0] / 1e9, *(entry.modified_at for entry in entries)]
     settled = all(abs(now - touched_at) > _UNSETTLED_S for touched_at in touched)
     kinds: set[str | None] = {kind for kind, _ in media.MEDIA_TYPES.values()}
     by_type = {kind: tuple(entry for entry in entries if entry.type == kind) for kind in kinds}
-    return _Snapshot(folder_mtime_ns, read_at, settled, {None: tuple(entries), **by_type})
+    return _Snapshot(times, read_at, settled, {None: tuple(entries), **by_type})

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +37,8 @@ class ThumbnailCache:
         """Return the file that was put under `key`, or None."""
         path = self._folder / f"{key}.jpg"
         with suppress(OSError):
-            return path if path.stat().st_size else None  # a power cut may leave a name without its bytes
+            # A power cut may leave a name without its bytes.
+            return path if path.stat().st_size and os.access(path, os.R_OK) else None
         return None
 
     def put(self, key: str, data: bytes) -> Path | None:
