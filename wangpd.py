@@ -45,7 +45,7 @@ from engine.api.app_keys import (
 )
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, Config, ConfigError, load_config
-from engine.api.connection import Connection
+from engine.api.connection import Connection, forgive_slashes
 from engine.api.errors import errors_middleware
 from engine.api.files import gone, inline, media_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
@@ -110,8 +110,8 @@ async def models(request: web.Request) -> web.Response:
     app, query = request.app, request[QUERY]
     chosen = views.selected(app[CATALOG], query["family"], query["task"])
     entries = await asyncio.to_thread(lambda: [views.model_entry(app, model) for model in chosen])
-    if query["installed"]:
-        entries = [entry for entry in entries if entry["installed"] == (query["installed"] == "true")]
+    if query["installed"] is not None:
+        entries = [entry for entry in entries if entry["installed"] == query["installed"]]
     return answered(f"Found {len(entries)} models", {"models": entries})
 
 
@@ -193,7 +193,7 @@ async def unload(request: web.Request) -> web.Response:
 
 # ---- generation
 @routes.operation(
-    *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 503),
+    *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 415, 503),
     body=requests.GenerateRequest,
     query=requests.GenerateQuery,
     headers=[requests.IDEMPOTENCY_KEY],
@@ -201,7 +201,7 @@ async def unload(request: web.Request) -> web.Response:
 async def generate(request: web.Request) -> web.Response:
     """Queue a video."""
     app, body = request.app, request[BODY]
-    dry = request[QUERY]["dry_run"] in ("1", "true")
+    dry = request[QUERY]["dry_run"]
     idempotency_key, digest = requested_key(request), request[DIGEST]
     if idempotency_key and (replay := await app[QUEUE].replay(idempotency_key, digest)):
         return accepted(app, replay)
@@ -303,7 +303,9 @@ async def resume_queue(request: web.Request) -> web.Response:
     return answered("Queue resumed", {"paused": False})
 
 
-@routes.operation("Queue", f"PATCH {QUEUED_TASK}", schemas.Moved, 400, 404, 408, 413, 503, body=requests.MoveRequest)
+@routes.operation(
+    "Queue", f"PATCH {QUEUED_TASK}", schemas.Moved, 400, 404, 408, 413, 415, 503, body=requests.MoveRequest
+)
 async def move_task(request: web.Request) -> web.Response:
     """Move a waiting task."""
     task_id = request[PATH]["task_id"]
@@ -534,6 +536,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
+        forgive_slashes(cast(web.Server, runner.server))
         await listener.start_serving()
         host, port, *_ = listener.sockets[0].getsockname()
         log.info("wangpd %s listens on http://%s:%d%s/", version(), host, port, API)
@@ -550,7 +553,9 @@ async def serve(config: Config, catalog: Catalog) -> None:
 async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
     """Take the port, without listening yet. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
+    # An encoded body is refused, so nothing may inflate it.
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
+    options["auto_decompress"] = False
     loop = asyncio.get_running_loop()
     try:
         return await loop.create_server(

@@ -6,9 +6,11 @@ Overrides three methods of aiohttp's RequestHandler; tests/test_limits.py fails 
 import asyncio
 import json
 import logging
+import re
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.http import RawRequestMessage
 
 from engine.api.errors import RETRY_AFTER_S, failure
 
@@ -19,6 +21,20 @@ REFUSAL = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
     "Retry-After: {retry_after_s}\r\nConnection: close\r\n\r\n{body}"
 )
+
+
+def forgive_slashes(server: web.Server) -> None:
+    """Have trailing and doubled slashes taken out of every path, before a middleware or the router sees it."""
+    make = server.request_factory
+
+    def make_plain(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+        path = message.url.raw_path
+        if "//" in path or (path.endswith("/") and path != "/"):
+            plain = "/" + re.sub("/+", "/", path).strip("/")
+            message = message._replace(url=message.url.with_path(plain, encoded=True, keep_query=True))
+        return make(message, *rest)
+
+    server.request_factory = make_plain
 
 
 class Connection(web.RequestHandler):

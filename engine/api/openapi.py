@@ -16,6 +16,7 @@ from engine.api.requests import PATH_FIELDS
 from engine.api.schemas import Failure, envelope
 
 JSON_TYPE = "application/json"
+FORM_TYPE = "multipart/form-data"
 ERRORS = {
     400: "Bad request: the sentence names the field, the value and the rule.",
     401: "A token is required, and none or a wrong one came.",
@@ -23,6 +24,7 @@ ERRORS = {
     404: "There is no such thing.",
     408: "The body did not arrive in time.",
     413: "The body is larger than `max_body_mb`.",
+    415: "The body is encoded (`Content-Encoding`).",
     416: "The file has no such range.",
     500: "A fault of the server.",
     503: "Shutting down, or the queue is full: try again after `Retry-After` seconds.",

@@ -45,7 +45,10 @@ def add_viewers(app: web.Application) -> None:
 def _fixed(text: str, content_type: str) -> Handler:
     """Return a handler that always answers `text`."""
 
-    async def handler(_request: web.Request) -> web.Response:
+    async def handler(request: web.Request) -> web.Response:
+        asked = request.raw_path.partition("?")[0]
+        if further := len(asked) - len(asked.rstrip("/")):  # from there the page's relative links would lead nowhere
+            raise web.HTTPMovedPermanently("../" * further + request.path.rpartition("/")[2])
         return web.Response(text=text, content_type=content_type, headers={"Content-Security-Policy": PAGE_POLICY})
 
     return handler
