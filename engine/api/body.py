@@ -45,14 +45,18 @@ def validated(schema: Schema, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises BadRequest.
     """
     read = {name: meant(schema.fields[name], value) for name, value in values.items() if name in schema.fields}
-    sent = {name: value for name, value in read.items() if value is not None or schema.fields[name].required}
+    for name in [name for name, value in read.items() if value is None]:
+        if schema.fields[name].required:
+            read[name] = values[name]
+        else:
+            del read[name]
     unknown = [shortened(name) for name in values if name not in schema.fields]
     try:
-        known = dict(schema.load(sent, unknown=EXCLUDE))
+        known = dict(schema.load(read, unknown=EXCLUDE))
     except ValidationError as error:
         field, sentence = first_fault(error)
         near = next((name for name in unknown[: hints.MOST_NAMED] if hints.meaning_of(name) == field), None)
-        missing = near is not None and field not in sent
+        missing = near is not None and field not in read
         rule = f"is missing; there is no field '{near}', send it as {field}" if missing else sentence
         raise BadRequest(f"{field}: {rule}") from None
     return {**known, UNKNOWN: unknown} if unknown else known

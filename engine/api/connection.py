@@ -16,6 +16,7 @@ from engine.api.errors import RETRY_AFTER_S, failure
 
 log = logging.getLogger("wangpd")
 NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
+FILE_WITH_SLASH = re.compile(r"/(download|preview)/[^/]+/$")  # no name of a file, and stays 404
 REFUSED_S = 2  # time for a client that is turned away to read why
 REFUSAL = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
@@ -29,8 +30,10 @@ def forgive_slashes(server: web.Server) -> None:
 
     def make_plain(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
         path = message.url.raw_path
-        if "//" in path or (path.endswith("/") and path != "/"):
-            plain = "/" + re.sub("/+", "/", path).strip("/")
+        plain = re.sub("/{2,}", "/", path)
+        if not FILE_WITH_SLASH.search(plain):
+            plain = plain.rstrip("/") or "/"
+        if plain != path:
             message = message._replace(url=message.url.with_path(plain, encoded=True, keep_query=True))
         return make(message, *rest)
 

@@ -9,7 +9,7 @@ from typing import Any
 from engine.admission import BadRequest
 from engine.api.answers import shortened
 
-SHOWN = 'an object such as {"prompt": "a cat"}'
+SHOWN = 'a JSON object such as {"prompt": "a cat"}'
 # Few names, none of Python's other codecs: punycode takes quadratic time, and each unknown name would stay in memory.
 CHARSET = re.compile(
     r"(us-)?ascii|utf-?(8|16|32)(-?[lb]e)?|latin-?[0-9]{1,2}|iso-?8859-[0-9]{1,2}|(windows|cp)-?[0-9]{3,4}"
@@ -57,7 +57,7 @@ def parsed(raw: bytes, charset: str | None = None) -> dict[str, Any]:
     kind = "a list" if isinstance(body, list) else "a text" if isinstance(body, str) else "a single value"
     if isinstance(body, str) and body.lstrip().startswith("{"):
         kind = "a text with an object in it: it was encoded twice"
-    raise BadRequest(f"The body must be {SHOWN}, and is {kind}")
+    raise BadRequest(f"The body must be {SHOWN}; it is {kind}")
 
 
 def _decoded(raw: bytes, charset: str | None) -> str:
