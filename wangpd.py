@@ -49,7 +49,7 @@ from engine.api.connection import Connection, forgive_slashes
 from engine.api.errors import errors_middleware
 from engine.api.files import gone, inline, media_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
-from engine.api.openapi import Routes, api_document, endpoints, version
+from engine.api.openapi import JPEG_TYPE, MEDIA_ANSWER, Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
 from engine.catalog import loras, weights
 from engine.catalog.download import Downloads
@@ -343,7 +343,7 @@ async def outputs(request: web.Request) -> web.Response:
     return answered(f"Found {len(entries)} files", data)
 
 
-@routes.operation("Output files", "GET /download/{filename}", None, 404, 416)
+@routes.operation("Output files", "GET /download/{filename}", MEDIA_ANSWER, 404, 416)
 async def download(request: web.Request) -> web.StreamResponse:
     """A file, with ranges, conditions and HEAD."""
     path = output_path(request)
@@ -360,7 +360,7 @@ def output_path(request: web.Request) -> Path:
     return path
 
 
-@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 416, query=requests.PreviewQuery)
+@routes.operation("Output files", "GET /preview/{filename}", [JPEG_TYPE], 400, 404, 416, query=requests.PreviewQuery)
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
     path = output_path(request)
@@ -371,8 +371,8 @@ async def preview(request: web.Request) -> web.StreamResponse:
     except FileNotFoundError:
         raise gone(path) from None
     if isinstance(thumbnail, bytes):  # the cache can't be written now
-        return web.Response(body=thumbnail, content_type="image/jpeg")
-    return media_file(request, thumbnail, "image/jpeg")
+        return web.Response(body=thumbnail, content_type=JPEG_TYPE)
+    return media_file(request, thumbnail, JPEG_TYPE)
 
 
 # ---- configuration

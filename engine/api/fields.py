@@ -7,11 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from marshmallow import ValidationError, fields, validate
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 
 DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
 URL_SAFE = str.maketrans("-_", "+/")
 NO_FILE = "must be text: the file's bytes in base64"
+
+
+class Open(Schema):
+    """An object that may have further fields: an older or newer version of the other side must not refuse it."""
+
+    class Meta:
+        unknown = EXCLUDE
 
 
 def one_of(*values: Any) -> validate.Validator:

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from marshmallow import EXCLUDE, Schema, fields, validate
+from marshmallow import Schema, fields, validate
 
-from engine.api.fields import DURATION, FIELD_OF, Digits, File, Flag, Size, Text, Whole, between, matches, one_of
+from engine.api.fields import DURATION, FIELD_OF, Digits, File, Flag, Open, Size, Text, Whole, between, matches, one_of
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.files.thumbnails import PREVIEW_WIDTH
 from engine.queue.tasks import Status
@@ -32,7 +32,9 @@ IDEMPOTENCY_KEY: Mapping[str, Any] = {
 
 def setting_field(row: Setting) -> Field:
     """The request field of a setting; null counts as left out."""
-    metadata: dict[str, Any] = {"description": row.help}
+    own = "" if row.always or row.guides else ", or the model's own"
+    default = "" if row.default is None else f" Default: {json.dumps(row.default)}{own}."
+    metadata: dict[str, Any] = {"description": row.help + default}
     if row.example:
         metadata["examples"] = [row.example]
     if row.above_low:
@@ -81,17 +83,20 @@ def input_field(name: str) -> Field:
     )
 
 
-class _Request(Schema):
-    class Meta:
-        unknown = EXCLUDE  # ignored, and named in the answer's warnings
-        description = "A default is the value where neither the client nor the model has one; null counts as left out."
+def upload_field(name: str) -> Field:
+    """The part of a form that carries an input."""
+    about = INPUTS[name]
+    file = {"type": "string", "format": "binary"}
+    description = f"{about.about} {FORMATS[about.kind]}."
+    if not about.several:
+        return File(metadata={"description": description, **file})
+    return fields.List(File(metadata=file), metadata={"description": f"{description} A part for each."})
 
 
 # Nothing has a default here: what a client leaves out, the model decides.
-GenerateRequest = _Request.from_dict(
-    {row.name: setting_field(row) for row in SETTINGS.values()} | {name: input_field(name) for name in INPUTS},
-    name="GenerateRequest",
-)
+_FIELDS = {row.name: setting_field(row) for row in SETTINGS.values()}
+GenerateRequest = Open.from_dict(_FIELDS | {name: input_field(name) for name in INPUTS}, name="GenerateRequest")
+GenerateForm = Open.from_dict(_FIELDS | {name: upload_field(name) for name in INPUTS}, name="GenerateForm")
 
 
 def echo_field(row: Setting) -> Field:
@@ -101,7 +106,7 @@ def echo_field(row: Setting) -> Field:
 
 
 # What a request can decide. A setting that the model does not have is absent.
-Settings = Schema.from_dict({row.name: echo_field(row) for row in SETTINGS.values() if not row.guides}, name="Settings")
+Settings = Open.from_dict({row.name: echo_field(row) for row in SETTINGS.values() if not row.guides}, name="Settings")
 TaskSettings = Settings.from_dict(
     {
         "model_type": fields.String(required=True, metadata={"description": "Id of the model."}),
@@ -158,7 +163,7 @@ OutputsQuery = query(
 )
 
 
-class MoveRequest(Schema):
+class MoveRequest(Open):
     """The body of `PATCH /queue/{task_id}`."""
 
     position = Whole(
@@ -167,3 +172,11 @@ class MoveRequest(Schema):
         metadata={"description": "Where it should wait: 1 is processed or next. Beyond the end means the end."},
         error_messages={"required": "is missing; say at which position it shall wait", "null": "must be a number"},
     )
+
+
+# What the document says of a body besides its schema: one that can be sent as it is, and the same as a form.
+EXAMPLES: Mapping[type[Schema], Mapping[str, Any]] = {
+    GenerateRequest: {"prompt": SETTINGS["prompt"].example},
+    MoveRequest: {"position": 1},
+}
+FORMS: Mapping[type[Schema], type[Schema]] = {GenerateRequest: GenerateForm}
