@@ -57,8 +57,8 @@ class Routes(web.RouteTableDef):
     ) -> Callable[[Handler], Handler]:
         """Register a handler under a `route` such as "GET /queue"; its docstring is the summary in the document.
 
-        `answer` is in the contract's envelope unless it is `bare`, or a file of these media types; `errors` come besides 401, 403 and
-        500. The valid values of path, `body` and `query` are in the request under PATH, BODY and QUERY.
+        `answer` is in the contract's envelope unless it is `bare`; media types stand for a file. `errors` come besides
+        401, 403 and 500. The valid values of path, `body` and `query` are in the request under PATH, BODY and QUERY.
         """
         method, path = route.split(maxsplit=1)
         names = re.findall(r"{(\w+)", path)
