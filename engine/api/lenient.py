@@ -26,7 +26,7 @@ def meant(field: Field, value: Any) -> Any:
     """Return what `value` means for `field`: None if it counts as left out, `value` itself if it can't be read."""
     if isinstance(field, fields.List):
         return _several(field.inner, value)
-    if isinstance(value, str) and not value.strip() and field.name not in BLANK_IS_A_VALUE:
+    if _blank(value) and field.name not in BLANK_IS_A_VALUE:
         return None
     return _one(field, value)
 
@@ -36,7 +36,11 @@ def _several(inner: Field, value: Any) -> Any:
     items = [value] if isinstance(value, str | bytes) else value
     if not isinstance(items, list):
         return value
-    return [_one(inner, item) for item in items if item != ""] or None
+    return [_one(inner, item) for item in items if not _blank(item)] or None
+
+
+def _blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def _one(field: Field, value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from engine.api.app_keys import Handler
+from engine.api.app_keys import CONFIG, Handler
 
 SWAGGER = "SwaggerUIBundle({url: 'openapi.json', dom_id: '#viewer', deepLinking: true})"
 REDOC = "Redoc.init('openapi.json', {disableSearch: false}, document.getElementById('viewer'))"
@@ -46,9 +46,8 @@ def _fixed(text: str, content_type: str) -> Handler:
     """Return a handler that always answers `text`."""
 
     async def handler(request: web.Request) -> web.Response:
-        asked = request.raw_path.partition("?")[0]
-        if further := len(asked) - len(asked.rstrip("/")):  # from there the page's relative links would lead nowhere
-            raise web.HTTPMovedPermanently("../" * further + request.path.rpartition("/")[2])
+        if request.raw_path.partition("?")[0].endswith("/"):  # from there the page's relative links would lead nowhere
+            raise web.HTTPMovedPermanently(request.app[CONFIG].base_path + request.path)
         return web.Response(text=text, content_type=content_type, headers={"Content-Security-Policy": PAGE_POLICY})
 
     return handler
