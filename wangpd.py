@@ -44,12 +44,12 @@ from engine.api.app_keys import (
 )
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config
-from engine.api.connection import Connection
+from engine.api.connection import Connection, forgive_slashes
 from engine.api.errors import errors_middleware
 from engine.api.files import folder_away, inline, open_output, open_preview, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
 from engine.api.listeners import Listeners, url_of
-from engine.api.openapi import Routes, api_document, endpoints, version
+from engine.api.openapi import JPEG_TYPE, MEDIA_ANSWER, Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
 from engine.catalog import loras, weights
 from engine.catalog.download import Downloads
@@ -117,8 +117,8 @@ async def models(request: web.Request) -> web.Response:
     app, query = request.app, request[QUERY]
     chosen = views.selected(app[CATALOG], query["family"], query["task"])
     entries = await asyncio.to_thread(lambda: [views.model_entry(app, model) for model in chosen])
-    if query["installed"]:
-        entries = [entry for entry in entries if entry["installed"] == (query["installed"] == "true")]
+    if query["installed"] is not None:
+        entries = [entry for entry in entries if entry["installed"] == query["installed"]]
     return answered(f"Found {len(entries)} models", {"models": entries})
 
 
@@ -200,7 +200,7 @@ async def unload(request: web.Request) -> web.Response:
 
 # ---- generation
 @routes.operation(
-    *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 503),
+    *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 415, 503),
     body=requests.GenerateRequest,
     query=requests.GenerateQuery,
     headers=[requests.IDEMPOTENCY_KEY],
@@ -208,7 +208,7 @@ async def unload(request: web.Request) -> web.Response:
 async def generate(request: web.Request) -> web.Response:
     """Queue a video."""
     app, body = request.app, request[BODY]
-    dry = request[QUERY]["dry_run"] in ("1", "true")
+    dry = request[QUERY]["dry_run"]
     idempotency_key, digest = requested_key(request), request[DIGEST]
     if idempotency_key and (replay := await app[QUEUE].replay(idempotency_key, digest)):
         return accepted(app, replay)
@@ -310,7 +310,9 @@ async def resume_queue(request: web.Request) -> web.Response:
     return answered("Queue resumed", {"paused": False})
 
 
-@routes.operation("Queue", f"PATCH {QUEUED_TASK}", schemas.Moved, 400, 404, 408, 413, 503, body=requests.MoveRequest)
+@routes.operation(
+    "Queue", f"PATCH {QUEUED_TASK}", schemas.Moved, 400, 404, 408, 413, 415, 503, body=requests.MoveRequest
+)
 async def move_task(request: web.Request) -> web.Response:
     """Move a waiting task."""
     task_id = request[PATH]["task_id"]
@@ -351,7 +353,7 @@ async def outputs(request: web.Request) -> web.Response:
     return answered(f"Found {len(entries)} files", data)
 
 
-@routes.operation("Output files", "GET /download/{filename}", None, 404, 412, 416, 503)
+@routes.operation("Output files", "GET /download/{filename}", MEDIA_ANSWER, 404, 412, 416, 503)
 async def download(request: web.Request) -> web.StreamResponse:
     """A file, with ranges, conditions and HEAD."""
     opened = await asyncio.to_thread(open_output, request.app, request[PATH]["filename"])
@@ -359,14 +361,16 @@ async def download(request: web.Request) -> web.StreamResponse:
     return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.path.name)})
 
 
-@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 412, 416, 503, query=requests.PreviewQuery)
+@routes.operation(
+    *("Output files", "GET /preview/{filename}", [JPEG_TYPE], 400, 404, 412, 416, 503), query=requests.PreviewQuery
+)
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
     name, width = request[PATH]["filename"], request[QUERY]["width"]
     opened = await asyncio.to_thread(open_preview, request.app, name, width)
     if isinstance(opened, bytes):  # the cache can't be written now
-        return web.Response(body=opened, content_type="image/jpeg")
-    return await send_file(request, opened, "image/jpeg")
+        return web.Response(body=opened, content_type=JPEG_TYPE)
+    return await send_file(request, opened, JPEG_TYPE)
 
 
 # ---- configuration
@@ -542,6 +546,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
+        forgive_slashes(cast(web.Server, runner.server))
         await listeners.start_serving()
         for url in map(url_of, listeners.sockets):
             log.info("wangpd %s listens on %s", version(), f"{url}{API}/" if url.startswith("http") else url)
@@ -558,7 +563,9 @@ async def serve(config: Config, catalog: Catalog) -> None:
 async def bind(runner: web.AppRunner, config: Config) -> Listeners:
     """Take the addresses, without listening yet. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
+    # An encoded body is refused, so nothing may inflate it.
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
+    options["auto_decompress"] = False
     loop, refusals = asyncio.get_running_loop(), Counted(log)
     listeners = Listeners(
         lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options)

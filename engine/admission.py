@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine import capabilities
+from engine import capabilities, hints
 from engine.catalog import loras, weights
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.catalog.models import Catalog, FrameRule, Model
@@ -91,8 +91,7 @@ class Admission:
             job = replace(job, loras=self._loras(model, job.task, found, body))
         for data in (data for datas in files.values() for data in datas if store):
             self._inputs.store(data)
-        unknown = (f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
-        warnings = (*unknown, *resolved.warnings)
+        warnings = (*hints.ignored(body.get(UNKNOWN, ())), *resolved.warnings)
         policy = self._policy
         memory: dict[str, Any] = {"profile": policy.profile, "quantization": policy.transformer_quantization}
         try:

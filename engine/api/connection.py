@@ -6,20 +6,39 @@ Overrides three methods of aiohttp's RequestHandler; tests/test_limits.py fails 
 import asyncio
 import json
 import logging
+import re
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.http import RawRequestMessage
 
 from engine.api.errors import RETRY_AFTER_S, failure
 from engine.log import Counted
 
 log = logging.getLogger("wangpd")
 NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
+FILE_WITH_SLASH = re.compile(r"/(download|preview)/[^/]+/$")  # no name of a file, and stays 404
 REFUSED_S = 2  # time for a client that is turned away to read why
 REFUSAL = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
     "Retry-After: {retry_after_s}\r\nConnection: close\r\n\r\n{body}"
 )
+
+
+def forgive_slashes(server: web.Server) -> None:
+    """Have trailing and doubled slashes taken out of every path, before a middleware or the router sees it."""
+    make = server.request_factory
+
+    def make_plain(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+        path = message.url.raw_path
+        plain = re.sub("/{2,}", "/", path)
+        if not FILE_WITH_SLASH.search(plain):
+            plain = plain.rstrip("/") or "/"
+        if plain != path:
+            message = message._replace(url=message.url.with_path(plain, encoded=True, keep_query=True))
+        return make(message, *rest)
+
+    server.request_factory = make_plain
 
 
 class Connection(web.RequestHandler):

@@ -58,7 +58,9 @@ async def front_door(request: web.Request) -> web.Response:
 def _fixed(text: str, content_type: str) -> Handler:
     """Return a handler that always answers `text`."""
 
-    async def handler(_request: web.Request) -> web.Response:
+    async def handler(request: web.Request) -> web.Response:
+        if request.raw_path.partition("?")[0].endswith("/"):  # from there the page's relative links would lead nowhere
+            raise web.HTTPMovedPermanently(request.app[CONFIG].base_path + request.path)
         return web.Response(text=text, content_type=content_type, headers={"Content-Security-Policy": PAGE_POLICY})
 
     return handler
