@@ -18,6 +18,7 @@ NAMESPACES = (
     ("unshare", "-Urmpf", "--mount-proc", "--kill-child"),
 )
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+LOCK = ".wangpd.lock"
 DISK_BYTES = 96 * 2**20
 
 
@@ -43,6 +44,7 @@ class Disk:
     def __init__(self, root: Path, name: str, *, mounted: bool) -> None:
         self.mounted, self._root = mounted, root / f"{name}_disk"
         self.folder, self._disk = self._root / "place" / name, self._root / "disk"
+        self.strays: list[str] = []  # what was put where the folder was not
         for path in (self.folder, self._disk):
             path.mkdir(parents=True)
         if mounted:
@@ -55,9 +57,8 @@ class Disk:
 
     def unmount(self) -> None:
         """Let go of it."""
-        if self.mounted:
-            unmount(self.folder)
-            unmount(self._disk)
+        for path in (self.folder, self._disk) if self.mounted else ():
+            subprocess.run(["umount", "-l", path], check=False)
 
     @contextmanager
     def unmounted(self) -> Iterator[None]:
@@ -66,6 +67,7 @@ class Disk:
         try:
             yield
         finally:
+            self._take_strays(self.folder)
             self._mount()
 
     @contextmanager
@@ -115,10 +117,17 @@ class Disk:
         try:
             yield
         finally:
-            with suppress(FileNotFoundError):
-                self.folder.rmdir()  # an empty one that was made meanwhile
-                self.folder.parent.rmdir()
+            self._take_strays(self.folder.parent)
             elsewhere.rename(self.folder.parent)
+
+    def _take_strays(self, place: Path) -> None:
+        """Note and remove what is there; a daemon's lock is no loss."""
+        found = [path for path in place.rglob("*") if path.name != LOCK]
+        self.strays += [str(path.relative_to(self._root)) for path in found]
+        for path in sorted(place.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        if place != self.folder and place.exists():
+            place.rmdir()
 
 
 def mount(*arguments: str | Path) -> None:

@@ -51,6 +51,7 @@ PROMISES = (
     "a stop costs no attempt and ends in order",
     "whole files are told of, whatever became of their task",
     "no foreign file is touched",
+    "a folder that is away is not made anew",
     "ready is true to the place",
     "no time is negative",
     "memory and descriptors stay flat",
@@ -372,6 +373,7 @@ class Soak(crash.Storm):
             self.settled(readiness)
             self.work(self.random.uniform(0.5, 2.5))
             self.sentry.expect(None)
+        self.check_strays()
         self.settled(READY)
 
     def fault_of_state(self, within: AbstractContextManager[None]) -> None:
@@ -390,6 +392,7 @@ class Soak(crash.Storm):
                 self.sentry.expect(None)
             elif refusals:
                 self.blame("ready is true to the place", f"while {NO_STATE.label}: refused {refusals} times, yet ready")
+        self.check_strays()
         self.settled(READY)
 
     def submit_picture(self) -> bool:
@@ -575,6 +578,13 @@ class Soak(crash.Storm):
                     assert list(container.decode(video=0))
             except (av.FFmpegError, AssertionError) as error:
                 self.blame("every visible file is whole", f"{name}: {error!r}")
+
+    def check_strays(self) -> None:
+        """While a folder was away, nothing was put where it had been."""
+        for disk in (self.daemon.save_disk, self.daemon.state_disk):
+            for name in disk.strays:
+                self.blame("a folder that is away is not made anew", name)
+            disk.strays.clear()
 
     def check_results(self) -> None:
         """In the end, every file is told of by its task and listed, and there are no others."""
