@@ -27,6 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def outputs(folder: Path, tmp_path: Path) -> Outputs:
+    (tmp_path / "cache").mkdir()
     return Outputs(folder, tmp_path / "cache")
 
 
@@ -489,6 +490,33 @@ def test_a_broken_attempt_leaves_nothing(folder: Path, outputs: Outputs) -> None
         put(folder, name)
     assert outputs.remove_attempt(123) == 3
     assert list(folder.iterdir()) == []
+
+
+def test_of_a_broken_attempt_the_files_that_it_has_made_stay(folder: Path, outputs: Outputs) -> None:
+    made = ["20261122-210533_t000123-000000_a-cat_s42.mp4", "20261122-210533_t000123-000000_a.cat_s43.mp4"]
+    for name in (*made, f".{made[0]}.part", "20261122-210533_t000123-000000_a-cat_s43.mp4"):
+        put(folder, name)
+    assert outputs.remove_attempt(123, made) == 2
+    assert sorted(path.name for path in folder.iterdir()) == made
+
+
+def test_a_file_of_a_broken_attempt_that_can_not_be_deleted_does_not_keep_the_others(
+    folder: Path, outputs: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"20261122-210533_t000123-000000_a-cat_s{seed}.mp4" for seed in range(3)]
+    for name in names:
+        put(folder, name)
+    unlink = Path.unlink
+
+    def refuse(path: Path, **options: bool) -> None:
+        if path.name == names[1]:
+            raise PermissionError(13, "Permission denied")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(PermissionError):
+        outputs.remove_attempt(123)
+    assert [path.name for path in folder.iterdir()] == [names[1]]
 
 
 def test_the_files_of_others_stay(folder: Path, outputs: Outputs) -> None:

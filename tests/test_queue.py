@@ -144,7 +144,7 @@ async def test_a_failed_task_fails_alone_with_its_sentence(harness: Harness) -> 
         harness.engine.finish(EngineError("Out of ideas.", "no_ideas"))
         task = await harness.end(first)
         assert (task.status, task.error) == (Status.FAILED, {"code": "no_ideas", "message": "Out of ideas."})
-        assert ("parts", first) in harness.outputs.told
+        assert ("attempt", first) in harness.outputs.told
         await harness.started(second)
 
 
@@ -382,11 +382,12 @@ def held_in_preparation(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> tu
     preparing, go_on = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def prepare() -> None:
+    def prepare(_own: object) -> list[str]:
         loop.call_soon_threadsafe(preparing.set)
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(PATIENCE_S)
+        return []
 
-    monkeypatch.setattr(harness.outputs, "require_room", prepare)
+    monkeypatch.setattr(harness.outputs, "prepare", prepare)
     return preparing, go_on
 
 
@@ -881,7 +882,7 @@ async def test_a_cancel_during_a_shutdown_is_kept(harness: Harness, monkeypatch:
         await harness.started(task_id)
         loop = asyncio.get_running_loop()
 
-        def remove_attempt(number: int) -> int:
+        def remove_attempt(number: int, _made: object = ()) -> int:
             status = asyncio.run_coroutine_threadsafe(queue.remove(number), loop).result(PATIENCE_S)
             assert status is Status.CANCELLING
             return 0

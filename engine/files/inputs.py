@@ -29,7 +29,7 @@ class Inputs:
         try:
             if path.exists():
                 return path
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             with published(path, rivals=True) as part:
                 part.write_bytes(data)
         except OSError as error:

@@ -8,7 +8,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
@@ -158,13 +158,17 @@ class Outputs:
         jpeg = media.thumbnail(path, width)
         return self._thumbnails.put(key, jpeg) or jpeg
 
-    def remove_attempt(self, task_id: int) -> int:
-        """Delete the files of a broken attempt at a task, published or partial; returns how many. Raises OSError."""
-        return self._remove(rf"\.?{self._named(task_id)}")
+    def remove_attempt(self, task_id: int, made: Collection[str] = ()) -> int:
+        """Delete the files of a broken attempt, published or partial, but those that it has `made`.
 
-    def remove_parts(self, task_id: int | None = None) -> int:
-        """Delete the partial files of a task, or while no worker runs of all; returns how many. Raises OSError."""
-        return self._remove(rf"\.{self._named(task_id)}\.part")
+        Returns how many. Raises OSError if one can't be deleted; the others are.
+        """
+        others = "".join(rf"(?!{re.escape(name)}$)" for name in made)
+        return self._remove(rf"{others}\.?{self._named(task_id)}")
+
+    def remove_parts(self) -> int:
+        """Delete the partial files of all tasks, while no worker runs; returns how many. Raises OSError."""
+        return self._remove(rf"\.{self._named(None)}\.part")
 
     def _named(self, task_id: int | None) -> str:
         """A pattern of the names that the workers of this daemon give to the files of a task, or of all."""
@@ -174,8 +178,14 @@ class Outputs:
     def _remove(self, pattern: str) -> int:
         folders = {self._folder, self._kept}
         left = [folder / name for folder in folders for name, _ in stats(folder) if re.fullmatch(pattern, name)]
+        fault: OSError | None = None
         for path in left:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                fault = error
+        if fault:
+            raise fault
         return len(left)
 
     def publish_kept(self, names: Iterable[str] | None = None) -> str:

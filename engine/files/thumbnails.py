@@ -45,7 +45,7 @@ class ThumbnailCache:
         """Keep `data` and return its file; None if the disk does not take it."""
         path = self._folder / f"{key}.jpg"
         with suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             with published(path, rivals=True, durable=False) as part:
                 part.write_bytes(data)
                 with self._counting:  # before it can be found: what is removed is older

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,7 @@ class Endings:
         self._store, self._outputs, self._place, self._limits = store, outputs, place, limits
         self.stopping = asyncio.Event()  # running tasks are to wait again: the daemon is shutting down
         self.kept = True  # files of ended tasks may still have to be published
+        self._untidy: set[int] = set()  # tasks that have left files which could not be removed
 
     def cancelling(self, task_id: int) -> bool:
         """True if a client has cancelled this running task."""
@@ -51,7 +52,7 @@ class Endings:
 
     async def taken_up(self, task: Task) -> Task:
         """The new version of a task that ran when the daemon ended: saved, and its files removed."""
-        await self._tidy(task.id, self._outputs.remove_attempt)
+        await self._tidy(task.id)
         if task.status is Status.CANCELLING:
             task = ended(task, Status.CANCELLED)
         elif self._limits.on_restart == "fail":
@@ -90,6 +91,8 @@ class Endings:
                 break
         if held:
             self._place.hold("")
+        if task_id in self._untidy:
+            await self._tidy(task_id, names)
 
         def end(now: Task) -> Task:
             # A cancel that came after the last file was whole: `cancelling` was shown, so `cancelled` must follow.
@@ -127,8 +130,8 @@ class Endings:
         One that waits again will make all of its files once more. `counted`: the attempt counts all the same.
         """
         files = () if back else tuple(lane.engine.made(task_id))
-        await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
         names = [file.filename for file in files]
+        await self._tidy(task_id, names)
         if files:
             self.kept |= bool(await asyncio.to_thread(self._outputs.publish_kept, names))
         status = Status.FAILED if code else Status.CANCELLED
@@ -162,9 +165,11 @@ class Endings:
         task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
         log.info("task %d %s", task_id, summary(task))
 
-    async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:
-        """Delete the files of an attempt; one that can't be deleted must not cost the task its end."""
+    async def _tidy(self, task_id: int, made: Sequence[str] = ()) -> None:
+        """Delete the files of a broken attempt; one that can't be deleted must not cost the task its end."""
+        self._untidy.discard(task_id)
         try:
-            await asyncio.to_thread(remove, task_id)
+            await asyncio.to_thread(self._outputs.remove_attempt, task_id, made)
         except OSError as error:
-            log.warning("task %d: what it left in the output folder can't be removed: %s", task_id, error)
+            self._untidy.add(task_id)
+            log.warning("task %d: what it left in the output folder can't be removed now: %s", task_id, error)

@@ -81,13 +81,13 @@ class Saver:
             return OutputFile(name, kind, size_bytes, width, height, count, job.fps, clip.seed)
 
         def write(coming: Iterator[torch.Tensor]) -> None:
-            self._kept.mkdir(parents=True, exist_ok=True)
+            self._kept.mkdir(exist_ok=True)  # no parents: a state_path that is away is not made anew
             self._write(self._kept / name, kind, clip, job, coming)
             size_bytes = (self._kept / name).stat().st_size
+            self._made(task_id, about(size_bytes))  # first: of a process that is killed, nothing is visible but this
             with suppress(OSError):  # then it is kept
                 if not self._disk.away():
                     move(self._kept / name, config.save_path / name)
-            self._made(task_id, about(size_bytes))
 
         written = background.feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
         return Saved(about(0), written)
