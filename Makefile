@@ -11,6 +11,8 @@ LORAS_DIR ?= /var/lib/wangpd/loras
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+CLIENTS := tests/clients
+NPM_STAMP := $(CLIENTS)/node_modules/.installed
 
 PYTEST := $(VENV)/bin/python -m pytest --durations=10
 PIP_INSTALL := pip install --disable-pip-version-check -c constraints.txt
@@ -19,7 +21,7 @@ PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
 	awk '/ Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|^Installing/ {print "  " substr($$0, 1, 110); fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-models test-all crash check fix docs clean install
+.PHONY: help demo run test test-models test-all crash soak check fix docs clean install
 
 help:
 	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
@@ -27,6 +29,7 @@ help:
 	@echo 'make test     run the tests, two files at a time (PROCESSES=4, ARGS="-k queue" …)'
 	@echo 'make test-all run those of every model of the catalogue too'
 	@echo 'make crash    kill the daemon 120 times under load, and give it 10,000 tasks (CRASH_SEED=7 repeats a storm)'
+	@echo 'make soak     10 minutes of clients, kills, full disks, clock jumps and freezes (SOAK_S=60 SOAK_SEED=7 SOAK_PHASES=save_full)'
 	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
 	@echo 'make fix      format, and repair what the linter can'
 	@echo 'make docs     write wangpd.toml and the tables of the documentation from the code'
@@ -41,13 +44,19 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo 'Environment ready.'
 
+# For the test of a TypeScript client. Without npm everything else is tested, and that test says what to install.
+$(NPM_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(CLIENTS) --no-audit --no-fund --loglevel=error && touch $@; \
+	else echo 'There is no npm here: sudo apt-get install nodejs npm'; fi
+
 demo: $(STAMP)
 	@$(VENV)/bin/python tools/run_demo.py
 
 run: $(STAMP)
 	@exec $(VENV)/bin/wangpd $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(NPM_STAMP)
 	@$(PYTEST) -n $(PROCESSES) -m 'not proof' $(ARGS)
 
 test-models: $(STAMP)
@@ -57,6 +66,9 @@ test-all: test test-models
 
 crash: $(STAMP)
 	@CRASH_KILLS=$${CRASH_KILLS:-120} CRASH_TASKS=$${CRASH_TASKS:-10000} $(PYTEST) tests/test_crash.py -rP $(ARGS)
+
+soak: $(STAMP)
+	@SOAK_S=$${SOAK_S:-600} $(PYTEST) tests/test_soak.py -rP $(ARGS)
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff format --check .
@@ -71,7 +83,7 @@ docs: $(STAMP)
 	@$(VENV)/bin/python -m tools.make_docs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS)/node_modules build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Not editable, so the checkout may go away. build/ is removed before and after: setuptools packs what an older build left

@@ -26,13 +26,25 @@ settings.load_profile("wangpd")
 sys.path.append(str(ROOT / "tests" / "torchvision_stand_in"))
 
 # Started first, so that no process is left alone with one of them at the end; in the order of their CPU seconds.
-LONGEST = ("team", "bench", "engine", "models", "downloads", "openapi", "crash", "compiling", "caching", "generation")
+LONGEST = (
+    "team",
+    "bench",
+    "engine",
+    "models",
+    "downloads",
+    "openapi",
+    "soak",
+    "crash",
+    "compiling",
+    "caching",
+    "generation",
+)
 
 
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for all tests that leave no trace in it but tasks and files; its model is the embedded one."""
-    with Daemon(tmp_path_factory.mktemp("daemon")) as running:
+    with Daemon(tmp_path_factory.mktemp("daemon"), log_level="debug") as running:
         yield running
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import av
 import requests
 
-from tests.daemon import ENDED
+from tests.daemon import ENDED, Daemon
 from tests.stub_worker import make_clips
 from tests.stubbed import StubDaemon
 
@@ -48,7 +48,7 @@ PROMISES = (
 CROWD = 12  # waiting tasks from which on nobody submits
 LONGEST_LIFE_S = 2.0
 PAGE = 200
-TASK_OF = re.compile(r"\.?\d{8}-\d{6}_t(\d+)_")
+TASK_OF = re.compile(r"\.?\d{8}-\d{6}_t(\d+)(?:-[0-9a-z]+)?_")
 
 
 @dataclass
@@ -56,7 +56,9 @@ class Known:
     """What the clients know: they have been told so, or may have to find out."""
 
     accepted: dict[int, str] = field(default_factory=dict)  # id → prompt, which is another for each submission
+    bodies: dict[str, dict[str, Any]] = field(default_factory=dict)  # prompt → the request
     unanswered: dict[str, str] = field(default_factory=dict)  # prompt → idempotency key or ""
+    refused: set[str] = field(default_factory=set)  # prompts
     keyed: dict[str, str] = field(default_factory=dict)  # the last that was answered of those with a key
     copies: Counter[str] = field(default_factory=Counter)  # prompt → retries that there may be
     ended: dict[int, dict[str, Any]] = field(default_factory=dict)  # id → its last status
@@ -69,11 +71,13 @@ class Known:
 class Storm:
     """One daemon, its clients, and the faults that were seen, by the promise that each breaks."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    promises = PROMISES
+
+    def __init__(self, daemon: Daemon, seed: int) -> None:
         self.random = random.Random(seed)
-        self.daemon = StubDaemon(folder, make_clips)
+        self.daemon = daemon
         self.known = Known()
-        self.faults: dict[str, list[str]] = {promise: [] for promise in PROMISES}
+        self.faults: dict[str, list[str]] = {promise: [] for promise in self.promises}
         self.kills: Counter[str] = Counter()
         self.requests = 0
         self._number = 0
@@ -102,7 +106,11 @@ class Storm:
 
     def blame(self, promise: str, fault: str) -> None:
         """Note that the daemon has broken a promise."""
-        self.faults[promise].append(f"after kill {self.kills.total()}: {fault}")
+        self.faults[promise].append(f"{self.moment()}: {fault}")
+
+    def moment(self) -> str:
+        """When it is, for a story."""
+        return f"after kill {self.kills.total()}"
 
     # -- a life and its end
 
@@ -137,6 +145,7 @@ class Storm:
         for _ in range(self.random.randint(0, 50)):
             self.act()
         prompt, body = self.request_body()
+        self.known.bodies[prompt] = body
         prepared = requests.Request("POST", f"{self.daemon.url}/api/v1/generate", json=body).prepare()
         host, port = self.daemon.url.removeprefix("http://").split(":")
         head = "".join(f"{name}: {value}\r\n" for name, value in {**prepared.headers, "Host": host}.items())
@@ -174,13 +183,23 @@ class Storm:
         """The data of an answer; None if it is a refusal. Raises requests.RequestException once the daemon is dead."""
         self.requests += 1
         answer = (session or self._session).request(method, f"{self.daemon.url}/api/v1{path}", timeout=30, **options)
-        if answer.status_code >= 500:
-            self.blame("no answer is a 5xx", f"{method} {path}: {answer.status_code} {answer.text}")
+        self.judge(f"{method} {path}", answer)
         return answer.json()["data"] if answer.status_code == 200 else None
+
+    def judge(self, request: str, answer: requests.Response) -> None:
+        """Look at an answer as such."""
+        if answer.status_code >= 500:
+            self.blame("no answer is a 5xx", f"{request}: {answer.status_code} {answer.text}")
 
     def act(self) -> None:
         """One request of a client, whichever."""
-        acts: dict[Callable[[], None], int] = {
+        acts = self.acts()
+        self.random.choices(list(acts), list(acts.values()))[0]()
+        self.look()
+
+    def acts(self) -> dict[Callable[[], None], int]:
+        """What clients do, and how often."""
+        return {
             self.submit: 12,
             self.move: 6,
             self.cancel: 2,
@@ -188,12 +207,12 @@ class Storm:
             self.pause: 12 if self.known.paused else 2,
             self.clear: len(self.known.order) > CROWD,
         }
-        self.random.choices(list(acts), list(acts.values()))[0]()
-        self.look()
 
     def look(self) -> None:
         """List the queue: from now on its order is known, and that it is paused or not."""
         data = self.call("GET", "/queue")
+        if data is None:
+            return
         self.known.order, self.known.moved = [task["id"] for task in data["tasks"]], None
         if len(set(self.known.order)) < len(self.known.order):
             self.blame("a task is in one state", f"listed twice: {self.known.order}")
@@ -210,7 +229,7 @@ class Storm:
             self.post(*self.request_body(), key)
 
     def post(self, prompt: str, body: dict[str, Any], key: str, session: requests.Session | None = None) -> None:
-        self.known.unanswered[prompt] = key
+        self.known.unanswered[prompt], self.known.bodies[prompt] = key, body
         highest = max(self.known.accepted, default=0)
         headers = {"Idempotency-Key": key} if key else {}
         data = self.call("POST", "/generate", session, json=body, headers=headers)
@@ -218,6 +237,8 @@ class Storm:
         if data:
             self.known.keyed = {prompt: key} if key else self.known.keyed
             self.accept(data["task_id"], prompt, highest)
+        else:
+            self.known.refused.add(prompt)
 
     def accept(self, task_id: int, prompt: str, highest: int) -> None:
         if task_id <= highest or task_id in self.known.accepted:
@@ -251,9 +272,9 @@ class Storm:
         self.call("DELETE", "/queue")
 
     def pause(self) -> None:
-        paused, self.known.paused = not self.known.paused, None
-        self.call("POST", f"/queue/{'pause' if paused else 'resume'}")
-        self.known.paused = paused
+        before, self.known.paused = self.known.paused, None
+        paused = self.call("POST", f"/queue/{'resume' if before else 'pause'}")
+        self.known.paused = paused["paused"] if paused else before
 
     def retry(self) -> None:
         if self.known.ended:
@@ -267,7 +288,7 @@ class Storm:
 
     def check(self) -> None:
         """Compare everything that the daemon says now with what is known, and learn what is new."""
-        visible = {path.name for path in self.daemon.outputs.iterdir() if not path.name.startswith(".")}
+        visible = self.visible()
         queue = self.call("GET", "/queue")
         tasks = self.history()
         self.check_presence(tasks)
@@ -279,6 +300,10 @@ class Storm:
         self.learn(tasks, queue["paused"])
         self.ask_again(tasks)
         self.look()
+
+    def visible(self) -> set[str]:
+        """The names of what the daemon has published."""
+        return {path.name for path in self.daemon.outputs.iterdir() if not path.name.startswith(".")}
 
     def history(self) -> list[dict[str, Any]]:
         """All tasks, newest first, page by page."""
@@ -296,6 +321,8 @@ class Storm:
                 self.blame("an accepted task is there", f"{task_id} ({prompt}) is lost")
             elif there[task_id] != prompt:
                 self.blame("an id is used once, and ids grow", f"{task_id}: {prompt} became {there[task_id]}")
+            if prompt in self.known.refused:
+                self.blame("no task is there twice", f"{task_id} ({prompt}) was refused, and is there")
         if len(there) < len(tasks):
             self.blame("no task is there twice", f"{len(tasks)} rows of {len(there)} tasks")
         for prompt, count in Counter(there.values()).items():
@@ -324,8 +351,12 @@ class Storm:
                 self.blame("an end is an end", f"{before} became {task}")
             if task_id in self.known.cancelled and status != "cancelled":
                 self.blame("what was cancelled stays cancelled", f"{task_id} is {status}")
-            if status == "failed" and task["error"]["code"] != "too_many_attempts":
-                self.blame("an end is an end", f"{task_id} failed: {task['error']}")
+            if status == "failed":
+                self.check_failure(task)
+
+    def check_failure(self, task: dict[str, Any]) -> None:
+        if task["error"]["code"] != "too_many_attempts":
+            self.blame("an end is an end", f"{task['task_id']} failed: {task['error']}")
 
     def check_files(self, tasks: list[dict[str, Any]], visible: set[str]) -> None:
         """`visible` was seen before the states were asked for: what waits now had not begun then."""
@@ -373,16 +404,13 @@ class Storm:
         lost, self.known.unanswered = self.known.unanswered | self.known.keyed, {}
         for prompt in [prompt for prompt, key in lost.items() if key]:
             task_id = there.get(prompt)
-            if task_id is not None and (again := self.replayed(prompt, lost[prompt], tasks)) != task_id:
+            if task_id is not None and (again := self.replayed(prompt, lost[prompt])) != task_id:
                 self.blame("a key makes a retry safe", f"{prompt} was {task_id} and became {again}")
 
-    def replayed(self, prompt: str, key: str, tasks: list[dict[str, Any]]) -> int | None:
+    def replayed(self, prompt: str, key: str) -> int | None:
         """The id that the same request gets once more."""
-        task = next(task for task in tasks if task["prompt"] == prompt)
-        runs = task["settings"]["repeat_generation"]
-        body = {"prompt": prompt, "num_inference_steps": task["total_steps"] // runs}
-        body |= {"repeat_generation": runs, "seed": 1}
-        data = self.call("POST", "/generate", json=body, headers={"Idempotency-Key": key})
+        headers = {"Idempotency-Key": key}
+        data = self.call("POST", "/generate", json=self.known.bodies[prompt], headers=headers)
         return data and data["task_id"]
 
     def drain(self) -> None:
@@ -404,7 +432,7 @@ class Storm:
             f"{self.requests} requests, {len(self.known.accepted)} tasks: {dict(ends)}, {len(self._whole)} whole files",
         ]
         return "\n".join(
-            [*lines, *(f"BROKEN {promise}: {fault}" for promise in PROMISES for fault in self.faults[promise])]
+            [*lines, *(f"BROKEN {promise}: {fault}" for promise in self.promises for fault in self.faults[promise])]
         )
 
 
@@ -416,7 +444,7 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        storm = Storm(Path(folder), options.seed).rage(options.kills)
+        storm = Storm(StubDaemon(Path(folder), make_clips), options.seed).rage(options.kills)
     print(storm.story())
     return 1 if any(storm.faults.values()) else 0
 

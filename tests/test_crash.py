@@ -17,6 +17,7 @@ import requests
 
 from tests import crash
 from tests.stand_ins import be_quick
+from tests.stub_worker import make_clips
 from tests.stubbed import StubDaemon
 
 KILLS = int(os.environ.get("CRASH_KILLS", "12"))
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 def storm(tmp_path_factory: pytest.TempPathFactory) -> crash.Storm:
     """A storm that is over. Its seed is in the output of every test that fails."""
     sys.stdout.write(f"CRASH_SEED={SEED} CRASH_KILLS={KILLS}\n")
-    raged = crash.Storm(tmp_path_factory.mktemp("storm"), SEED).rage(KILLS)
+    raged = crash.Storm(StubDaemon(tmp_path_factory.mktemp("storm"), make_clips), SEED).rage(KILLS)
     sys.stdout.write(raged.story())
     return raged
 

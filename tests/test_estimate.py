@@ -55,6 +55,8 @@ def test_what_fits_nowhere_says_so() -> None:
 def test_the_profile_decides() -> None:
     resident, streamed = (taken(wan(), LARGE, profile=profile) for profile in (1, 5))
     assert resident and streamed
+    assert resident.seconds
+    assert streamed.seconds
     assert (resident.memory_bytes > streamed.memory_bytes, resident.seconds < streamed.seconds) == (True, True)
 
 
@@ -100,7 +102,7 @@ def test_a_dry_run_tells_memory_time_and_plan_before_any_worker_runs(measured: D
     found = dry(restarted(measured, LARGE))["estimate"]
     assert "denoiser resident" in found["plan"]
     assert 0 < found["memory_bytes"] < 2 * GIB
-    assert found["seconds"] >= 0
+    assert found["seconds"] is None  # the embedded model takes a moment: only overheads, of which a plan knows nothing
 
 
 def test_what_does_not_fit_is_warned_of_and_accepted(measured: Daemon) -> None:
@@ -115,6 +117,7 @@ def test_what_does_not_fit_is_warned_of_and_accepted(measured: Daemon) -> None:
 
 def test_what_such_tasks_took_counts_more_than_arithmetic(measured: Daemon) -> None:
     daemon = restarted(measured, CPU)
-    daemon.run(num_inference_steps=10)
+    for _ in range(2):  # the first one loads, which says little of the next ones
+        daemon.run(num_inference_steps=10)
     answer = dry(daemon)
     assert answer["estimate"]["seconds"] == answer["estimated_seconds"] > 0

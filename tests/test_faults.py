@@ -280,6 +280,70 @@ FAULTS = (
     ),
 )
 
+# Seen on wangpd itself. The soak plays all of them that come from the place, from time and from clients, at once.
+FAULTS_OF_THE_PLACE = (
+    Fault(
+        "retention deletes a user's own films, or young ones when the clock jumps",
+        "only files that wangpd made go, by a clock that can be believed",
+        ("soak::in_all_weathers",),
+    ),
+    Fault(
+        "two daemons on one output folder delete each other's files",
+        "a folder has one owner, which touches only its own names",
+        ("soak::in_all_weathers",),
+    ),
+    Fault(
+        "a full disk, a folder that is away or read-only, a lost card or no process to be had fails all that waits",
+        "tasks wait, `ready` says why, and work goes on by itself",
+        ("soak::in_all_weathers", "soak::every_phase_that_the_machine_allows_is_played"),
+    ),
+    Fault(
+        "a dead CUDA context fails every later task",
+        "its process is replaced",
+        ("engine::a_death_fails_its_task_naming_phase_and_step_and_the_next_runs_in_another_process",),
+    ),
+    Fault(
+        "a client in a long poll makes each stop 10 s, and gets no answer",
+        "it is answered at once",
+        ("soak::in_all_weathers",),
+    ),
+    Fault(
+        "a generated client overwrites the model's defaults",
+        "it sends what its user said",
+        ("contract::what_was_not_sent_is_the_models_default",),
+    ),
+    Fault(
+        "numbers as text, empty fields, latin-1 and encoded bodies are refused with no help",
+        "taken, or a sentence that helps",
+        ("hostile::every_hostile_request_is_refused_with_a_sentence_and_changes_nothing",),
+    ),
+    Fault(
+        "a rollback, or a newer journal, is a traceback or a queue that is set aside",
+        "one sentence, and nothing is touched; unknown keys are ignored",
+        (),
+    ),
+    Fault(
+        "SIGHUP costs an attempt, a frozen process is taken for hung, an ETA is negative after a clock jump",
+        "an orderly end; one's own sleep is no hang; durations are monotonic",
+        ("soak::in_all_weathers",),
+    ),
+    Fault(
+        "a picture while the state folder is full is 500; an unreadable folder is 500 with a green `ready`",
+        "503, told in `ready`",
+        ("soak::in_all_weathers",),
+    ),
+    Fault(
+        "a file shrinks while it is sent, and the next answer begins inside it",
+        "the connection is closed",
+        (),
+    ),
+    Fault(
+        "whole files of a cancelled task are there, and nobody is told",
+        "`files` of its status lists them",
+        ("soak::in_all_weathers",),
+    ),
+)
+
 
 @cache
 def functions(file: str) -> set[str]:
@@ -288,7 +352,7 @@ def functions(file: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize("fault", FAULTS + FAULTS_OF_THE_PLACE, ids=str)
 def test_every_fault_has_its_proofs(fault: Fault) -> None:
     assert fault.proofs
     for proof in fault.proofs:
@@ -304,9 +368,10 @@ SHORT = {"num_inference_steps": 10}
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A daemon whose worker takes 5 ms a step, and has run once."""
+    """A daemon whose worker takes 5 ms a step, and has run twice."""
     with StubDaemon(tmp_path_factory.mktemp("house"), make_clips) as running:
-        running.run(**SHORT)
+        for _ in range(2):  # the first one loads, which says little of the next ones
+            running.run(**SHORT)
         yield running
 
 
@@ -332,7 +397,7 @@ def test_the_eta_of_a_task_that_waited_is_no_longer_than_its_own_work(house: Dae
 
 def test_a_finished_file_stays_whatever_becomes_of_its_task(house: Daemon) -> None:
     task_id = house.submit(**LONG)["task_id"]
-    mark = f"_t{task_id:06d}_"
+    mark = f"_t{task_id:06d}-"
 
     def listed() -> list[str]:
         files = house.get("/outputs").json()["data"]["files"]

@@ -408,7 +408,9 @@ def test_other_sizes_and_lengths_work(daemon: Daemon, resolution: str, frames: i
 def test_the_file_tells_when_which_task_what_and_which_seed(daemon: Daemon) -> None:
     state = daemon.run(**QUICK, prompt="A red circle, moving right!", seed=42)
     name = state["files"][0]["filename"]
-    assert re.fullmatch(rf"\d{{8}}-\d{{6}}_t{state['task_id']:06d}_a-red-circle-moving-right_s42\.mp4", name)
+    assert re.fullmatch(
+        rf"\d{{8}}-\d{{6}}_t{state['task_id']:06d}-[0-9a-f]{{6}}_a-red-circle-moving-right_s42\.mp4", name
+    )
 
 
 def test_each_file_carries_its_settings_and_its_own_seed(daemon: Daemon) -> None:

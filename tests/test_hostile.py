@@ -2,6 +2,7 @@
 
 import json
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,8 @@ from tests import hostile
 from tests.daemon import Daemon
 from tests.hostile import Attack
 from tests.idle import idle_daemon
-from tests.wire import Answer, answered, connected, exchange
+from tests.processes import eventually
+from tests.wire import Answer, answered, connected, exchange, head
 
 MOST_TOLD = 2100  # characters of an error
 # What the daemon may write at any time.
@@ -78,6 +80,28 @@ def test_what_is_no_http_is_refused_or_hung_up_on_and_changes_nothing(fort: Daem
         assert answer is None or not fault(attack, answer), fault(attack, answer)
     assert everything(fort) == before
     assert fort.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content_type"),
+    [
+        ("POST", "/generate", "application/json"),
+        ("POST", "/generate", "multipart/form-data; boundary=x"),
+        ("PATCH", "/queue/1", "application/json"),
+    ],
+)
+def test_who_hangs_up_within_a_body_is_no_fault_of_the_daemon(
+    tmp_path: Path, method: str, path: str, content_type: str
+) -> None:
+    body = b'{"prompt": "half' if "json" in content_type else b"--x\r\nContent-Disp"
+    with idle_daemon(tmp_path / "own", log_level="debug") as daemon:
+        with connected(daemon.url) as channel:
+            fields = {"Content_Type": content_type, "Content_Length": 5000}
+            channel.sendall(head(f"/api/v1{path}", method, **fields) + body)
+            assert daemon.get("/health").status_code == 200  # by now the head has been read
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+        assert eventually(lambda: f" {path} 400 " in daemon.log.read_text().replace("/api/v1", " "))
+        assert "Traceback" not in daemon.log.read_text()
 
 
 def ended(daemon: Daemon, attack: Attack) -> Answer | None:

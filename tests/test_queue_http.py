@@ -121,7 +121,8 @@ def test_no_task_is_moved_before_the_running_one(stub: Daemon, running: int) -> 
         ({"position": None}, "position: must be a number"),
         ({"position": 0}, "position: 0 must be between 1 and 1000000"),
         ({"position": -1}, "position: -1 must be between 1 and 1000000"),
-        ({"position": "2"}, "position: '2' must be a whole number"),
+        ({"position": "first"}, "position: 'first' must be a whole number"),
+        ({"position": ""}, "position: '' must be a whole number"),
         ({"position": 1.5}, "position: 1.5 must be a whole number"),
         ({"position": True}, "position: True must be a whole number"),
         ([1], "The body must be a JSON object"),
@@ -342,7 +343,7 @@ def test_a_client_that_goes_away_while_it_waits_cancels_nothing(stub: Daemon) ->
     assert stub.finish(task_id)["status"] == "completed"
 
 
-@pytest.mark.parametrize("wait", ["0", "61", "-1", "x", "1.5", ""])
+@pytest.mark.parametrize("wait", ["0", "61", "-1", "x", "1.5", "1_0"])
 def test_a_wait_that_is_none_is_400(stub: Daemon, wait: str) -> None:
     assert refused(stub.get(f"/status/1?wait={wait}"), 400).startswith("wait: ")
 
