@@ -24,7 +24,7 @@ from PIL import Image
 from engine.files.inputs import Inputs
 from engine.queue.journal import MIGRATIONS, Journal
 from engine.queue.tasks import Task
-from tests.processes import workers
+from tests.processes import eventually, workers
 from tests.stand_ins import job
 from tests.stub_worker import make_clips
 from tests.stubbed import StubDaemon
@@ -38,6 +38,10 @@ def png(colour: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), colour).save(file, "png")
     return file.getvalue()
+
+
+def encoded(colour: str) -> str:
+    return base64.b64encode(png(colour)).decode()
 
 
 @pytest.fixture
@@ -330,11 +334,24 @@ async def test_the_pictures_of_a_row_that_can_not_be_read_are_kept(tmp_path: Pat
     await journal.close()
 
 
+def test_pictures_stay_as_long_as_a_journal_that_was_set_aside_may_need_them(daemon: StubDaemon) -> None:
+    daemon.start()
+    daemon.post("/queue/pause")
+    daemon.submit(image_start=encoded("red"), **QUICK)
+    daemon.stop()
+    (daemon.state / "journal.sqlite").write_bytes(b"nonsense" * 1000)
+    for _ in range(2):
+        daemon.start()
+        assert daemon.run(**QUICK)["status"] == "completed"
+        daemon.stop()
+    assert len(list((daemon.state / "inputs").iterdir())) == 1
+    (aside,) = daemon.state.glob("journal.sqlite.unreadable-*")
+    aside.unlink()
+    daemon.start()
+    assert eventually(lambda: not list((daemon.state / "inputs").iterdir()))
+
+
 # -------------------------------------------------------------------------------------------------- what is gone by now
-
-
-def encoded(colour: str) -> str:
-    return base64.b64encode(png(colour)).decode()
 
 
 def test_a_picture_that_is_gone_is_said_at_retry_and_in_its_turn(daemon: StubDaemon) -> None:
