@@ -484,11 +484,12 @@ async def warm_up(app: web.Application) -> None:
 
 
 async def sweep(app: web.Application) -> None:
-    """Remove the input pictures that no task needs any more, now and every hour."""
+    """Remove the input pictures that no task needs any more, now and every hour; one may be in a journal set aside."""
     while True:
         with suppress(JournalFault, OSError):
             await app[JOURNAL].save()  # the clock: a daemon that only idles knows of the time too
-            await asyncio.to_thread(app[INPUT_FILES].sweep, await app[JOURNAL].inputs())
+            if not any(app[CONFIG].state_path.glob("journal.sqlite.unreadable-*")):
+                await asyncio.to_thread(app[INPUT_FILES].sweep, await app[JOURNAL].inputs())
         await asyncio.sleep(SWEEP_S)
 
 

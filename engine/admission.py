@@ -3,6 +3,7 @@
 A Job then needs no default and no chance, and nothing is queued that the model could not run.
 """
 
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -154,10 +155,14 @@ class Admission:
 def require_files(job: Job) -> None:
     """Raises BadRequest if an input or a LoRA of an admitted job is gone. Blocks."""
     for name, paths in job.inputs.items():
-        if not all(path.is_file() for path in paths):
+        if not all(map(_readable, paths)):
             raise BadRequest(f"{name}: its file is no longer in state_path; send it again with a new request")
-    for path in (lora.path for lora in job.loras if not lora.path.is_file()):
+    for path in (lora.path for lora in job.loras if not _readable(lora.path)):
         raise BadRequest(f"activated_loras: '{path.name}' is no longer in {path.parent}; put it back")
+
+
+def _readable(path: Path) -> bool:
+    return os.access(path, os.R_OK)
 
 
 def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapping[str, Media]) -> Resolved:

@@ -439,7 +439,7 @@ PROMPTS = {
 def test_any_prompt_makes_a_file_with_a_plain_name_that_tells_it_word_for_word(daemon: Daemon, case: str) -> None:
     state = daemon.run(**QUICK, prompt=PROMPTS[case])
     path = daemon.made(state)
-    assert re.fullmatch(r"[0-9]{8}-[0-9]{6}_t[0-9]{6}_[a-z0-9-]{1,40}_s[0-9]+\.mp4", path.name)
+    assert re.fullmatch(r"[0-9]{8}-[0-9]{6}_t[0-9]{6}-[0-9a-f]{6}_[a-z0-9-]{1,40}_s[0-9]+\.mp4", path.name)
     assert state["prompt"] == PROMPTS[case]
     assert (read_settings(path) or {})["prompt"] == PROMPTS[case]
     assert daemon.get(f"/download/{path.name}").content == path.read_bytes()

@@ -294,6 +294,30 @@ def test_a_second_daemon_does_not_start_on_the_same_output_folder(make: Any, tmp
     assert one.run(**QUICK)["status"] == "completed"
 
 
+def test_daemons_in_folders_of_each_other_leave_each_others_files_alone(make: Any, tmp_path: Path) -> None:
+    """The output folder of one is in that of the other, and so is its state folder."""
+    outer = make("outer", keep_outputs_days=7, save_path=str(tmp_path / "videos"))
+    inner = make(
+        "inner", keep_outputs_days=7, save_path=str(tmp_path / "videos" / "inner"), state_path="../videos/state"
+    )
+    outer.outputs, inner.outputs, inner.state = (
+        tmp_path / "videos",
+        tmp_path / "videos" / "inner",
+        tmp_path / "videos/state",
+    )
+    for daemon in (outer, inner):
+        daemon.start()
+    files = [made_by(daemon) for daemon in (outer, inner)]
+    (inner.outputs / files[0].name).write_bytes(b"a copy")
+    old(inner.outputs / files[0].name)
+    for daemon in (outer, inner):
+        made_by(daemon)
+        daemon.stop(signal.SIGKILL)
+        daemon.start()
+        made_by(daemon)
+    assert all(path.exists() for path in (*files, inner.outputs / files[0].name))
+
+
 def made_twice(folder: Path, instance: str) -> bool:
     return len(list(folder.glob(f"*-{instance}_*.mp4"))) >= 2
 

@@ -19,7 +19,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from engine.clock import Clock
 from engine.files.outputs import OwnFile
-from engine.files.publish import published
 from engine.queue.tasks import ENDED, Status, Task, unreadable
 
 log = logging.getLogger("wangpd.queue")
@@ -43,22 +42,23 @@ MIGRATIONS = (
     );
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
-    """
+)
+# What versions before it can do without, so that they still open the journal; done at each start.
+ADDITIONS = """
     CREATE INDEX IF NOT EXISTS tasks_by_end ON tasks (finished_at);  -- the first journals had none
-    CREATE TABLE files (  -- of the output folder: those that are the daemon's own, whether their task is kept or not
+    CREATE TABLE IF NOT EXISTS files (  -- the daemon's own in the output folder, whether their task is kept or not
         name TEXT PRIMARY KEY,
         task_id INTEGER NOT NULL,
         size_bytes INTEGER NOT NULL,
         mtime_ns INTEGER NOT NULL,
         made_at REAL NOT NULL  -- as finished_at, by the Clock
     );
-    INSERT OR IGNORE INTO files
+    INSERT OR IGNORE INTO files (name, task_id, size_bytes, mtime_ns, made_at)  -- what a version without it has made
         SELECT json_extract(file.value, '$.filename'), tasks.id, json_extract(file.value, '$.size_bytes'),
             CAST(finished_at * 1e9 AS INTEGER), finished_at
         FROM tasks, json_each(CASE WHEN json_valid(record) THEN record ELSE '{}' END, '$.files') AS file
-        WHERE file.type = 'object';
-    """,
-)
+        WHERE file.type = 'object' AND tasks.id > (SELECT coalesce(max(task_id), 0) FROM files);
+"""
 KEY_LIFETIME_S = 24 * 3600
 # Errors of what is in the file; any other is of the disk, the folder or the lock, and says nothing against the file.
 FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -139,7 +139,7 @@ class Journal:
         self._resume_clock()
 
     def _resume_clock(self) -> None:
-        """Before version 2, the newest end or key is the last that is known of the time."""
+        """An older journal has no reading of it: its newest end or key is the last that is known of the time."""
         reading = self._fact("clock", None)
         if not reading:
             query = "SELECT max(at) FROM (SELECT finished_at AS at FROM tasks UNION SELECT created_at FROM replies)"
@@ -198,9 +198,11 @@ class Journal:
             self._db.executemany(f"INSERT OR REPLACE INTO files ({FILE}) VALUES (?, ?, ?, ?, ?)", made)
             ranked = ((rank, task_id) for task_id, rank in (ranks or {}).items())
             self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
-            facts["clock"] = self._clock.reading()
-            values = ((name, json.dumps(value)) for name, value in facts.items())
-            self._db.executemany("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", values)
+            self._save_facts({**facts, "clock": self._clock.reading()})
+
+    def _save_facts(self, facts: Mapping[str, Any]) -> None:
+        values = ((name, json.dumps(value)) for name, value in facts.items())
+        self._db.executemany("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", values)
 
     @_in_thread
     def unfinished(self) -> list[Task]:
@@ -211,9 +213,8 @@ class Journal:
                 if task:
                     tasks.append(task)
                     continue
+                self._save_facts({f"unreadable {task_id}": record})
                 self._db.execute(UPDATE, self._row(unreadable(task_id, record)))
-                kept = "UPDATE tasks SET record = json_set(record, '$.unreadable', ?) WHERE id = ?"
-                self._db.execute(kept, (record, task_id))
         return tasks
 
     @_in_thread
@@ -245,7 +246,7 @@ class Journal:
     @_in_thread
     def inputs(self) -> set[str]:
         """The names of all stored input files that some row still needs: the last parts of whatever paths it has."""
-        rows = self._db.execute("SELECT record FROM tasks WHERE record LIKE '%/%'")
+        rows = self._db.execute("SELECT record FROM tasks UNION ALL SELECT value FROM facts")
         return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
 
     @_in_thread
@@ -318,26 +319,14 @@ def _connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")
-        _upgrade(db, path)
-        db.execute("SELECT * FROM tasks, replies, facts, files LIMIT 1")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+        db.executescript(f"BEGIN; {ADDITIONS} COMMIT;")
     except BaseException:
         db.close()
         raise
     return db
-
-
-def _upgrade(db: sqlite3.Connection, path: Path) -> None:
-    """Bring a journal to the newest version, all of it or nothing; a copy of the older one is kept beside it."""
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version == len(MIGRATIONS):
-        return
-    if version:
-        with published(path.with_name(f"{path.name}.v{version}")) as part:
-            part.unlink(missing_ok=True)  # of a copy that was broken off
-            with closing(sqlite3.connect(part)) as copy:
-                db.backup(copy)
-    scripts = "".join(MIGRATIONS[version:])
-    db.executescript(f"BEGIN; {scripts} PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
 
 
 def _move_aside(path: Path) -> Path:
