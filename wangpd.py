@@ -532,14 +532,18 @@ async def serve(config: Config, catalog: Catalog) -> None:
 
 
 async def bind(runner: web.AppRunner, config: Config) -> Listeners:
-    """Take the addresses, without listening yet. Raises CantStart."""
+    """Take the addresses; who connects is served once the listeners are started. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
     loop = asyncio.get_running_loop()
     listeners = Listeners(
         lambda: Connection(cast(web.Server, runner.server), config.max_connections, loop=loop, **options)
     )
-    await asyncio.to_thread(listeners.take, config.hosts, config.port)
+    try:
+        await asyncio.to_thread(listeners.take, config.hosts, config.port)
+    except CantStart:
+        listeners.close()
+        raise
     return listeners
 
 
