@@ -562,7 +562,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
 
 
 async def bind(runner: web.AppRunner, config: Config) -> Listeners:
-    """Take the addresses, without listening yet. Raises CantStart."""
+    """Take the addresses; who connects is served once the listeners are started. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
     # An encoded body is refused, so nothing may inflate it.
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
@@ -571,7 +571,11 @@ async def bind(runner: web.AppRunner, config: Config) -> Listeners:
     listeners = Listeners(
         lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options)
     )
-    await asyncio.to_thread(listeners.take, config.hosts, config.port)
+    try:
+        await asyncio.to_thread(listeners.take, config.hosts, config.port)
+    except CantStart:
+        listeners.close()
+        raise
     return listeners
 
 

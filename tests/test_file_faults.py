@@ -20,6 +20,7 @@ from aiohttp.test_utils import TestClient
 from PIL import Image
 
 import wangpd
+from engine.api.answers import iso
 from tests.daemon import ROOT, Daemon
 from tests.wire import answered, connected, head
 
@@ -121,6 +122,15 @@ def test_a_file_of_any_time_is_listed_and_served(plain: Daemon, folder: Path, se
     again = plain.get("/download/odd.png", headers={"If-None-Match": answer.headers["ETag"]})
     assert again.status_code == 304
     assert plain.get("/preview/odd.png").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(300_000_000_000, "9999-12-31T23:59:59.000Z"), (2.0**62, "9999-12-31T23:59:59.000Z"),
+     (-(2.0**62), "0001-01-01T00:00:00.000Z"), (0, "1970-01-01T00:00:00.000Z"), (-1.5, "1969-12-31T23:59:58.500Z")],
+)  # fmt: skip
+def test_a_time_that_a_file_system_knows_and_iso_does_not_is_the_nearest_one(seconds: float, shown: str) -> None:
+    assert iso(seconds) == shown
 
 
 # ---- what can't be read
@@ -399,8 +409,10 @@ def test_a_file_that_is_replaced_or_removed_while_it_is_sent_is_sent_whole(plain
 @pytest.mark.usefixtures("large")
 def test_head_of_a_file_leaves_the_connection_open(plain: Daemon) -> None:
     with connected(plain.url) as channel:
-        channel.sendall(head(f"{API}/download/large.mkv", "HEAD") + head(f"{API}/health"))
-        told, next_answer = answered(channel, "HEAD"), answered(channel)
+        channel.sendall(head(f"{API}/download/large.mkv", "HEAD"))
+        told = answered(channel, "HEAD")
+        channel.sendall(head(f"{API}/health"))
+        next_answer = answered(channel)
     assert told is not None
     assert told.headers["Content-Length"] == str(LARGE_BYTES)
     assert next_answer is not None

@@ -165,14 +165,10 @@ def test_a_range_may_be_written_in_other_ways(idle: Daemon, sent: str, first: in
     assert answer.headers["Content-Range"] == f"bytes {first}-{last}/{SIZE}"
 
 
-@pytest.mark.parametrize(
-    ("sent", "status"), [("bytes=0-", 416), ("bytes=0-1", 416), ("bytes=-5", 200), ("bytes=0-0,-1", 200), ("a=0-", 200)]
-)
-def test_an_empty_file_has_only_a_last_part(idle: Daemon, sent: str, status: int) -> None:
+@pytest.mark.parametrize("sent", ["bytes=0-", "bytes=0-1", "bytes=-5", "bytes=-0", "bytes=0-0,-1", "items=0-"])
+def test_an_empty_file_is_always_whole(idle: Daemon, sent: str) -> None:
     answer = download(idle, "empty.mp4", Range=sent)
-    assert answer.status_code == status
-    assert answer.headers.get("Content-Range") == ("bytes */0" if status == 416 else None)
-    assert status == 416 or answer.content == b""
+    assert (answer.status_code, answer.content, answer.headers.get("Content-Range")) == (200, b"", None)
 
 
 def test_two_range_headers_are_no_range(idle: Daemon) -> None:

@@ -158,13 +158,12 @@ class Texts(fields.List[Any]):
 
 
 class TextOrTexts(Texts):
-    """A text or a list of texts; of a list with one, the text."""
+    """A text, or a list of texts."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        if not isinstance(value, list):
-            return Text().deserialize(value, attr, data)
-        texts = super()._deserialize(value, attr, data, **kwargs)
-        return texts[0] if len(texts) == 1 else texts
+        if isinstance(value, list):
+            return super()._deserialize(value, attr, data, **kwargs)
+        return Text().deserialize(value, attr, data)
 
 
 # The field of a value, by the type that a table of settings or of configuration keys names.

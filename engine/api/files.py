@@ -1,28 +1,24 @@
 """Files in HTTP: which may be sent, byte ranges, conditions, and the headers of a download.
 
-Not aiohttp's FileResponse: it takes a malformed Range for one that can't be satisfied, answers a file that can't be
-opened with an empty body, and keeps the connection after a file that was cut while it was sent.
+Not aiohttp's FileResponse: it answers 416 to a malformed Range and an empty 403 or 404 for a file that can't be opened,
+and keeps the connection after a file that has shrunk.
 """
 
 import asyncio
 import errno
-import logging
 import math
 import os
 import re
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
-from aiohttp import ETag, hdrs, web
+from aiohttp import hdrs, web
 
 from engine.api.answers import shortened
 from engine.api.app_keys import API, CONFIG, OUTPUTS
 from engine.files.media import NoPreview
-
-log = logging.getLogger("wangpd")
 
 
 class Opened(NamedTuple):
@@ -30,17 +26,9 @@ class Opened(NamedTuple):
 
     path: Path
     file: BinaryIO
-    about: os.stat_result
-
-    @property
-    def etag(self) -> str:
-        """The validator of this version of the file."""
-        return f"{self.about.st_mtime_ns:x}-{self.about.st_size:x}"
-
-    @property
-    def modified(self) -> int:
-        """Last-Modified in seconds since the epoch, which by HTTP's rule is never in the future."""
-        return int(max(0, min(math.ceil(self.about.st_mtime), time.time())))
+    size: int
+    etag: str
+    modified: int  # epoch seconds; HTTP wants no Last-Modified in the future
 
 
 def open_output(app: web.Application, name: str) -> Opened:
@@ -76,13 +64,15 @@ def _find(app: web.Application, name: str) -> Path:
 def _open(path: Path) -> Opened:
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
-        return Opened(path, file, os.fstat(file.fileno()))
+        about = os.fstat(file.fileno())
     except OSError as error:
         raise _unreadable(path, error) from None
+    modified = int(max(0, min(math.ceil(about.st_mtime), time.time())))
+    return Opened(path, file, about.st_size, f'"{about.st_mtime_ns:x}-{about.st_size:x}"', modified)
 
 
 def _unreadable(path: Path, error: OSError) -> web.HTTPException:
-    """Return the error for a file that is listed and can't be opened."""
+    """Return the error for a file that was found and can't be opened."""
     if error.errno in (errno.ENOENT, errno.ELOOP):  # ELOOP: a symbolic link has replaced it
         return web.HTTPNotFound(text=f"File '{path.name}' not found; it was removed just now")
     if isinstance(error, PermissionError):
@@ -100,81 +90,69 @@ def folder_away(app: web.Application, error: OSError) -> web.HTTPException:
 async def send_file(request: web.Request, opened: Opened, content_type: str, **headers: str) -> web.StreamResponse:
     """Send the file, or the range of it that the request asks for, and close it.
 
-    Raises 412 if a condition is not met, and 416 for a range outside the file. Where the file ends early or can't be
-    read any more, the connection ends too: the client would take the next answer for the missing bytes.
+    Raises 412 if a condition is not met, and 416 for a range outside the file. Where fewer bytes than announced can be
+    sent, the connection ends: the client would take the next answer for the missing ones.
     """
     with opened.file:
-        about: dict[str, str] = {hdrs.ETAG: f'"{opened.etag}"', **headers}
+        response: web.StreamResponse
         if _unchanged(request, opened):
-            response: web.StreamResponse = web.Response(status=304, headers=about)
-            response.last_modified = opened.modified
-            return response
-        size = opened.about.st_size
-        part = byte_range(_range_header(request, opened), size)
-        if part is not None:
-            about[hdrs.CONTENT_RANGE] = f"bytes {part.start}-{part.stop - 1}/{size}"
-        response = web.StreamResponse(status=200 if part is None else 206, headers=about)
-        response.headers[hdrs.ACCEPT_RANGES] = "bytes"
-        response.content_type, response.last_modified = content_type, opened.modified
-        part = range(size) if part is None else part
-        response.content_length = len(part)
-        sent = await _sent(request, response, opened.file, part)
-        if sent < len(part):
-            log.debug("%s: %d of %d bytes could be sent", opened.path.name, sent, len(part))
+            response, wanted = web.Response(status=304), range(0)
+        else:
+            part = byte_range(_range_header(request, opened), opened.size)
+            response, wanted = web.StreamResponse(status=206 if part else 200), part or range(opened.size)
+            response.content_type, response.content_length = content_type, len(wanted)
+            response.headers[hdrs.ACCEPT_RANGES] = "bytes"
+            if part:
+                response.headers[hdrs.CONTENT_RANGE] = f"bytes {part.start}-{part.stop - 1}/{opened.size}"
+        response.headers.update({hdrs.ETAG: opened.etag, **headers})
+        response.last_modified = opened.modified
+        if not await _sent(request, response, opened.file, wanted):
             response.force_close()
         return response
 
 
-async def _sent(request: web.Request, response: web.StreamResponse, file: BinaryIO, part: range) -> int:
-    """Send the head of the answer, then these bytes of the file; returns how many were sent, as far as is known."""
+async def _sent(request: web.Request, response: web.StreamResponse, file: BinaryIO, wanted: range) -> bool:
+    """Send the answer's head and these bytes of the file; False if that failed: the client has gone, or the disk."""
     try:
         await response.prepare(request)
-        if request.method == hdrs.METH_HEAD or not part or request.transport is None:
-            return len(part)
-        return await asyncio.get_running_loop().sendfile(request.transport, file, part.start, len(part))
-    except (OSError, RuntimeError):  # the client has gone, which is a RuntimeError to sendfile; or the disk has
-        return 0
+        if not wanted or request.method == hdrs.METH_HEAD or request.transport is None:
+            return True
+        sent = await asyncio.get_running_loop().sendfile(request.transport, file, wanted.start, len(wanted))
+    except (OSError, RuntimeError):  # RuntimeError: the connection is about to close
+        return False
+    return sent == len(wanted)
 
 
 def inline(name: str) -> str:
     """Return the Content-Disposition of a file that a browser shows.
 
-    `filename` is plain ASCII; where that is not the whole truth, `filename*` has the name as RFC 8187 encodes it.
+    `filename` is in ASCII; if that is not quite the name, it is in `filename*` too, as RFC 8187 encodes it.
     """
     plain = re.sub(r'[^ -~]|["\\]', "_", name)
     encoded = "" if plain == name and "%" not in name else f"; filename*=UTF-8''{quote(name, safe='!#$&+^`|')}"
     return f'inline; filename="{plain}"{encoded}'
 
 
-# ---- conditions and ranges, by RFC 9110
-
-
 def _unchanged(request: web.Request, opened: Opened) -> bool:
-    """True if the client's copy is still right. Raises 412 if it wants the file only as it was."""
-    if (tags := request.if_match) is not None:
-        changed = not _among(tags, opened.etag, weak=False)
+    """True if the client's copy is still right. Raises 412 if the request is about another version of the file."""
+    tag, modified = opened.etag.strip('"'), opened.modified
+    tags, date = request.if_match, request.if_unmodified_since
+    if tags is not None:
+        met = any(known.value in ("*", tag) and not known.is_weak for known in tags)
     else:
-        changed = not _not_after(opened.modified, request.if_unmodified_since, default=True)
-    if changed:
-        sentence = "If-Match, If-Unmodified-Since: the file is another than the request names"
-        raise web.HTTPPreconditionFailed(text=sentence)
-    if (tags := request.if_none_match) is not None:
-        return _among(tags, opened.etag, weak=True)
-    return _not_after(opened.modified, request.if_modified_since, default=False)
-
-
-def _among(tags: tuple[ETag, ...], etag: str, *, weak: bool) -> bool:
-    return any(tag.value in ("*", etag) and (weak or not tag.is_weak) for tag in tags)
-
-
-def _not_after(seconds: int, date: datetime | None, *, default: bool) -> bool:
-    return default if date is None else seconds <= date.timestamp()
+        met = date is None or modified <= date.timestamp()
+    if not met:
+        raise web.HTTPPreconditionFailed(text="If-Match, If-Unmodified-Since: the file is another one now")
+    tags, date = request.if_none_match, request.if_modified_since
+    if tags is not None:
+        return any(known.value in ("*", tag) for known in tags)
+    return date is not None and modified <= date.timestamp()
 
 
 def _range_header(request: web.Request, opened: Opened) -> str:
     """The Range header; "" if `If-Range` names another version of the file, of which the client has a part."""
     condition = request.headers.get(hdrs.IF_RANGE)
-    if condition is not None and condition != f'"{opened.etag}"':
+    if condition not in (None, opened.etag):
         date = None if '"' in condition else request.if_range
         if date is None or date.timestamp() != opened.modified:
             return ""
@@ -182,30 +160,27 @@ def _range_header(request: web.Request, opened: Opened) -> str:
 
 
 def byte_range(header: str, size: int) -> range | None:
-    """Return the bytes of a file of `size` bytes that a Range header asks for, None for the whole file.
+    """Return the bytes that a Range header asks for of a file of `size` bytes, None for the whole file.
 
-    The whole also where the header is malformed, in another unit, or has several ranges, of which any is in the file.
-    Raises 416 if none is.
+    Also None if the header is malformed, in another unit or of several ranges, and for an empty file. Raises 416 if no
+    range has a byte of the file.
     """
     unit, _, rest = header.partition("=")
-    pairs = [re.fullmatch(r"([0-9]*)-([0-9]*)", text) for text in re.split(r"[ \t]*,[ \t]*", rest) if text]
-    if unit.lower() != "bytes" or not pairs:
+    pairs = [re.fullmatch(r"(?=.*[0-9])([0-9]*)-([0-9]*)", text) for text in re.split(r"[ \t]*,[ \t]*", rest) if text]
+    if unit.lower() != "bytes" or not pairs or not size:
         return None
-    found, satisfiable = range(0), False
+    ranges = []
     for pair in pairs:
-        if pair is None or pair[0] == "-":
+        if pair is None or (all(pair.groups()) and _number(pair[2]) < _number(pair[1])):
             return None
-        first, last = _number(pair[1]), _number(pair[2])
-        if pair[1] and pair[2] and last < first:
-            return None
-        found = range(first, min(last + 1, size) if pair[2] else size) if pair[1] else range(max(size - last, 0), size)
-        satisfiable |= first < size if pair[1] else last > 0
-    if not satisfiable:
+        start = _number(pair[1]) if pair[1] else max(size - _number(pair[2]), 0)
+        ranges.append(range(start, min(_number(pair[2]) + 1, size) if all(pair.groups()) else size))
+    if not any(ranges):
         sentence = f"Range: the file has {size} bytes, no such range in it"
         raise web.HTTPRequestRangeNotSatisfiable(text=sentence, headers={hdrs.CONTENT_RANGE: f"bytes */{size}"})
-    return found if len(pairs) == 1 and found else None
+    return ranges[0] if len(ranges) == 1 else None
 
 
 def _number(digits: str) -> int:
-    """A position, cut to 20 digits, which is beyond any file: Python refuses to read thousands of them."""
+    """A position. 20 digits are beyond any file, and Python refuses to read thousands."""
     return int(digits.lstrip("0")[:20] or 0)

@@ -14,7 +14,6 @@ from engine.api.config import UNIX, CantStart
 
 FIRST_PASSED_FD = 3  # by systemd's protocol
 UNIX_MODE = 0o660  # the daemon's user and group; the user of a proxy joins the group
-PORT_TRIES = 20  # a port that is free on one address may be taken on another
 WILDCARDS = ("0.0.0.0", "::")
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 LISTEN_FAULTS: Mapping[int, str] = {
@@ -29,7 +28,7 @@ Address = tuple[int, Any]  # family, and what `bind` takes
 
 
 class Listeners:
-    """Sockets that are taken, and listen from `start_serving` on. `close` removes the Unix sockets that were made."""
+    """Sockets that are taken, and served from `start_serving` on. `close` removes the Unix sockets that were made."""
 
     def __init__(self, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
         self._protocol = protocol
@@ -38,23 +37,32 @@ class Listeners:
         self._made: dict[Path, int] = {}  # Unix socket → its inode
 
     def take(self, hosts: Sequence[str], port: int) -> None:
-        """Take the sockets that systemd passes, else all addresses of `hosts`. Blocks. Raises CantStart."""
+        """Take the sockets that systemd passes, else the addresses of `hosts`. Blocks. Raises CantStart.
+
+        With port 0, all have the free port that the first one gets.
+        """
         self.sockets = passed_sockets()
-        if self.sockets:
-            return
-        places = _needed({host: _addresses(host, port) for host in hosts})
-        for tries_left in reversed(range(PORT_TRIES)):
+        places: dict[Address, str] = {}
+        for host in () if self.sockets else hosts:
+            for address in _addresses(host, port):
+                places.setdefault(address, host)
+        both = all(family != socket.AF_INET for family, _ in places)
+        wild = {family for family, address in places if address[0] in WILDCARDS}
+        bound, faults = set(), {}
+        for (family, address), host in places.items():
             try:
-                self._bind_all(places, port)
-            except CantStart:
-                self.close()
-                if port or not tries_left:
-                    raise
-            else:
-                return
+                if address[0] in WILDCARDS or family not in wild:  # else a wildcard has it already
+                    port = self._bind(family, address, port, both=both)
+                bound.add(host)
+            except OSError as error:
+                if error.errno not in NOT_HERE:
+                    raise _fault(error, host, port) from None
+                faults[host] = error
+        for host in faults.keys() - bound:  # one address of a name is enough: localhost is ::1 too where IPv6 is off
+            raise _fault(faults[host], host, port)
 
     async def start_serving(self) -> None:
-        """Listen, and give each connection a protocol."""
+        """Give each connection a protocol."""
         loop = asyncio.get_running_loop()
         self._servers = [await loop.create_server(self._protocol, sock=channel) for channel in self.sockets]
 
@@ -68,37 +76,26 @@ class Listeners:
             with suppress(OSError):
                 if path.lstat().st_ino == inode:  # else it is another daemon's by now
                     path.unlink()
-        self.sockets, self._servers, self._made = [], [], {}
 
-    def _bind_all(self, places: Mapping[str, Sequence[Address]], port: int) -> None:
-        """Bind each address; with port 0, all to the port that the first one gets."""
-        for host, addresses in places.items():
-            faults = 0
-            for family, address in addresses:
-                try:
-                    port = self._bind(family, address, port)
-                except OSError as error:
-                    faults += 1
-                    # One address of a name is enough: localhost has an IPv6 address also where IPv6 is off.
-                    if error.errno not in NOT_HERE or faults == len(addresses):
-                        raise _fault(error, host, port) from None
-
-    def _bind(self, family: int, address: Any, port: int) -> int:
-        """Bind one socket; returns the port for the others. Raises OSError."""
+    def _bind(self, family: int, address: Any, port: int, *, both: bool) -> int:
+        """Listen on one address, `::` for `both` families; returns the port for the others. Raises OSError."""
         channel = socket.socket(family, socket.SOCK_STREAM)
+        self.sockets.append(channel)
         try:
             if family == socket.AF_UNIX:
                 self._bind_unix(channel, Path(address))
             else:
                 channel.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait a minute
                 if family == socket.AF_INET6:
-                    channel.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not _takes_both(family, address))
+                    only = not (both and address[0] == "::" and socket.has_dualstack_ipv6())
+                    channel.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
                 channel.bind((address[0], port, *address[2:]))
                 port = channel.getsockname()[1]
-        except BaseException:
+            channel.listen()  # now: two daemons can be bound to one address, until the first of them listens
+        except OSError:
+            self.sockets.remove(channel)
             channel.close()
             raise
-        self.sockets.append(channel)
         return port
 
     def _bind_unix(self, channel: socket.socket, path: Path) -> None:
@@ -106,7 +103,6 @@ class Listeners:
         channel.bind(str(path))
         self._made[path] = path.stat().st_ino
         path.chmod(UNIX_MODE)
-        channel.listen()  # now: another daemon would take a socket that refuses connections for one left behind
 
 
 def passed_sockets() -> list[socket.socket]:
@@ -145,27 +141,6 @@ def _addresses(host: str, port: int) -> list[Address]:
     return [(family, address) for family, _, _, _, address in found]
 
 
-def _takes_both(family: int, address: Any) -> bool:
-    """True for `::` where a socket can take IPv4 connections too."""
-    return family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
-
-
-def _needed(places: Mapping[str, Sequence[Address]]) -> dict[str, list[Address]]:
-    """Leave out what is there twice, or in a wildcard address: the kernel would call it taken."""
-    owners: dict[Address, str] = {}
-    for host, found in places.items():
-        for place in found:
-            owners.setdefault(place, host)
-    both = any(_takes_both(*place) for place in owners)
-    wild = {family for family, address in owners if address[0] in WILDCARDS}
-    needed: dict[str, list[Address]] = {host: [] for host in places}
-    for (family, address), host in owners.items():
-        alone = address[0] == "::" if both else family not in wild or address[0] in WILDCARDS
-        if alone or family == socket.AF_UNIX:
-            needed[host].append((family, address))
-    return needed
-
-
 def _make_way(path: Path) -> None:
     """Remove the socket that a dead daemon has left. Raises CantStart for one in use, and for what is no socket."""
     with suppress(FileNotFoundError):
@@ -198,15 +173,14 @@ def url_of(channel: socket.socket) -> str:
     host, port, *further = channel.getsockname()
     if host in WILDCARDS:
         only_6 = channel.family == socket.AF_INET6 and channel.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-        host = _lan_address(socket.AF_INET6 if only_6 else socket.AF_INET)
+        host = "::1" if only_6 else _lan_address()
     zone = f"%25{socket.if_indextoname(further[1])}" if further[1:] and further[1] else ""
     return f"http://[{host}{zone}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _lan_address(family: int) -> str:
-    """The address that this machine has in its network, else the loopback one."""
-    elsewhere, loopback = ("2001:db8::1", "::1") if family == socket.AF_INET6 else ("192.0.2.1", "127.0.0.1")
-    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((elsewhere, 9))  # sends nothing: it only asks which way packets would go
+def _lan_address() -> str:
+    """The address that this machine has in its network, else a name of its own."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: it only asks which way packets would go
         return str(probe.getsockname()[0])
-    return loopback
+    return "localhost"
