@@ -36,7 +36,7 @@ class ClipStudio:
         """As many files as the job asks for. Raises Cancelled."""
         prefix = f"{datetime.now(UTC):%Y%m%d-%H%M%S}_t{task_id:06d}_stub"
         files = [make_clip(meter, run, job, prefix) for run in range(runs(job))]
-        return Result(tuple(files), meter.done(), 0)
+        return Result(tuple(files), meter.done(), 0, step_s=meter.step_s)
 
     def give_back(self) -> None:
         """Nothing to give."""
