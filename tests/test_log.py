@@ -83,7 +83,7 @@ LINES = [
     *[r"wangpd.queue: task \d completed: wan_demo, 64x64, 5 frames, 1 steps; \d+\.\d s; \S+_t00000\d_\S+\.mp4"] * 3,
     r"wangpd.queue: task 4 cancelled: wan_demo, 64x64, 33 frames, 100 steps",
     *[r"wangpd.queue: task \d completed: .*"] * 2,
-    r"wangpd.engine: the generation process had died while it was idle; another one is started",
+    r"wangpd.engine: the generation process was not fit for work any more; another one is started",
     r"wangpd.queue: task 7 completed: .*",
     r"wangpd.queue: task 8 failed: wan_demo, 64x64, 33 frames: The generation process died while \w+.*",
     r"wangpd.queue: task 9 completed: .*",
