@@ -63,7 +63,7 @@ class FakeEngine:
         if isinstance(result, Exception):
             future.set_exception(result)
         else:
-            future.set_result(result or Result((FILE,), TIMINGS, 7))
+            future.set_result(result or Result((FILE,), TIMINGS, 7, step_s=1.0))
 
     async def load(self, model: Model) -> None:
         self.warm = model.id

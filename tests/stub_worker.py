@@ -39,7 +39,7 @@ class ClipStudio:
         for run in range(runs(job)):
             files.append(make_clip(meter, run, job, prefix))
             worker._made(task_id, files[-1])
-        return Result(tuple(files), meter.done(), 0)
+        return Result(tuple(files), meter.done(), 0, step_s=meter.step_s)
 
     def give_back(self) -> None:
         """Nothing to give."""

@@ -960,6 +960,23 @@ async def test_on_restart_pause_with_nothing_interrupted_goes_on(harness: Harnes
 # ---- a disk that fails
 
 
+async def test_a_journal_that_can_not_be_written_is_logged_when_that_begins_and_when_it_ends(
+    harness: Harness, disk: BrokenDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "wangpd.queue")
+    async with harness.open():
+        (task_id,) = await harness.submit()
+        await harness.started(task_id)
+        disk.broken = True
+        harness.engine.finish()
+        await until(lambda: bool(harness.queue.journal_fault))
+        await asyncio.sleep(0.1)  # several tries
+        disk.broken = False
+        await harness.end(task_id)
+    told = [message for message in caplog.messages if "journal" in message or "disk" in message]
+    assert told == ["the disk is gone", "the journal can be used again"]
+
+
 async def test_a_submission_that_can_not_be_written_down_is_refused(harness: Harness, disk: BrokenDisk) -> None:
     async with harness.open(paused=True) as queue:
         disk.broken = True

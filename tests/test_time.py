@@ -245,6 +245,13 @@ def test_the_time_left_follows_the_own_steps_of_a_task(monkeypatch: pytest.Monke
     assert clocked.clock.left_s(PACE, WORK_S) == 0.0
 
 
+def test_a_task_of_several_runs_has_those_ahead_that_it_has_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocked = Clocked(monkeypatch)
+    clocked.look(0.0, Phase.DENOISING, 20, run=1, runs=4)
+    clocked.look(0.5, Phase.ENCODING, 0, run=2, runs=4)
+    assert clocked.clock.left_s(PACE, WORK_S) == pytest.approx(2 * (20 + 4.0))
+
+
 def test_without_history_only_the_first_half_of_the_steps_says_how_long_it_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import re
+from contextlib import suppress
 from typing import Any, cast
 
 from aiohttp import web
@@ -67,7 +68,8 @@ class Connection(web.RequestHandler):
         body = json.dumps({"detail": f"Too many connections: {self._limit} are open (max_connections)"})
         refused.write(REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
         # Half closed: closing with the request unread would reset the connection before the client reads the answer.
-        refused.write_eof()
+        with suppress(OSError):  # it may have gone already
+            refused.write_eof()
         asyncio.get_running_loop().call_later(REFUSED_S, refused.abort)
 
     def handle_error(

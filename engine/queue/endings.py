@@ -171,7 +171,8 @@ class Endings:
         if not back and (made := await asyncio.to_thread(self._outputs.made, task_id, files)):
             facts["made"] = made
         task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
-        log.info("task %d %s", task_id, summary(task))
+        if task.status.ended or self.stopping.is_set():  # else the reason has been logged
+            log.info("task %d %s", task_id, summary(task))
 
     async def _tidy(self, task_id: int, made: Sequence[str] = ()) -> None:
         """Delete the files of a broken attempt; one that can't be deleted must not cost the task its end."""

@@ -34,7 +34,7 @@ class Pace:
     extent: float  # voxels of a run (a call of the pipeline), or tokens of a sound
     load_s: float
     encode_s: float  # of all runs: the same prompt is encoded once
-    step_s: float  # a forward of the denoiser, later than the first; as `Facts.pace` returns it, all of a step
+    step_s: float  # a forward of the denoiser (0: not known); as `Facts.pace` returns it, all of a step
     rest_s: float  # decoding and saving, of a run
     cold: bool  # the model had just been loaded: what is done for the first time is slower
 
@@ -85,7 +85,8 @@ class Facts:
         if work is None:
             return
         load_s, encode_s, denoise_s, decode_s, save_s = (result.timings.get(phase.label, 0.0) for phase in TIMED)
-        step_s = result.step_s or denoise_s / (job.steps * work.runs)
+        # One step, and a process that had just loaded: it was mostly what is done for the first time.
+        step_s = result.step_s or (0.0 if loaded else denoise_s / (job.steps * work.runs))
         load_s = load_s if loaded or not known else known[-1].load_s
         rest_s = (decode_s + save_s) / work.runs
         new = Pace(_extent(work), load_s, encode_s, step_s / work.passes, rest_s, cold=loaded)
@@ -109,11 +110,12 @@ class Facts:
 
     def pace(self, job: Job) -> Pace | None:
         """What `job` will take, its parts; None if no job of its model and of about its size has run."""
-        work, known = self.work(job), self._paces.get(job.model)
+        work, known = self.work(job), [pace for pace in self._paces.get(job.model, ()) if pace.step_s]
         if not work or not known:
             return None
         near = _nearest(known, _extent(work))
-        step_s, rest_s = (_at(_extent(work), known, name) for name in ("step_s", "rest_s"))
+        around = [pace for pace in known if pace.cold is near.cold]
+        step_s, rest_s = (_at(_extent(work), around, name) for name in ("step_s", "rest_s"))
         if step_s is None or rest_s is None:
             return None
         step_s *= work.passes

@@ -77,18 +77,15 @@ class TaskClock:
         `pace` and `work_s` are what such a job takes, and all of it once its model is loaded, if that is known.
         """
         shown, now = self._shown, time.monotonic()
-        spent_s = now - self._part_began
-        if shown is None or shown.phase <= Phase.ENCODING:
+        if shown is None or not (shown.run or shown.step):  # it loads, encodes, or takes its first step
             if pace is None or work_s is None:
                 return None
-            loading = shown is None or shown.phase <= Phase.LOADING
-            if not loading:
-                return max(0.0, work_s - spent_s)
-            return work_s + (0.0 if self._warm else max(0.0, pace.load_s - (now - self._began)))
+            loads = not self._warm and (shown is None or shown.phase <= Phase.LOADING)
+            return work_s + (max(0.0, pace.load_s - (now - self._began)) if loads else 0.0)
         runs = shown.runs - shown.run
         steps, step_s = runs * shown.steps - shown.step, self._step_s or (pace and pace.step_s)
         if pace and step_s:
-            done_s = min(spent_s, pace.rest_s) if shown.phase > Phase.DENOISING else 0.0
+            done_s = min(now - self._part_began, pace.rest_s) if shown.phase > Phase.DENOISING else 0.0
             return steps * step_s + runs * pace.rest_s - done_s
         left_s = UNKNOWN_REST * steps * (self._step_s or 0.0)
         first_half = shown.phase is Phase.DENOISING and 2 * steps >= shown.runs * shown.steps

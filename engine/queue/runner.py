@@ -82,8 +82,8 @@ class QueueRunner:
         """Take no new work, start none, and begin to stop the running tasks, which will be put back."""
         if not self.closed:
             self.closed = True
-            self._endings.stopping.set()
             self.wake.set()
+            self._endings.stopping.set()
             for task_id in (*self._store.started, NO_TASK):
                 self._lanes.cancel(task_id)
 
