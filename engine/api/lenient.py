@@ -45,17 +45,13 @@ def _blank(value: Any) -> bool:
 
 def _one(field: Field, value: Any) -> Any:
     read = next((read for kind, read in _READERS.items() if isinstance(field, kind)), None)
-    if not read or not (isinstance(value, str) or (read is _flag and value in (0, 1))):
+    if not read or not (isinstance(value, str) or (isinstance(field, Flag) and value in (0, 1))):
         return value
     text = str(value).strip()
     try:
         return None if text.lower() in NOTHING else read(text)
     except LookupError:
         return value
-
-
-def _flag(text: str) -> bool:
-    return FLAGS[text.lower()]
 
 
 def _number(text: str) -> int | float:
@@ -78,7 +74,7 @@ def _size(text: str) -> str:
 
 
 _READERS: Mapping[type[Field], Callable[[str], Any]] = {
-    Flag: _flag,
+    Flag: lambda text: FLAGS[text.lower()],
     Whole: _number,
     Real: _number,
     VideoLength: _length,
