@@ -19,7 +19,7 @@ _MEANINGS |= {name: name for name in (*SETTINGS, *INPUTS)}
 def meaning_of(name: str) -> str:
     """Return the field that `name`, of bounded length, resembles, with what to send in it; "" for none."""
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|-", "_", name).lower()
-    near = [plain] if plain in _MEANINGS else difflib.get_close_matches(plain, _MEANINGS, 1, 0.75)
+    near = [plain] if plain in _MEANINGS else difflib.get_close_matches(plain, _MEANINGS, 1, 0.8)
     return _MEANINGS[near[0]] if near else ""
 
 

@@ -54,17 +54,21 @@ def _one(field: Field, value: Any) -> Any:
         return value
 
 
-def _number(text: str) -> int | float:
-    if whole := WHOLE.fullmatch(text):
-        return int(whole[1])
+def _whole(text: str) -> int:
+    if digits := WHOLE.fullmatch(text):
+        return int(digits[1])
+    raise LookupError(text)
+
+
+def _number(text: str) -> float:
     number = float(text) if NUMBER.fullmatch(text) else math.inf
     if math.isinf(number):
         raise LookupError(text)
     return number
 
 
-def _length(text: str) -> int | float | str:
-    return f"{seconds[1]}s" if (seconds := SECONDS.fullmatch(text)) else _number(text)
+def _length(text: str) -> int | str:
+    return f"{seconds[1]}s" if (seconds := SECONDS.fullmatch(text)) else _whole(text)
 
 
 def _size(text: str) -> str:
@@ -75,7 +79,7 @@ def _size(text: str) -> str:
 
 _READERS: Mapping[type[Field], Callable[[str], Any]] = {
     Flag: lambda text: FLAGS[text.lower()],
-    Whole: _number,
+    Whole: _whole,
     Real: _number,
     VideoLength: _length,
     Size: _size,
