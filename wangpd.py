@@ -58,9 +58,10 @@ from engine.cli import parse_arguments, run_command
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES, NoPreview
 from engine.files.outputs import Outputs
+from engine.files.place import Place
+from engine.queue.endings import Limits
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.queue import Receipt, TaskQueue
-from engine.queue.runner import Limits
 from engine.queue.tasks import Status
 from engine.settings import echo
 from engine.workers.local import Engine
@@ -97,8 +98,9 @@ async def health(_request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """Whether it can take work; 503 with the reason while it can't."""
     app = request.app
+    await app[QUEUE].place.look()
     closed = "wangpd is shutting down" if app[QUEUE].runner.closed else ""
-    if reason := next(filter(None, [*app[QUEUE].faults.values(), app[OUTPUTS].no_room(), closed]), None):
+    if reason := next(filter(None, [*app[QUEUE].faults.values(), closed]), None):
         raise web.HTTPServiceUnavailable(text=reason)
     return web.json_response({"status": "ready", "timestamp": iso(time.time()), "warnings": views.remarks(app)})
 
@@ -206,8 +208,7 @@ async def generate(request: web.Request) -> web.Response:
     if idempotency_key and (replay := await app[QUEUE].replay(idempotency_key, digest)):
         return accepted(app, replay)
     if not dry:  # first, so that a refused request leaves no picture behind
-        if sentence := app[OUTPUTS].no_room():
-            raise web.HTTPServiceUnavailable(text=sentence)
+        await app[QUEUE].place.look()
         app[QUEUE].require_open()
     async with app[HEAVY]:
         resolved = await asyncio.to_thread(app[ADMISSION].admit, body, store=not dry)
@@ -260,6 +261,7 @@ async def queue_state(request: web.Request) -> web.Response:
         "current_task_id": running[0].id if running else None,
         "is_processing": bool(running),
         "paused": queue.paused,
+        "held": next(iter(queue.faults.values()), None),
         "tasks": views.queue_entries(tasks, running=len(running)),
     }
     return answered(f"Queue has {len(tasks)} tasks", data)
@@ -400,12 +402,13 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
     app[CATALOG] = read_catalog(config) if catalog is None else catalog
     app[HEAVY] = asyncio.Semaphore(HEAVY_AT_ONCE)
-    app[OUTPUTS] = Outputs(config.save_path, config.state_path / "thumbnails", config.retention())
+    app[OUTPUTS] = Outputs(config.save_path, config.state_path, config.retention())
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
-    app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], config.part(Limits))
+    place, limits = Place(config.folders()), config.part(Limits)
+    app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)
@@ -510,7 +513,8 @@ class Supervisor:
         ids = ", ".join(str(task.id) for task in running)
         idle = "paused" if self._queue.paused else "idle"
         work = {0: idle, 1: f"task {ids} runs"}.get(len(running), f"tasks {ids} run")
-        return "; ".join([f"STATUS={work}, {len(self._queue.listing()) - len(running)} waiting", *self._warnings()])
+        remarks = (*self._queue.faults.values(), *self._warnings())
+        return "; ".join([f"STATUS={work}, {len(self._queue.listing()) - len(running)} waiting", *remarks])
 
     async def watch(self) -> None:
         """Report at intervals that the event loop is alive."""

@@ -81,6 +81,13 @@ def fingerprint(model_id: str) -> int:
     return zlib.crc32(model_id.encode()) + 1
 
 
+# Codes of faults that are not the task's: the device or its driver, and the disks.
+ENGINE_FAULTS = frozenset({"no_device", "engine_unavailable"})
+STORAGE_FAULT = "storage_fault"
+DEVICE_FAULT = "device_fault"  # of the task, but it has left the process unfit for another one
+STALE_PROCESS = "stale_process"  # the process was found unfit before the task began
+
+
 class EngineError(Exception):
     """A fault that ends one task: a sentence for the user, and a code for programs."""
 

@@ -29,6 +29,7 @@ class Daemon:
         self.log = folder / "log"
         self.url = ""
         self.program = [str(ROOT / "wangpd.py")]
+        self.launcher: list[str] = []  # a command that runs the one after it
         # One thread: the models are tiny, and threads that spin for each other on a busy machine cost more.
         # Offline: a request that starts a download must not fill the disk of who runs the tests.
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -64,7 +65,7 @@ class Daemon:
         with self.log.open("ab") as log:
             offset = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, *self.program, "--config", str(self.folder / "wangpd.toml")],
+                [*self.launcher, sys.executable, *self.program, "--config", str(self.folder / "wangpd.toml")],
                 cwd=self.folder,
                 env=self.environment,
                 stdout=log,

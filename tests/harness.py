@@ -2,17 +2,18 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from engine.catalog.models import Catalog, Model
+from engine.files.place import Place
 from engine.job import Cancelled, EngineError, Job, OutputFile, Result
 from engine.planning.machine import Machine
+from engine.queue.endings import Limits
 from engine.queue.journal import Journal
 from engine.queue.queue import TaskQueue
-from engine.queue.runner import Limits
 from engine.queue.tasks import Status
 from engine.workers.lanes import Progress
 from tests.stand_ins import job
@@ -34,6 +35,9 @@ class FakeEngine:
         self.device, self.plan = "cpu", ""
         self.machine: Machine | None = None
         self.shown: Progress | None = None
+        self.broken: EngineError | None = None  # what a check finds
+        self.checks = 0
+        self.whole: dict[int, list[OutputFile]] = {}  # files of a run that is broken off
         self._running: dict[int, asyncio.Future[Result]] = {}
 
     async def run(self, task_id: int, _job: Job, model: Model, patience_s: float, free: Callable[[], object]) -> Result:
@@ -63,6 +67,14 @@ class FakeEngine:
     async def load(self, model: Model) -> None:
         self.warm = model.id
 
+    async def check(self) -> None:
+        self.checks += 1
+        if self.broken:
+            raise self.broken
+
+    def made(self, task_id: int) -> list[OutputFile]:
+        return self.whole.pop(task_id, [])
+
     def loaded(self, model_id: str) -> bool:
         return self.warm == model_id
 
@@ -84,7 +96,8 @@ class FakeOutputs:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
-        self.full = ""
+        self.full = ""  # what a look at the folder finds
+        self.kept = ""  # why files can't be published
         self.fault: OSError | None = None
 
     def remove_attempt(self, task_id: int) -> int:
@@ -99,11 +112,22 @@ class FakeOutputs:
             raise self.fault
         return 0
 
+    def publish_kept(self, names: Iterable[str] | None = None) -> str:  # noqa: ARG002 - all are alike
+        return self.kept
+
     def prepare(self) -> None:
         if self.fault:
             raise self.fault
-        if self.full:
-            raise EngineError(self.full, "disk_full")
+
+
+class FakeFolder:
+    """What the queue sees of the folder of FakeOutputs."""
+
+    def __init__(self, outputs: FakeOutputs) -> None:
+        self._outputs, self.suspect = outputs, False
+
+    def fault(self) -> str:
+        return self._outputs.full
 
 
 class Harness:
@@ -124,7 +148,8 @@ class Harness:
         self.engines = [FakeEngine() for _ in self.engines]
         self.journal = Journal(self.folder / "journal.sqlite")
         await self.journal.open()
-        self.queue = TaskQueue(self.journal, self.engines, CATALOG, self.outputs, Limits(**limits))
+        place = Place([FakeFolder(self.outputs)])
+        self.queue = TaskQueue(self.journal, self.engines, CATALOG, self.outputs, place=place, limits=Limits(**limits))
         running = self.queue.running(5)
         await running.__aenter__()
         if paused is not None:

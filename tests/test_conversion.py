@@ -113,7 +113,7 @@ def test_on_a_cpu_nothing_is_rewritten(source: Path, models_dir: Path) -> None:
 
 def session(models_dir: Path, **settings: Any) -> ModelSession:
     config = EngineConfig(models_dir, models_dir, device="cpu", **settings)
-    made = ModelSession(config, lambda _: None)
+    made = ModelSession(config, lambda _: None, lambda *_: None)
     made._device = CARD  # as if there were one
     return made
 

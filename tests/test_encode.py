@@ -26,7 +26,7 @@ from engine.files import media
 from engine.files.outputs import Outputs
 from engine.files.publish import published
 from engine.gpu.save import encode
-from engine.job import EngineError, Job
+from engine.job import STORAGE_FAULT, EngineError, Job
 from tests.embedded import read_settings
 from tests.processes import children, command
 
@@ -289,8 +289,8 @@ def test_without_settings_nothing_is_told(tmp_path: Path) -> None:
 def test_a_full_disk_ends_a_video_with_one_sentence(tmp_path: Path) -> None:
     (tmp_path / ".x.mp4.part").symlink_to("/dev/full")
     error = failure(tmp_path)
-    assert error.code == "save_failed"
-    expected = "'x.mp4' could not be saved: No space left on device; free space on the output disk and retry the task"
+    assert error.code == STORAGE_FAULT
+    expected = "'x.mp4' could not be saved: No space left on device; free space on the disk of state_path"
     assert str(error) == expected
 
 
@@ -299,7 +299,7 @@ def test_a_full_disk_ends_a_picture_with_one_sentence(tmp_path: Path, format: en
     (tmp_path / f".x{suffix}.part").symlink_to("/dev/full")
     with pytest.raises(EngineError, match=r"No space left on device; free space") as caught:
         encode.write_image(tmp_path / f"x{suffix}", noise_frames(1)[0], {"a": 1}, format)
-    assert caught.value.code == "save_failed"
+    assert caught.value.code == STORAGE_FAULT
     assert left_in(tmp_path) == []
 
 

@@ -263,7 +263,7 @@ FAULTS = (
         "room is checked before the start, the error is clear, and old files go if that is wished",
         (
             "limits::a_full_disk_is_503_at_submission_and_stores_nothing",
-            "limits::a_disk_that_is_full_at_the_start_fails_the_task_before_any_work",
+            "limits::a_task_waits_while_the_disk_is_full_at_the_start",
             "limits::only_the_oldest_files_beyond_the_bytes_to_be_kept_are_removed",
             "limits::only_files_older_than_they_are_to_be_kept_are_removed",
             "encode::a_full_disk_ends_a_video_with_one_sentence",
@@ -492,7 +492,7 @@ def make(tmp_path: Path) -> Callable[[int], Result]:
     from engine.job import Board
 
     written = threading.Event()
-    session = ModelSession(stand_ins.config(tmp_path), lambda _: written.set())
+    session = ModelSession(stand_ins.config(tmp_path), lambda _: written.set(), lambda *_: None)
 
     def made(task_id: int) -> Result:
         written.clear()

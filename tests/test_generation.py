@@ -325,7 +325,7 @@ def witnessed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[st
     folder = tmp_path_factory.mktemp("session")
     board = Witness()
     written = threading.Event()
-    session = ModelSession(stand_ins.config(folder, "cpu"), lambda _: written.set())
+    session = ModelSession(stand_ins.config(folder, "cpu"), lambda _: written.set(), lambda *_: None)
     session.make(5, job(repeat_generation=2, steps=2), DEMO, Meter(board, 5))
     assert written.wait(60)
     yield board.__dict__["seen"]

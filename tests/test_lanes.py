@@ -219,35 +219,33 @@ async def test_tasks_that_are_given_back_keep_their_order(tmp_path: Path, order:
         assert harness.waiting() == [third, first, second, fourth]
 
 
-async def test_where_no_engine_can_work_tasks_fail_and_say_why(harness: Harness) -> None:
+async def test_where_no_engine_can_work_tasks_wait_and_the_queue_says_why(harness: Harness) -> None:
     async with harness.open() as queue:
-        first, second, third = await begun(harness)
+        ids = await begun(harness)
         for engine in harness.engines:
+            engine.broken = NO_GPU
             engine.finish(NO_GPU)
-        await until(lambda: any(len(engine.ran) == 2 for engine in harness.engines))
-        assert queue.faults == {"engine": "There is no such card."}
+        await until(lambda: not queue.at_work)
+        assert (harness.waiting(), queue.faults) == (ids, {"engine": "There is no such card."})
         with pytest.raises(Unavailable, match="no such card"):
             await queue.submit(job())
-        for task_id in (first, second, third):
-            while not (task := await queue.get(task_id)).status.ended:
-                for engine in (engine for engine in harness.engines if engine.busy):
-                    engine.finish(NO_GPU)
-                await asyncio.sleep(0.001)
-            assert task.error == {"code": "no_device", "message": "There is no such card."}
+        assert [(await queue.get(task_id)).attempts for task_id in ids] == [0, 0, 0]
 
 
-async def test_an_engine_is_tried_again_after_a_while_and_its_fault_ends_with_its_first_result(
+async def test_an_engine_is_checked_after_a_while_and_works_again(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "ENGINE_FAULT_S", 0.2)
     async with harness.open() as queue:
+        for lane in queue.lanes:
+            monkeypatch.setattr(lane, "check_s", 0.01)
         first, second, _ = await begun(harness)
+        harness.engines[0].broken = NO_GPU
         harness.engines[0].finish(NO_GPU)
-        await until(lambda: len(harness.engines[0].ran) == 2)  # of its own accord: nothing else happens
-        assert ran(harness) == [[first, first], [second]]
-        harness.engines[0].finish()
-        await harness.end(first)
-        assert queue.lanes.remarks() == []
+        await until(lambda: harness.engines[0].checks > 1)  # of its own accord: nothing else happens
+        assert ran(harness) == [[first], [second]]
+        harness.engines[0].broken = None
+        await until(lambda: ran(harness) == [[first, first], [second]])
+        assert (queue.lanes.remarks(), queue.lanes[0].check_s) == ([], lanes.CHECK_AGAIN_S)
 
 
 async def test_to_cancel_the_task_of_an_engine_that_can_not_work_ends_it(
@@ -329,19 +327,19 @@ async def test_what_an_engine_measured_is_known_after_a_restart(harness: Harness
         assert queue.machines == [machine] * 2  # both are "cpu"
 
 
-async def test_a_load_that_finds_no_device_is_a_fault_of_its_lane_until_one_succeeds(
+async def test_a_load_that_finds_no_device_is_a_fault_of_its_lane_until_a_check_succeeds(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(_model: Any) -> None:
         raise NO_GPU
 
-    monkeypatch.setattr(lanes, "ENGINE_FAULT_S", 0.0)
     async with harness.open() as queue:
         with monkeypatch.context() as patch:
             patch.setattr(harness.engines[0], "load", fail)
             queue.load(DEMO)
             await until(lambda: queue.lanes.remarks() == ["cpu: There is no such card."])
-        queue.warm_up(DEMO)
+        queue.lanes[0].check_at = 0.0
+        queue.runner.wake.set()
         await until(lambda: queue.lanes.remarks() == [])
 
 

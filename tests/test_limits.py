@@ -23,9 +23,7 @@ from PIL import Image
 
 import wangpd
 from engine.api.body import parsed
-from engine.files import outputs as outputs_module
 from engine.files.outputs import Outputs, Retention
-from engine.job import EngineError
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
 from tests.processes import alive, eventually, workers
@@ -462,32 +460,29 @@ def test_a_full_disk_is_503_at_submission_and_stores_nothing(tmp_path: Path) -> 
         assert FULL.fullmatch(daemon.get("/health/ready").json()["detail"])
 
 
-def test_a_disk_that_is_full_at_the_start_fails_the_task_before_any_work(tmp_path: Path) -> None:
+def test_a_task_waits_while_the_disk_is_full_at_the_start(tmp_path: Path) -> None:
     with idle_daemon(tmp_path) as before:
         task_id = before.submit()["task_id"]
     with Daemon(tmp_path, min_free_mb=900_000_000) as daemon:
         daemon.post("/queue/resume")
-        state = daemon.finish(task_id)
-        assert (state["status"], state["error"]["code"]) == ("failed", "disk_full")
-        assert FULL.fullmatch(state["error"]["message"])
+        for path in (f"/queue/{task_id}/retry", "/generate"):
+            answer = daemon.post(path, {"prompt": "a cat"})
+            assert answer.status_code in (400, 503)  # 400: it has not ended
+        assert FULL.fullmatch(daemon.get("/health/ready").json()["detail"])
+        assert (daemon.status(task_id)["status"], daemon.status(task_id)["attempts"]) == ("queued", 0)
         assert workers(daemon) == set()
+    with Daemon(tmp_path) as after:
+        assert after.finish(task_id)["status"] == "completed"
 
 
 Usage = namedtuple("Usage", "free")
 
 
-def test_room_that_old_files_made_is_enough_for_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aged(tmp_path / "old.mp4", age_s=2 * DAY_S)
-    monkeypatch.setattr(
-        outputs_module.shutil, "disk_usage", lambda folder: Usage(0 if (folder / "old.mp4").exists() else MIB)
-    )
-    folder = Outputs(tmp_path, tmp_path / "cache", Retention(keep_s=DAY_S, min_free_bytes=MIB))
-    folder.prepare()
-    assert names(tmp_path) == set()
-
-
-def test_too_little_room_is_an_error_with_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs_module.shutil, "disk_usage", lambda _: Usage(MIB - 1))
-    with pytest.raises(EngineError) as failed:
-        Outputs(tmp_path, tmp_path / "cache", Retention(min_free_bytes=MIB)).prepare()
-    assert failed.value.code == "disk_full"
+def test_room_that_old_files_made_is_enough_for_a_task(tmp_path: Path) -> None:
+    with idle_daemon(tmp_path, keep_outputs_days=1) as before:
+        before.post("/queue/resume")
+        old = before.made(before.run(num_inference_steps=1, video_length=5))
+    os.utime(old, (time.time() - 2 * DAY_S,) * 2)
+    with Daemon(tmp_path, keep_outputs_days=1) as daemon:
+        assert daemon.run(num_inference_steps=1, video_length=5)["status"] == "completed"
+        assert not old.exists()

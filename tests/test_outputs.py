@@ -435,7 +435,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(folder: Path, tmp_path: 
 def test_a_thumbnail_lost_to_a_power_cut_is_made_again(folder: Path, outputs: Outputs, tmp_path: Path) -> None:
     path = picture(folder, "a.png")
     whole = shown(outputs, path, 64)
-    for file in (tmp_path / "cache").iterdir():
+    for file in (tmp_path / "cache" / "thumbnails").iterdir():
         file.write_bytes(b"")
     assert shown(outputs, path, 64) == whole
 
@@ -445,7 +445,7 @@ def test_many_threads_may_ask_for_the_same_thumbnail(folder: Path, outputs: Outp
     with ThreadPoolExecutor(8) as pool:
         answers = set(pool.map(lambda _: shown(outputs, path, 64), range(32)))
     assert len(answers) == 1
-    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".jpg"]
+    assert [file.suffix for file in (tmp_path / "cache" / "thumbnails").iterdir()] == [".jpg"]
 
 
 def test_the_cache_stays_within_its_limit_and_drops_the_oldest(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_auto_goes_by_the_card_that_is_there(
     config = EngineConfig(tmp_path, tmp_path, tmp_path, device="cpu", transformer_quantization="auto")
     model = Catalog.load().get("flux2_dev")
     monkeypatch.setattr(offloading, "measure", lambda _: card(free_gib))
-    assert ModelSession(config, print)._kind_of_weights(model, Work.usual(model)) == kind
+    assert ModelSession(config, print, print)._kind_of_weights(model, Work.usual(model)) == kind
 
 
 # -------------------------------------------------------------------------------------------------------- the frames

@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.job import Cancelled, EngineError, Phase
-from engine.queue import facts, store
+from engine.files import place
+from engine.job import DEVICE_FAULT, STORAGE_FAULT, Cancelled, EngineError, Phase
+from engine.queue import endings, facts, runner, store
 from engine.queue import queue as task_queue
 from engine.queue.events import EventKind
 from engine.queue.journal import Journal, JournalFault, KeyReused
@@ -166,13 +168,163 @@ async def test_a_fault_of_the_daemon_itself_ends_the_task_and_not_the_queue(harn
         await harness.started(second)
 
 
-async def test_a_full_disk_fails_the_task_before_it_starts(harness: Harness) -> None:
+async def test_tasks_wait_while_the_disk_is_full_and_start_by_themselves(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "PLACE_S", 0.01)
     harness.outputs.full = "The disk is full: delete something"
-    async with harness.open():
+    async with harness.open() as queue:
+        harness.outputs.full = ""
+        first, second = await harness.submit(2)
+        await harness.started(first)
+        harness.outputs.full = "The disk is full: delete something"
+        harness.engine.finish()
+        await harness.end(first)
+        await until(lambda: queue.faults == {"place": "The disk is full: delete something"})
+        with pytest.raises(Unavailable, match="delete something"):
+            await queue.submit(job())
+        with pytest.raises(Unavailable, match="delete something"):
+            await queue.retry(first)
+        assert (harness.waiting(), harness.engine.ran) == ([second], [first])
+        harness.outputs.full = ""
+        await harness.started(second)
+        assert (queue.faults, (await queue.get(second)).attempts) == ({}, 1)
+
+
+async def test_files_that_can_not_be_saved_are_kept_until_they_can(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "PLACE_S", 0.01)
+    async with harness.open() as queue:
+        first, second = await harness.submit(2)
+        await harness.started(first)
+        harness.outputs.kept = "The disk is read-only"
+        harness.engine.finish()
+        await until(lambda: queue.faults == {"place": "The disk is read-only"})
+        assert (await harness.status(first), harness.engine.ran) == (Status.PROCESSING, [first])
+        harness.outputs.kept = ""
+        assert [file.filename for file in (await harness.end(first)).files] == ["a.mp4"]
+        assert second in harness.waiting()
+
+
+@pytest.mark.parametrize("die", [True, False])
+async def test_what_is_made_and_not_saved_outlives_the_daemon(harness: Harness, die: bool) -> None:
+    async with harness.open(die=die) as queue:
         (task_id,) = await harness.submit()
+        await harness.started(task_id)
+        harness.outputs.kept = "The disk is read-only"
+        harness.engine.finish()
+        await until(lambda: '"files": [{' in harness.stored("record")[task_id])
+        assert (queue.position(await queue.get(task_id)), harness.stored()[task_id]) == (1, "processing")
+    harness.outputs.kept = ""
+    async with harness.open():
         task = await harness.end(task_id)
-        assert task.error == {"code": "disk_full", "message": "The disk is full: delete something"}
+        assert (task.status, task.attempts, len(task.files)) == (Status.COMPLETED, 1, 1)
+        assert ("attempt", task_id) not in harness.outputs.told
         assert harness.engine.ran == []
+
+
+async def test_a_cancel_ends_a_task_whose_files_can_not_be_saved(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "PLACE_S", 0.01)
+    async with harness.open() as queue:
+        (task_id,) = await harness.submit()
+        await harness.started(task_id)
+        harness.outputs.kept = "The disk is read-only"
+        harness.engine.finish()
+        await until(lambda: "place" in queue.faults)
+        await queue.remove(task_id)
+        assert (await harness.end(task_id)).status is Status.CANCELLED
+
+
+async def test_a_disk_that_fails_under_every_attempt_of_one_task_ends_that_task_alone(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "HOLD_S", 0.01)
+    monkeypatch.setattr(runner, "PLACE_S", 0.01)
+    async with harness.open():
+        first, second = await harness.submit(2)
+        for attempts in (1, 2):
+            await until(lambda attempts=attempts: harness.engine.ran == [first] * attempts and harness.engine.busy)
+            harness.engine.finish(EngineError("No space left on device.", STORAGE_FAULT))
+        task = await harness.end(first)
+        assert (task.status, task.attempts, task.error["code"]) == (Status.FAILED, 2, STORAGE_FAULT)
+        await harness.started(second)
+
+
+async def test_a_disk_that_fails_for_all_costs_no_attempt(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "HOLD_S", 0.01)
+    monkeypatch.setattr(runner, "PLACE_S", 0.01)
+    async with harness.open() as queue:
+        (task_id,) = await harness.submit()
+        for attempts in range(1, 5):
+            await until(lambda attempts=attempts: harness.engine.ran == [task_id] * attempts and harness.engine.busy)
+            harness.outputs.full = "The disk is full."
+            harness.engine.finish(EngineError("No space left on device.", STORAGE_FAULT))
+            await until(lambda: harness.waiting() == [task_id] and not queue.at_work)
+            assert (await queue.get(task_id)).attempts == 0
+            harness.outputs.full = ""
+
+
+@pytest.mark.parametrize("how", ["failed", "cancelled"])
+async def test_a_task_that_is_broken_off_lists_the_files_that_were_whole(harness: Harness, how: str) -> None:
+    async with harness.open() as queue:
+        (task_id,) = await harness.submit()
+        await harness.started(task_id)
+        harness.engine.whole[task_id] = [FILE, replace(FILE, filename="b.mp4")]
+        if how == "failed":
+            harness.engine.finish(EngineError("It died.", "worker_died"))
+        else:
+            await queue.remove(task_id)
+        task = await harness.end(task_id)
+        assert (task.status, [file.filename for file in task.files]) == (how, ["a.mp4", "b.mp4"])
+
+
+async def test_after_a_fault_of_the_device_it_is_checked_before_the_next_task(harness: Harness) -> None:
+    async with harness.open() as queue:
+        first, second = await harness.submit(2)
+        await harness.started(first)
+        for attempts in (1, 2):  # once more, for the card may have failed and not the task
+            await until(lambda attempts=attempts: harness.engine.ran == [first] * attempts and harness.engine.busy)
+            assert (harness.engine.checks, queue.faults) == (attempts - 1, {})
+            harness.engine.finish(EngineError("The device failed.", DEVICE_FAULT))
+        assert (await harness.end(first)).error["code"] == DEVICE_FAULT
+        await harness.started(second)
+        assert (harness.engine.checks, queue.faults) == (2, {})
+
+
+async def test_a_fault_of_the_engine_that_only_one_task_meets_ends_that_task(harness: Harness) -> None:
+    """Such as a package that is missing for one model: the engine passes each check."""
+    async with harness.open() as queue:
+        first, second = await harness.submit(2)
+        for attempts in (1, 2, 3):
+            await until(lambda attempts=attempts: harness.engine.ran == [first] * attempts and harness.engine.busy)
+            harness.engine.finish(EngineError("No module named 'x'.", "engine_unavailable"))
+            await until(lambda: not harness.engine.busy)
+            queue.lanes[0].check_at = 0.0
+            queue.runner.wake.set()
+        task = await harness.end(first)
+        assert (task.status, task.error["code"]) == (Status.FAILED, "engine_unavailable")
+        await until(lambda: bool(queue.lanes[0].fault) or second in harness.engine.ran)
+
+
+async def test_a_device_that_stays_broken_gets_no_further_task(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "CHECK_AGAIN_S", 0.01)
+    async with harness.open() as queue:
+        first, second = await harness.submit(2)
+        await harness.started(first)
+        harness.engine.broken = EngineError("There is no GPU.", "no_device")
+        harness.engine.finish(EngineError("The device failed.", DEVICE_FAULT))
+        await until(lambda: queue.faults == {"engine": "There is no GPU."})
+        assert (harness.engine.ran, harness.waiting()) == ([first], [first, second])
+        harness.engine.broken = None
+        queue.lanes[0].check_at = 0.0
+        queue.runner.wake.set()
+        await until(lambda: harness.engine.ran == [first, first])
+        assert queue.faults == {}
 
 
 @pytest.mark.parametrize("how", ["failed", "cancelled"])
@@ -188,11 +340,13 @@ async def test_an_output_folder_that_can_not_be_tidied_keeps_no_task_from_its_en
         assert (await harness.end(task_id)).status == how
 
 
-async def test_an_output_folder_that_raises_at_the_start_fails_the_task(harness: Harness) -> None:
+async def test_a_fault_of_the_retention_costs_the_task_nothing(harness: Harness) -> None:
     harness.outputs.fault = OSError(5, "Input/output error")
     async with harness.open():
         (task_id,) = await harness.submit()
-        assert (await harness.end(task_id)).error["code"] == "internal_error"
+        await harness.started(task_id)
+        harness.engine.finish()
+        assert (await harness.end(task_id)).status is Status.COMPLETED
 
 
 async def test_an_unknown_task_is_told_so(harness: Harness) -> None:
@@ -482,22 +636,23 @@ async def test_a_closed_queue_takes_nothing_and_starts_nothing(harness: Harness)
 
 
 @pytest.mark.parametrize("code", ["no_device", "engine_unavailable"])
-async def test_an_engine_that_can_not_start_keeps_work_away_until_it_works(
-    harness: Harness, code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_engine_that_can_not_start_keeps_work_away_until_it_works(harness: Harness, code: str) -> None:
     async with harness.open() as queue:
         (task_id,) = await harness.submit()
         await harness.started(task_id)
-        harness.engine.finish(EngineError("There is no GPU.", code))
-        await harness.end(task_id)
-        with pytest.raises(Unavailable, match="There is no GPU"):
-            await queue.submit(job())
-        monkeypatch.setattr(lanes, "ENGINE_FAULT_S", 0.0)
-        (task_id,) = await harness.submit()
-        await harness.started(task_id)
+        harness.engine.broken = EngineError("There is no GPU.", code)
+        harness.engine.finish(harness.engine.broken)
+        await until(lambda: harness.waiting() == [task_id] and not queue.at_work)
+        for refused in (queue.submit(job()), queue.submit(job())):
+            with pytest.raises(Unavailable, match="There is no GPU"):
+                await refused
+        harness.engine.broken = None
+        queue.lanes[0].check_at = 0.0
+        queue.runner.wake.set()
+        await until(lambda: harness.engine.busy)
         harness.engine.finish()
-        await harness.end(task_id)
-        assert queue.faults == {}
+        task = await harness.end(task_id)
+        assert (task.status, task.attempts, queue.faults) == (Status.COMPLETED, 1, {})
 
 
 # ---- warm and cold

@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ class NoTasks:
 
     at_work: tuple[Any, ...] = ()
     paused = False
+    faults: Mapping[str, str] = {}
 
     def listing(self) -> list[Any]:
         return []

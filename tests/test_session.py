@@ -15,7 +15,7 @@ DEMO = Catalog.load().get("wan_demo")
 
 def test_a_loaded_model_is_not_searched_for_garbage_and_is_gone_once_it_is_unloaded(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    session = ModelSession(EngineConfig(tmp_path, tmp_path, device="cpu"), lambda _: None)
+    session = ModelSession(EngineConfig(tmp_path, tmp_path, device="cpu"), lambda _: None, lambda *_: None)
     seen = weakref.ref(session.load(DEMO, "t2v").transformer)
     assert gc.get_freeze_count() > len(gc.get_objects())
     session._unload()

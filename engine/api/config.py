@@ -14,11 +14,13 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate
 from engine import capabilities
 from engine.api.fields import FIELD_OF, Text, between, each, first_fault, matches, one_of
 from engine.files.outputs import Retention
+from engine.files.place import Folder
 from engine.job import EngineConfig
-from engine.queue.runner import Limits
+from engine.queue.endings import Limits
 
 Part = TypeVar("Part")
 SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
+LEAST_STATE_MB = 16  # free on the disk of state_path, if min_free_mb is not less
 FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
 # The headings of `wangpd.toml`, by the first key of each group.
 HEADINGS: Mapping[str, str] = {
@@ -178,8 +180,17 @@ class Config:
 
     def retention(self) -> Retention:
         """The part that the output folder needs."""
-        mib = 2**20
-        return Retention(self.keep_outputs_days * 86400, self.keep_outputs_mb * mib, self.min_free_mb * mib)
+        return Retention(self.keep_outputs_days * 86400, self.keep_outputs_mb * 2**20)
+
+    def folders(self) -> tuple[Folder, ...]:
+        """The folders that must take files for a task to start, and how much room each must have."""
+        state_mb = min(self.min_free_mb, LEAST_STATE_MB)
+        asked = f"min_free_mb asks for {self.min_free_mb}: delete old outputs"
+        needed = f"{state_mb} are needed for the queue: free some"
+        return (
+            Folder(self.save_path, "save_path", self.min_free_mb * 2**20, asked),
+            Folder(self.state_path, "state_path", state_mb * 2**20, needed),
+        )
 
 
 KEYS = {field.name: field for field in dataclasses.fields(Config) if "why" in field.metadata}

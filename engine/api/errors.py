@@ -10,6 +10,7 @@ from engine.api.answers import brief
 from engine.api.app_keys import API, CONFIG, REQUEST_ID, Handler
 from engine.catalog.download import NoDownload
 from engine.catalog.models import UnknownModel
+from engine.files.place import NoStorage
 from engine.queue.journal import JournalFault, KeyReused
 from engine.queue.queue import Unavailable
 from engine.queue.tasks import NoSuchTask, WrongState
@@ -20,7 +21,7 @@ RETRY_AFTER_S = 10
 STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
     **dict.fromkeys((BadRequest, WrongState, NoDownload, KeyReused), web.HTTPBadRequest),
     **dict.fromkeys((UnknownModel, NoSuchTask), web.HTTPNotFound),
-    **dict.fromkeys((JournalFault, Unavailable), web.HTTPServiceUnavailable),
+    **dict.fromkeys((JournalFault, NoStorage, Unavailable), web.HTTPServiceUnavailable),
 }
 KEPT_HEADERS = (hdrs.ALLOW, hdrs.CONTENT_RANGE, hdrs.RETRY_AFTER, hdrs.WWW_AUTHENTICATE)
 

@@ -132,6 +132,7 @@ QueueState = answer(
     current_task_id=nullable(int, "The one that runs; of several, the one that started first."),
     is_processing=required(bool, "One runs."),
     paused=required(bool, "No waiting task is started."),
+    held=nullable(str, "Why no waiting task is started though the queue is not paused; it goes on by itself."),
     tasks=many(QueuedTask, "In their order."),
 )
 FileEntry = answer(

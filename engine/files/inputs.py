@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from engine.files.folders import stats
+from engine.files.place import NoStorage
 from engine.files.publish import published
 
 SAFE_AGE_S = 3600  # a younger file may belong to a request that has no row yet
@@ -22,14 +23,19 @@ class Inputs:
         return self._folder / hashlib.sha256(data).hexdigest()
 
     def store(self, data: bytes) -> Path:
-        """Store `data` and return its path. A file under its final name is always whole."""
+        """Store `data` and return its path. A file under its final name is always whole. Raises NoStorage."""
         path = self.path(data)
-        if path.exists():
-            os.utime(path)  # so that `sweep` keeps it for its new request
-            return path
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with published(path, rivals=True) as part:
-            part.write_bytes(data)
+        try:
+            if path.exists():
+                os.utime(path)  # so that `sweep` keeps it for its new request
+                return path
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with published(path, rivals=True) as part:
+                part.write_bytes(data)
+        except OSError as error:
+            raise NoStorage(
+                f"state_path can't take the files that were sent ({error.strerror}); free its disk"
+            ) from None
         return path
 
     def sweep(self, needed: set[str]) -> int:

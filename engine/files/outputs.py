@@ -2,19 +2,19 @@
 
 import math
 import re
-import shutil
 import stat
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from engine.files import media
 from engine.files.folders import stats
+from engine.files.place import Folder
+from engine.files.publish import KEPT, move
 from engine.files.thumbnails import ThumbnailCache, key_of
-from engine.job import EngineError
 
 # A change within one tick of the file system's clock leaves the time stamp unchanged: 10 ms on Linux file systems,
 # 1 or 2 s on FAT and some network shares. What was touched this recently may still change.
@@ -38,11 +38,10 @@ class Entry(NamedTuple):
 
 
 class Retention(NamedTuple):
-    """How much room the folder may take and must leave; 0 means no limit."""
+    """How long files stay, and how much room they may take; 0 means no limit."""
 
     keep_s: float = 0
     keep_bytes: int = 0
-    min_free_bytes: int = 0
 
 
 class _Snapshot(NamedTuple):
@@ -57,10 +56,12 @@ class _Snapshot(NamedTuple):
 class Outputs:
     """The output folder. Every method may be called from any thread, and all of them block: use `asyncio.to_thread`."""
 
-    def __init__(self, folder: Path, cache: Path, retention: Retention | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, state: Path, retention: Retention | None = None) -> None:
+        """In `state` are the thumbnails, and the whole files that could not be published when they were made."""
+        self._folder, self._kept = folder, state / KEPT
+        self._disk = Folder(folder, "save_path", 0, "")
         self._retention = retention or Retention()
-        self._thumbnails = ThumbnailCache(cache)
+        self._thumbnails = ThumbnailCache(state / "thumbnails")
         self._snapshot = _Snapshot(None, -math.inf, False, {})
         self._reading = threading.Lock()
 
@@ -106,13 +107,31 @@ class Outputs:
 
     def _remove(self, pattern: str) -> int:
         """Names that the worker gives begin with a time, so that a user's own "trip_t000123_.mp4" stays."""
-        left = [name for name, _ in stats(self._folder) if re.fullmatch(pattern, name)]
-        for name in left:
-            (self._folder / name).unlink(missing_ok=True)
+        folders = {self._folder, self._kept}
+        left = [folder / name for folder in folders for name, _ in stats(folder) if re.fullmatch(pattern, name)]
+        for path in left:
+            path.unlink(missing_ok=True)
         return len(left)
 
+    def publish_kept(self, names: Iterable[str] | None = None) -> str:
+        """Publish files that are whole and could not be when they were made: these, or all of them.
+
+        Returns why one still can't be, a sentence, else "".
+        """
+        if away := self._disk.away():
+            return away
+        if names is None:
+            names = [name for name, _ in stats(self._kept) if not name.startswith(".")]
+        for path in (self._kept / name for name in names if (self._kept / name).exists()):
+            try:
+                move(path, self._folder / path.name)
+            except OSError as error:
+                if path.exists():  # else the worker has just published it
+                    return f"'{path.name}' can't be saved in save_path now ({error.strerror}); it is kept until it can"
+        return ""
+
     def prepare(self) -> None:
-        """Remove the oldest files beyond what is to be kept. Raises EngineError if a task still has no room."""
+        """Remove the oldest files beyond what is to be kept."""
         keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
         entries = self.listing() if keep_s or keep_bytes else ()
         total_bytes, now = sum(entry.size_bytes for entry in entries), time.time()
@@ -122,20 +141,6 @@ class Outputs:
                 break
             (self._folder / entry.filename).unlink(missing_ok=True)
             total_bytes -= entry.size_bytes
-        if sentence := self.no_room():
-            raise EngineError(sentence, "disk_full")
-
-    def no_room(self) -> str | None:
-        """A sentence if the disk is too full for a task, else None. One statvfs: the event loop may ask."""
-        least_bytes = self._retention.min_free_bytes
-        try:
-            free_bytes = shutil.disk_usage(self._folder).free
-        except OSError as error:
-            return f"save_path can't be used now ({error.strerror}); bring the folder back"
-        if free_bytes >= least_bytes:
-            return None
-        free_mb, least_mb = free_bytes // 2**20, least_bytes // 2**20
-        return f"The disk of save_path has {free_mb} MiB free and min_free_mb asks for {least_mb}: delete old outputs"
 
     def highest_task_id(self) -> int:
         """Return the largest task id in a name that the worker gave, or 0: needed when the journal is lost."""

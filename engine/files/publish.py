@@ -1,10 +1,15 @@
 """Gives a file its final name once it is whole."""
 
+import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
+
+KEPT: Final = "unsaved"  # in state_path: what is whole, or being written, and not yet in the output folder
 
 
 @contextmanager
@@ -25,6 +30,21 @@ def published(final: Path, *, rivals: bool = False, durable: bool = True) -> Ite
     finally:
         with suppress(OSError):  # gone by rename; or the disk is worse off than one leftover
             part.unlink(missing_ok=True)
+
+
+def move(whole: Path, final: Path) -> None:
+    """Give a whole file another place, on another disk too. Raises OSError, and then `whole` is still there."""
+    try:
+        _sync(whole)
+        whole.replace(final)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with published(final) as part:
+            shutil.copy2(whole, part)
+        whole.unlink()
+    else:
+        _sync(final.parent)
 
 
 def _sync(path: Path) -> None:

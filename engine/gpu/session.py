@@ -25,7 +25,7 @@ from engine.gpu.save.saving import Saved, Saver
 from engine.gpu.team import sharing
 from engine.gpu.team.follower import ModelSource
 from engine.gpu.team.lead import Team
-from engine.job import EngineConfig, EngineError, Job, Phase, Result
+from engine.job import STORAGE_FAULT, EngineConfig, EngineError, Job, OutputFile, Phase, Result
 from engine.planning import placement as plans
 from engine.planning.machine import Machine
 from engine.planning.work import Parts, Work
@@ -36,15 +36,21 @@ log = logging.getLogger("wangpd.worker")
 class ModelSession:
     """Makes the files of one job after the other; holds at most one model."""
 
-    def __init__(self, config: EngineConfig, settled: Callable[[str], None], visible: str | None = None) -> None:
-        """`settled` is called for each job whose files are written, with the reason if they could not be.
+    def __init__(
+        self,
+        config: EngineConfig,
+        settled: Callable[[BaseException | None], None],
+        made: Callable[[int, OutputFile], None],
+        visible: str | None = None,
+    ) -> None:
+        """`settled` and `made` are called as Saver says.
 
         `visible` are the cards that a team can have, as CUDA_VISIBLE_DEVICES; None: all.
         """
         self._config, self._device = config, choose_device(config.device)
         self._team = Team(config, self._device, visible) if config.team else None
         self._profile, self._tiled = config.profile, False  # tiled whatever vae_config says, once memory has run out
-        self._saver = Saver(config, settled)
+        self._saver = Saver(config, settled, made)
         self._prompts = prompts.PromptCache(config.prompt_cache_mb * 2**20)
         self.model_id, self._adapters = "", Adapters()  # of the model that is loaded
         self._pipe: Any = None
@@ -178,7 +184,8 @@ class ModelSession:
         try:
             return fetch.fetch(model, models_dir, wait=True)  # a worker beside this one may be at it
         except fetch.FetchError as error:
-            raise EngineError(f"Model '{model.id}' could not be downloaded: {error}", "no_weights") from error
+            code = STORAGE_FAULT if error.code == "disk_full" else "no_weights"
+            raise EngineError(f"Model '{model.id}' could not be downloaded: {error}", code) from error
 
     def _cast(self, found: Weights, model: Model, kind: str) -> Weights:
         """The same weights, without float32 where the device computes in less."""

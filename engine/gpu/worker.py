@@ -4,9 +4,11 @@ Importing this module brings in neither torch nor diffusers, so that the daemon 
 imported inside `generate`, in phase `loading`.
 """
 
+import errno
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +16,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from engine.catalog.models import Model
 from engine.gpu import process
 from engine.gpu.run.meter import Meter
-from engine.job import NO_TASK, Board, Cancelled, EngineConfig, EngineError, Job, Phase, Result, fingerprint
+from engine.job import (
+    DEVICE_FAULT,
+    NO_TASK,
+    STALE_PROCESS,
+    STORAGE_FAULT,
+    Board,
+    Cancelled,
+    EngineConfig,
+    EngineError,
+    Job,
+    OutputFile,
+    Phase,
+    Result,
+    fingerprint,
+)
 
 if TYPE_CHECKING:
     from engine.gpu.session import ModelSession
@@ -22,6 +38,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("wangpd.worker")
 T = TypeVar("T")
 MOST_REPORTED = 300  # characters of a sentence: as JSON, up to twelve bytes each
+LOST_DISK = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN}
+)
+LOST_FOLDER = LOST_DISK | {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM}
+# What torch, cuBLAS and cuDNN say where a card has failed; its context then fails every later call.
+DEVICE_WORDS = re.compile(r"AcceleratorError|(CUDA|HIP|cuDNN) error|device-side assert|CU(BLAS|DNN|SPARSE|FFT)_STATUS_")
 
 _board: Board
 _config: EngineConfig
@@ -29,6 +51,7 @@ _visible: str | None  # CUDA_VISIBLE_DEVICES as the daemon has it
 _session: "ModelSession | None" = None
 _reports: Connection
 _settled_count = 0
+_unfit = False  # the device has failed: nothing works in this process any more
 
 
 def start(board: Board, reports: Connection, config: EngineConfig) -> None:
@@ -49,21 +72,35 @@ def warm(model: Model) -> None:
     _guarded(NO_TASK, lambda session, _meter: session.load(model, model.tasks[0]))
 
 
+def check() -> None:
+    """Raises EngineError if the device can't work."""
+    _guarded(NO_TASK, lambda _session, _meter: None)
+
+
 def _guarded(task_id: int, work: "Callable[[ModelSession, Meter], T]") -> T:
     """Do `work`; what it raises becomes one of the two exceptions that may cross the border.
 
     To unpickle an exception of torch, the daemon would have to import torch.
     """
-    meter = Meter(_board, task_id)
+    global _unfit
+    if _unfit:
+        raise EngineError("The device failed after the task before.", STALE_PROCESS)
+    meter, fault = Meter(_board, task_id), None
     try:
         meter.enter(Phase.LOADING)
-        return work(_opened(), meter)
+        done = work(_opened(), meter)
     except BaseException as error:  # SystemExit too: it would cross the border and end the daemon
         fault = _for_daemon(error, task_id, meter.where)
-    finally:
+    try:
         _give_back()
+    except Exception:  # of a device that has failed: each call raises from now on
+        log.exception("task %d: the memory of the device can't be given back", task_id)
+        _unfit = True
+    finally:
         meter.done()
-    raise fault  # only here, where `error` is gone: its frames hold the tensors of the job, and `fault` would keep it
+    if fault:  # only here, where `error` is gone: its frames hold the tensors of the job, and `fault` would keep it
+        raise fault
+    return done
 
 
 def _for_daemon(error: BaseException, task_id: int, where: str) -> Exception:
@@ -71,20 +108,23 @@ def _for_daemon(error: BaseException, task_id: int, where: str) -> Exception:
         return Cancelled("by request")
     if isinstance(error, EngineError):
         return EngineError(error.message, error.code)
-    log.exception("task %d: fault while %s", task_id, where)
-    first_line = (str(error).strip() or "no message").splitlines()[0][:300]
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return EngineError(
-            f"Out of memory while {where}. Try a smaller resolution or video_length, batch_size 1, or a higher profile"
-            " in wangpd.toml.",
-            "out_of_memory",
-        )
+    log.exception("task %d: fault while %s", task_id, where, exc_info=error)
+    return EngineError(*_sentence_and_code(error, where))
+
+
+def _sentence_and_code(error: BaseException, where: str) -> tuple[str, str]:
+    kind, first_line = type(error).__name__, (str(error).strip() or "no message").splitlines()[0][:300]
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+        remedy = "Try a smaller resolution or video_length, batch_size 1, or a higher profile in wangpd.toml."
+        return f"Out of memory while {where}. {remedy}", "out_of_memory"
     if isinstance(error, ImportError):
-        sentence = f"The generation process can't work: {first_line}. Install wangpd again."
-        return EngineError(sentence, "engine_unavailable")
+        return f"The generation process can't work: {first_line}. Install wangpd again.", "engine_unavailable"
     if isinstance(error, OSError) and error.errno is not None:
-        return EngineError(f"{error.strerror or first_line} while {where}.", "os_error")
-    return EngineError(f"{type(error).__name__} while {where}: {first_line}")
+        storage = error.errno in (LOST_FOLDER if where == Phase.SAVING.label else LOST_DISK)
+        return f"{error.strerror or first_line} while {where}.", STORAGE_FAULT if storage else "os_error"
+    if DEVICE_WORDS.search(f"{kind}: {first_line}"):
+        return f"The device failed while {where}: {first_line}", DEVICE_FAULT
+    return f"{kind} while {where}: {first_line}", "generation_failed"
 
 
 def _opened() -> "ModelSession":
@@ -92,16 +132,22 @@ def _opened() -> "ModelSession":
     if _session is None:
         from engine.gpu.session import ModelSession
 
-        _session = ModelSession(_config, _settled, _visible)
+        _session = ModelSession(_config, _settled, _made, _visible)
         _report(machine=vars(_session.machine()))  # now, while no model takes anything of it
     return _session
 
 
-def _settled(fault: str) -> None:
+def _settled(fault: BaseException | None) -> None:
     """Report that the files of one more job are written, or given up for this reason. Called in one thread only."""
     global _settled_count
     _settled_count += 1
-    _report(settled=_settled_count, fault=fault[:MOST_REPORTED])
+    known = _for_daemon(fault, NO_TASK, Phase.SAVING.label) if fault else None
+    _report(settled=_settled_count, fault=str(known or "")[:MOST_REPORTED], code=getattr(known, "code", ""))
+
+
+def _made(task_id: int, file: OutputFile) -> None:
+    """Report a file that is whole."""
+    _report(made=vars(file), task=task_id)
 
 
 def _report(**values: Any) -> None:

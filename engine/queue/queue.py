@@ -11,13 +11,15 @@ from typing import Any
 
 from engine.catalog.models import Catalog, Model
 from engine.files.outputs import Outputs
+from engine.files.place import Place
 from engine.job import Job
 from engine.planning.machine import Machine
 from engine.planning.work import Work
+from engine.queue.endings import Limits
 from engine.queue.events import EventKind, EventsLost
 from engine.queue.facts import Facts
 from engine.queue.journal import Journal
-from engine.queue.runner import Limits, QueueRunner
+from engine.queue.runner import QueueRunner
 from engine.queue.store import TaskStore
 from engine.queue.tasks import Status, Task, WrongState
 from engine.workers.lanes import Lanes, Runner
@@ -42,12 +44,19 @@ class TaskQueue(TaskStore):
     """The tasks, from submission to their end. Used on the event loop only."""
 
     def __init__(
-        self, journal: Journal, engines: Sequence[Runner], catalog: Catalog, outputs: Outputs, limits: Limits
+        self,
+        journal: Journal,
+        engines: Sequence[Runner],
+        catalog: Catalog,
+        outputs: Outputs,
+        *,
+        place: Place,
+        limits: Limits,
     ) -> None:
         super().__init__(journal)
-        self.lanes, self.facts = Lanes(engines), Facts()
+        self.lanes, self.facts, self.place = Lanes(engines), Facts(), place
         self._catalog, self._max_queue = catalog, limits.max_queue
-        self.runner = QueueRunner(self, self.lanes, self.facts, catalog=catalog, outputs=outputs, limits=limits)
+        self.runner = QueueRunner(self, self.lanes, self.facts, place, catalog=catalog, outputs=outputs, limits=limits)
         self._submitting = 0
         self._free_at: list[float] = []  # seconds until each lane is free, a heap
         self._added_up_at, self._seen_id = -math.inf, 0
@@ -77,8 +86,8 @@ class TaskQueue(TaskStore):
 
     @property
     def faults(self) -> dict[str, str]:
-        """What keeps the queue from working now, a sentence each."""
-        found = {"journal": self.journal_fault, "engine": self.lanes.fault}
+        """What keeps the queue from working, a sentence each; of the place as it was at the last look."""
+        found = {"journal": self.journal_fault, "place": self.place.fault, "engine": self.lanes.fault}
         return {name: sentence for name, sentence in found.items() if sentence}
 
     # -- submissions
@@ -123,8 +132,8 @@ class TaskQueue(TaskStore):
             raise Unavailable("wangpd is shutting down and takes no new work")
         if len(self.waiting) + self._submitting >= self._max_queue:
             raise Unavailable(f"The queue is full: {self._max_queue} tasks wait (max_queue)")
-        if not self.lanes.up():
-            raise Unavailable(self.lanes.fault)
+        for sentence in self.faults.values():
+            raise Unavailable(sentence)
 
     async def retry(self, task_id: int) -> Receipt:
         """Queue the job of an ended task again, with its settings, seed and pictures.
@@ -134,6 +143,7 @@ class TaskQueue(TaskStore):
         task = await self.get(task_id)
         if not task.status.ended:
             raise WrongState(f"Task {task_id} is {task.status}; only an ended task can be retried")
+        await self.place.look()
         return await self.submit(task.job, task.warnings)
 
     # -- changes that concern the engines

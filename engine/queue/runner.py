@@ -3,86 +3,72 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
 from engine.catalog.models import Catalog, Model, UnknownModel
 from engine.files.outputs import Outputs
-from engine.job import NO_TASK, Cancelled, EngineError, Result
+from engine.files.place import Place
+from engine.job import ENGINE_FAULTS, NO_TASK, Cancelled, EngineError
+from engine.queue.endings import PLACE_S, Endings, Limits
 from engine.queue.facts import Facts
 from engine.queue.journal import JournalFault
 from engine.queue.progress import advanced
 from engine.queue.store import TaskStore
-from engine.queue.tasks import Status, Task, ended, put_back
-from engine.workers.lanes import ENGINE_FAULTS, Lane, Lanes
+from engine.queue.tasks import Status, Task
+from engine.workers.lanes import Lane, Lanes
 
 log = logging.getLogger("wangpd.queue")
 READ_S = 0.2  # between two looks at the boards: at most 5 progress events a second and task
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The queue's part of the configuration."""
-
-    max_queue: int = 1000
-    max_attempts: int = 2
-    on_restart: str = "resume"  # resume, pause, fail
-    history_count: int = 10_000
-    history_s: float = 30 * 24 * 3600
-    step_timeout_s: float = 600.0
-    idle_unload_s: float = 0.0  # 0: never
 
 
 class QueueRunner:
     """One asyncio task that hands out work, one for each lane that does it, and one that reads the progress."""
 
     def __init__(
-        self, store: TaskStore, lanes: Lanes, facts: Facts, *, catalog: Catalog, outputs: Outputs, limits: Limits
+        self,
+        store: TaskStore,
+        lanes: Lanes,
+        facts: Facts,
+        place: Place,
+        *,
+        catalog: Catalog,
+        outputs: Outputs,
+        limits: Limits,
     ) -> None:
-        self._store, self._lanes, self._facts = store, lanes, facts
+        self._store, self._lanes, self._facts, self._place = store, lanes, facts, place
         self._catalog, self._outputs, self._limits = catalog, outputs, limits
+        self._endings = Endings(store, outputs, place, limits)
         self.closed = False  # no new work is taken
         self.wake = asyncio.Event()  # set when there may be something to do
         self.to_load: list[Model] = []  # one for each lane that is to load it
-        self._put_back = False  # running tasks are to wait again: the daemon is shutting down
         self._at_work = asyncio.Event()  # set while tasks run
 
     # -- life
 
     async def restore(self) -> None:
-        """Let the tasks of the journal wait again; first those that ran when the daemon ended, by their start."""
+        """Let the tasks of the journal wait again; first those that ran when the daemon ended, by their start.
+
+        Those whose files are made, and could not be published until then, only need that.
+        """
         unfinished = await self._store.journal.unfinished()
         waiting = [task for task in unfinished if task.status is Status.QUEUED]
-        broken = sorted((task for task in unfinished if task not in waiting), key=lambda task: task.started_at or 0)
-        taken_up = [await self._taken_up(task) for task in broken]
-        await self._store.restore([task for task in (*taken_up, *waiting) if not task.status.ended])
-
-    async def _taken_up(self, task: Task) -> Task:
-        """The new version of a task that ran when the daemon ended: saved, and its files removed."""
-        await self._tidy(task.id, self._outputs.remove_attempt)
-        if task.status is Status.CANCELLING:
-            task = ended(task, Status.CANCELLED)
-        elif self._limits.on_restart == "fail":
-            task = ended(task, Status.FAILED, "restarted", 'wangpd ended while this task ran; on_restart is "fail".')
-        elif task.attempts >= self._limits.max_attempts:
-            most = self._limits.max_attempts
-            sentence = f"wangpd ended {task.attempts} times while this task ran; max_attempts is {most}."
-            task = ended(task, Status.FAILED, "too_many_attempts", sentence)
-        else:
-            task = put_back(task, task.attempts)
-            if self._limits.on_restart == "pause":
-                await self._store.pause(True)
-        await self._store.journal.save(task)
-        return task
+        made = [task for task in unfinished if task not in waiting and task.files]
+        broken = [task for task in unfinished if task not in waiting and not task.files]
+        broken.sort(key=lambda task: task.started_at or 0)
+        taken_up = [await self._endings.taken_up(task) for task in broken]
+        await self._store.restore([task for task in (*taken_up, *waiting) if not task.status.ended], started=made)
 
     async def run(self) -> None:
         """Work until `close`, then wait for the tasks that still run."""
         reading = asyncio.create_task(self._read_boards(), name="board reader")
         try:
             async with asyncio.TaskGroup() as group:  # at its end it waits for those that still run
+                for task in self._store.at_work:
+                    group.create_task(self._endings.made(task.id))
                 while not self.closed:
+                    self.wake.clear()  # before the look: what happens during it is looked at next
                     if work := await self._next():
                         group.create_task(work)
                     else:
@@ -98,35 +84,67 @@ class QueueRunner:
     def interrupt(self) -> None:
         """Take no new work, and begin to stop the running tasks, which will be put back."""
         self.close()
-        if not self._put_back:
-            self._put_back = True
+        if not self._endings.stopping.is_set():
+            self._endings.stopping.set()
             for task_id in (*self._store.started, NO_TASK):
                 self._lanes.cancel(task_id)
 
     # -- what to do next
 
     async def _next(self) -> Coroutine[Any, Any, None] | None:
-        """What a free lane is to do now: the first waiting task unless the queue is paused, or loading a model."""
+        """What a free lane is to do now: be checked, run the first waiting task, or load a model; None if nothing."""
+        if lane := self._lanes.take_to_check():
+            return self._check(lane)
+        await self._endings.publish_kept()
         while (task := self._store.waiting.first) and not self._store.paused and not self.closed:
             lane = self._lanes.take(task, task.job.model)
             if lane is None:
                 return None
-            if await self._store.insist(partial(self._store.start, task)):
+            if await self._well() and await self._store.insist(partial(self._store.start, task)):
                 self._at_work.set()
                 return self._work(lane, task)
-            lane.release(task)  # it was moved, removed or held back meanwhile
+            lane.release(task)  # the place is not well, or it was moved, removed or held back meanwhile
+            if self._place.fault:
+                break
         lane = self._lanes.take(self.to_load[0], self.to_load[0].id) if self.to_load else None
         return self._load(lane, self.to_load.pop(0)) if lane else None
 
+    async def _well(self) -> bool:
+        """True if results can be stored now, or after the removal of old ones."""
+        if await self._place.look():
+            await self._retire()
+            await self._place.look()
+        return not self._place.fault
+
+    async def _retire(self) -> None:
+        """Remove the oldest results beyond what is to be kept."""
+        try:
+            await asyncio.to_thread(self._outputs.prepare)
+        except OSError as error:
+            log.warning("old files can't be removed now: %s", error)
+
     async def _idle(self) -> None:
         """Wait for something to do; give the memory of a lane back when it takes too long."""
-        self.wake.clear()
         idle_s = self._limits.idle_unload_s
+        rest_s = self._lanes.rest_s(idle_s)
+        if self._endings.kept or (self._place.fault and self._store.waiting.first):
+            rest_s = min(PLACE_S, math.inf if rest_s is None else rest_s)
         try:
-            await asyncio.wait_for(self.wake.wait(), self._lanes.rest_s(idle_s))
+            await asyncio.wait_for(self.wake.wait(), rest_s)
         except TimeoutError:
             for device in self._lanes.unload_idle(idle_s or math.inf):
                 log.info("%s: idle for %.0f s: the generation process was ended", device, idle_s)
+
+    async def _check(self, lane: Lane) -> None:
+        """See whether an engine works again."""
+        try:
+            await lane.engine.check()
+        except Exception as error:  # whatever it was, the queue goes on
+            lane.fail(str(error))
+        else:
+            lane.recover()
+        finally:
+            self._release(lane, lane)
 
     async def _read_boards(self) -> None:
         """Turn what the engines show into the progress of their tasks, as long as some run."""
@@ -140,7 +158,6 @@ class QueueRunner:
     async def _load(self, lane: Lane, model: Model) -> None:
         try:
             await lane.engine.load(model)
-            lane.fault = ""
             await self._store.journal.save(**self._facts.used(lane.engine, model.id))
         except JournalFault as fault:
             log.warning("what was learnt while model %s was loaded could not be kept: %s", model.id, fault)
@@ -167,7 +184,7 @@ class QueueRunner:
         except Exception as fault:  # whatever it was, the queue goes on, and the next task tries again
             log.warning("old tasks can't be forgotten now: %s", fault)
 
-    def _release(self, lane: Lane, holder: Task | Model) -> None:
+    def _release(self, lane: Lane, holder: object) -> None:
         """Let `lane` take the next task, though `holder` may not have ended yet."""
         lane.release(holder)
         self.wake.set()
@@ -175,72 +192,21 @@ class QueueRunner:
     async def _process(self, lane: Lane, task: Task) -> None:
         warm = lane.engine.loaded(task.job.model)
         try:
-            await asyncio.to_thread(self._outputs.prepare)
+            await self._retire()
             model = self._catalog.get(task.job.model)
-            if self._put_back or self._cancelling(task.id):  # before the engine knew of it
+            if self._endings.stopping.is_set() or self._endings.cancelling(task.id):  # before the engine knew of it
                 raise Cancelled
             patience_s = self._facts.patience_s(task.job, self._limits.step_timeout_s)
             result = await lane.engine.run(task.id, task.job, model, patience_s, partial(self._release, lane, task))
         except Cancelled:
-            await self._stopped(task.id)
+            await self._endings.stopped(lane, task.id)
         except (EngineError, UnknownModel) as error:
-            await self._failed(lane, task.id, getattr(error, "code", "unknown_model"), str(error))
+            await self._endings.failed(lane, task.id, getattr(error, "code", "unknown_model"), str(error))
         except Exception as error:
             log.exception("task %d: fault in the daemon", task.id)
             sentence = f"{type(error).__name__} in the daemon; its log says more."
-            await self._failed(lane, task.id, "internal_error", sentence)
+            await self._endings.failed(lane, task.id, "internal_error", sentence)
         else:
-            await self._completed(lane, task, result, warm)
-
-    def _cancelling(self, task_id: int) -> bool:
-        return self._store.started[task_id].status is Status.CANCELLING
-
-    async def _completed(self, lane: Lane, task: Task, result: Result, warm: bool) -> None:
-        lane.fault = ""
-        facts = self._facts.used(lane.engine, task.job.model) | self._facts.learn(task.job, result, loaded=not warm)
-        made = {name: getattr(result, name) for name in ("files", "timings", "plan", "peak_memory_bytes")}
-
-        def end(now: Task) -> Task:
-            # A cancel that came after the last file was whole: `cancelling` was shown, so `cancelled` must follow.
-            return ended(now, Status.CANCELLED if now.status is Status.CANCELLING else Status.COMPLETED, **made)
-
-        await self._settle(task.id, end, **facts)
-
-    async def _failed(self, lane: Lane, task_id: int, code: str, sentence: str) -> None:
-        """End the task, unless only this engine can't work: then it waits for another."""
-        others = False
-        if code in ENGINE_FAULTS:
-            lane.fail(sentence)
-            others = any(other is not lane for other in self._lanes.up())
-        if others:
-            log.error("%s takes no tasks for a while, others do: %s", lane.engine.device, sentence)
-        await self._tidy(task_id, self._outputs.remove_parts)
-        await self._settle(task_id, lambda now: ended(now, Status.FAILED, code, sentence), back=others)
-
-    async def _stopped(self, task_id: int) -> None:
-        """End a task that a client cancelled, or put it back at a shutdown.
-
-        A client keeps the files of earlier runs, each of them whole; a task that goes back will make them all again.
-        """
-        back = self._put_back and not self._cancelling(task_id)
-        await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
-        await self._settle(task_id, lambda now: ended(now, Status.CANCELLED), back=back)
-
-    async def _settle(self, task_id: int, end: Callable[[Task], Task], *, back: bool = False, **facts: Any) -> None:
-        """Commit the end of a running task, however long the disk needs; `facts` in the same commit.
-
-        With `back`, it waits again, unless a client has cancelled it meanwhile.
-        """
-
-        def outcome(now: Task) -> Task:
-            return put_back(now, now.attempts - 1) if back and now.status is Status.PROCESSING else end(now)
-
-        task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
-        log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
-
-    async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:
-        """Delete the files of an attempt; one that can't be deleted must not cost the task its end."""
-        try:
-            await asyncio.to_thread(remove, task_id)
-        except OSError as error:
-            log.warning("task %d: what it left in the output folder can't be removed: %s", task_id, error)
+            facts = self._facts.used(lane.engine, task.job.model) | self._facts.learn(task.job, result, loaded=not warm)
+            made = {name: getattr(result, name) for name in ("files", "timings", "plan", "peak_memory_bytes")}
+            await self._endings.made(task.id, made, **facts)

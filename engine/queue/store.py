@@ -139,8 +139,9 @@ class TaskStore:
 
     # -- changes by the runner
 
-    async def restore(self, order: Sequence[Task]) -> None:
-        """Let the tasks of a former life wait in this order."""
+    async def restore(self, order: Sequence[Task], started: Sequence[Task]) -> None:
+        """Let the tasks of a former life wait in this order, and those of `started` run on."""
+        self.started = {task.id: task for task in started}
         await self._rerank(ranks_of([task.id for task in order]))
         for task in order:
             self.waiting.add(task)
@@ -160,6 +161,13 @@ class TaskStore:
             task = outcome(self.started[task_id])
             await self._commit(task, **facts)
             return task
+
+    async def keep(self, task_id: int, **made: Any) -> None:
+        """Store what a running task has made, before it has ended."""
+        async with self._changing:
+            task = replace(self.started[task_id], **made)
+            await self.journal.save(task)
+            self.started[task_id] = task
 
     async def advance(self, newer: Callable[[Task], Task]) -> None:
         """Let running tasks be further on, as `newer` makes of each. The journal learns of it with their end."""

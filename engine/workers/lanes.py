@@ -1,16 +1,17 @@
 """The lanes: engines that work side by side, one a device, which of them is free, and what keeps one from working."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.catalog.models import Model
-from engine.job import Job, Phase, Result
+from engine.job import Job, OutputFile, Phase, Result
 from engine.planning.machine import Machine
 
-ENGINE_FAULT_S = 60.0  # how long an engine that could not even start gets no work that another could do
-ENGINE_FAULTS = frozenset({"no_device", "engine_unavailable"})
+log = logging.getLogger("wangpd.queue")
+CHECK_AGAIN_S, MOST_CHECK_S = 5.0, 60.0  # after a fault of an engine, and doubled after each check that fails
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Runner(Protocol):
 
     async def load(self, model: Model) -> None:
         """Make a model warm. Raises EngineError."""
+
+    async def check(self) -> None:
+        """Raises EngineError if the device can't work."""
+
+    def made(self, task_id: int) -> Sequence[OutputFile]:
+        """The whole files of a run that was broken off."""
 
     def loaded(self, model_id: str) -> bool:
         """True if a model is warm."""
@@ -63,8 +70,10 @@ class Lane:
     engine: Runner
     holder: object | None = None  # what it works on, a task or a model to be made warm; None: it is free
     idle_since: float = field(default_factory=time.monotonic)
-    fault: str = ""  # why it could not start, until it has worked again
-    fault_at: float = 0.0
+    fault: str = ""  # why it can't work; it gets no task until a check has succeeded
+    suspect: bool = False  # its device has failed in a task, and must be checked before the next one
+    check_at: float = 0.0
+    check_s: float = CHECK_AGAIN_S  # until the check after the next one
 
     def release(self, holder: object) -> None:
         """Be free for the next holder; nothing happens if this one has let it go already."""
@@ -73,12 +82,21 @@ class Lane:
 
     def fail(self, sentence: str) -> None:
         """Note that its engine can't work on this machine as it is."""
-        self.fault, self.fault_at = sentence, time.monotonic()
+        if self.fault != sentence:
+            log.error("%s takes no tasks until it works: %s", self.engine.device, sentence)
+        self.fault, self.check_at = sentence, time.monotonic() + self.check_s
+        self.check_s = min(2 * self.check_s, MOST_CHECK_S)
+
+    def recover(self) -> None:
+        """Note that its engine works."""
+        if self.fault:
+            log.info("%s works again", self.engine.device)
+        self.fault, self.suspect, self.check_s = "", False, CHECK_AGAIN_S
 
     @property
-    def down(self) -> bool:
-        """It could not start a short time ago."""
-        return bool(self.fault) and time.monotonic() - self.fault_at < ENGINE_FAULT_S
+    def up(self) -> bool:
+        """It works, as far as is known."""
+        return not self.fault and not self.suspect
 
 
 class Lanes(tuple[Lane, ...]):
@@ -91,17 +109,23 @@ class Lanes(tuple[Lane, ...]):
 
     def up(self) -> list[Lane]:
         """The lanes that work, as far as is known."""
-        return [lane for lane in self if not lane.down]
+        return [lane for lane in self if lane.up]
 
     def take(self, holder: object, model_id: str) -> Lane | None:
-        """Give `holder` the free lane where its model is warm, or else the longest idle one; None if none is free.
-
-        Where no lane works, each is tried all the same: what waits has to come to an end.
-        """
-        free = [lane for lane in self.up() or self if lane.holder is None]
+        """Give `holder` the free lane where its model is warm, or else the longest idle one; None if none is free."""
+        free = [lane for lane in self.up() if lane.holder is None]
         lane = min(free, key=lambda lane: (not lane.engine.loaded(model_id), lane.idle_since), default=None)
         if lane:
             lane.holder = holder
+        return lane
+
+    def take_to_check(self) -> Lane | None:
+        """A free lane whose engine is due to be checked, held by itself; None if there is none."""
+        now = time.monotonic()
+        due = (lane for lane in self if lane.holder is None and not lane.up and (lane.suspect or lane.check_at <= now))
+        lane = next(due, None)
+        if lane:
+            lane.holder = lane
         return lane
 
     @property
@@ -139,10 +163,10 @@ class Lanes(tuple[Lane, ...]):
         return [lane.engine.device for lane in idle if lane.engine.unload()]
 
     def rest_s(self, idle_s: float) -> float | None:
-        """Seconds until a free lane will have been idle for `idle_s` (0: never), or one that is down is tried again.
+        """Seconds until a free lane will have been idle for `idle_s` (0: never), or is due to be checked.
 
         None if neither will happen by itself.
         """
-        idle = [lane.idle_since + idle_s for lane in self if idle_s and lane.holder is None]
-        down = [lane.fault_at + ENGINE_FAULT_S for lane in self if lane.down]
-        return max(0.0, min([*idle, *down]) - time.monotonic()) if idle or down else None
+        free = [lane for lane in self if lane.holder is None]
+        due = [lane.check_at if lane.fault else lane.idle_since + idle_s for lane in free if lane.fault or idle_s]
+        return max(0.0, min(due) - time.monotonic()) if due else None

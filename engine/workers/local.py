@@ -9,15 +9,28 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from engine.catalog.models import Model
+from engine.files.publish import KEPT
 from engine.gpu import worker
-from engine.job import NO_TASK, Board, Cancelled, EngineConfig, EngineError, Job, OutputFile, Phase, Result, fingerprint
+from engine.job import (
+    DEVICE_FAULT,
+    NO_TASK,
+    STALE_PROCESS,
+    Board,
+    Cancelled,
+    EngineConfig,
+    EngineError,
+    Job,
+    OutputFile,
+    Phase,
+    Result,
+    fingerprint,
+)
 from engine.planning.machine import Machine
 from engine.workers.lanes import Progress
 from engine.workers.reports import Reports
@@ -26,6 +39,9 @@ log = logging.getLogger("wangpd.engine")
 T = TypeVar("T")
 LOADING_PATIENCE = 6  # times the patience of other phases
 WATCH_S = 1.0  # how often the board is looked at for signs of life
+CHECK_S = 60.0  # without a sign of life, for a process that starts and opens its device
+NO_ENGINE = "engine_unavailable"
+NO_PROCESS = "No generation process can be started: {}"
 
 
 class _Spawn(SpawnContext):
@@ -41,11 +57,12 @@ class _Spawn(SpawnContext):
 class _Worker:
     """A generation process with all that is its own: executor, board and reports, never shared with another one."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, made: dict[int, list[OutputFile]]) -> None:
+        """`made` gets the whole files of each task as they are reported."""
         self._context = _Spawn()
         self.board = self._context.RawValue(Board)
         ours, self._theirs = self._context.Pipe(duplex=False)
-        self.reports = Reports(ours)
+        self.reports = Reports(ours, made)
         arguments = self.board, self._theirs, config
         self._executor = ProcessPoolExecutor(1, self._context, worker.start, arguments)
 
@@ -89,6 +106,7 @@ class Engine:
         self._worker: _Worker | None = None
         self._task: int | None = None
         self._saving: dict[int, _Saving] = {}
+        self._made: dict[int, list[OutputFile]] = {}  # whole files by task
         self._hung_s: float | None = None  # how long the process that was ended had made no progress
 
     @property
@@ -111,6 +129,7 @@ class Engine:
         """
         result = await self._call(task_id, patience_s, worker.generate, task_id, job, model)
         if not result.pending or self._worker is None:
+            self.made(task_id)
             return result
         runs = max(1, self._board.runs)
         progress = Progress(Phase.SAVING, runs - 1, runs, job.steps, job.steps)
@@ -118,56 +137,80 @@ class Engine:
         self._saving[task_id] = saving
         try:
             free()
-            return await self._saved(saving, patience_s)
+            return await self._saved(saving, task_id, patience_s)
         finally:
             del self._saving[task_id]
+            if saving.worker is not self._worker and not self._saves(saving.worker):
+                saving.worker.discard(wait=False)
 
-    async def _saved(self, saving: _Saving, patience_s: float) -> Result:
+    async def _saved(self, saving: _Saving, task_id: int, patience_s: float) -> Result:
         """The result once its files are whole. A cancel removes the last of them."""
         since = time.monotonic()
         try:
             async with asyncio.timeout(patience_s):
-                fault = await saving.worker.reports.settled(saving.result.pending)
+                await saving.worker.reports.settled(saving.result.pending)
         except TimeoutError:
             saving.worker.kill()
             raise _hung(time.monotonic() - since, "while saving") from None
+        except EOFError:
+            raise Cancelled if saving.cancelled else _died("while saving") from None
+        made = self.made(task_id)
         if saving.cancelled:
-            for file in saving.result.files[-1:]:
-                (self._config.save_path / file.filename).unlink(missing_ok=True)
+            last = saving.result.files[-1].filename
+            for folder in (self._config.save_path, self._config.state_path / KEPT):
+                (folder / last).unlink(missing_ok=True)
+            self._made[task_id] = [file for file in made if file.filename != last]
             raise Cancelled("while its files were written")
-        if fault is None:
-            raise _died("while saving")
-        if fault:
-            raise EngineError(fault, "save_failed")
         timings = {**saving.result.timings, Phase.SAVING.label: time.monotonic() - since}
-        files = await asyncio.to_thread(lambda: tuple(map(self._sized, saving.result.files)))
-        return replace(saving.result, files=files, timings=timings, pending=0)
+        return replace(saving.result, files=made, timings=timings, pending=0)
 
-    def _sized(self, file: OutputFile) -> OutputFile:
-        with suppress(FileNotFoundError):  # somebody has deleted it already
-            return replace(file, size_bytes=(self._config.save_path / file.filename).stat().st_size)
-        return file
+    def made(self, task_id: int) -> tuple[OutputFile, ...]:
+        """The whole files of a task's latest run, also if that was broken off. The second call has none."""
+        return tuple(self._made.pop(task_id, ()))
+
+    def _saves(self, process: _Worker) -> bool:
+        return any(saving.worker is process for saving in self._saving.values())
 
     async def load(self, model: Model) -> None:
         await self._call(NO_TASK, math.inf, worker.warm, model)
 
+    async def check(self) -> None:
+        await self._call(NO_TASK, CHECK_S, worker.check)
+
     async def _call(self, task_id: int, patience_s: float, function: Callable[..., T], *arguments: Any) -> T:
         fresh = self._worker is None
-        used = self._worker = self._worker or _Worker(self._config)
+        try:
+            used = self._worker = self._worker or _Worker(self._config, self._made)
+        except OSError as error:  # no file is left for its pipe
+            raise EngineError(NO_PROCESS.format(error.strerror), NO_ENGINE) from None
         self._task, used.board.cancel, self._hung_s = task_id, 0, None
         watching = asyncio.create_task(self._watch(used, patience_s))
         try:
             return await used.call(function, *arguments)
         except BrokenProcessPool:
+            used.reports.read()
             began = used.board.task == task_id or self._hung_s is not None
             death = self._death(used.board, task_id)
-            if began or fresh or isinstance(death, Cancelled):
+            if began or isinstance(death, Cancelled):
                 raise death from None
+            if fresh:
+                raise EngineError(NO_PROCESS.format("it died at its start; the log says more"), NO_ENGINE) from None
+        except (OSError, RuntimeError) as error:  # no memory, process or file is left to start one with
+            self._discard()
+            raise EngineError(NO_PROCESS.format(error), NO_ENGINE) from None
+        except EngineError as fault:
+            if fault.code not in (DEVICE_FAULT, STALE_PROCESS):
+                raise
+            self._worker = None
+            if not self._saves(used):
+                used.discard(wait=False)
+            if fault.code == DEVICE_FAULT:
+                raise
         finally:
             self._task = None
             watching.cancel()
             used.reports.read()  # what it has reported during the call is known after it
-        log.warning("the generation process had died while it was idle; another one is started")
+        log.warning("the generation process was not fit for work any more; another one is started")
         return await self._call(task_id, patience_s, function, *arguments)
 
     async def _watch(self, watched: _Worker, patience_s: float) -> None:

@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
+from engine.job import EngineError, OutputFile
 from engine.planning.machine import Machine
 
 CHUNK_BYTES = 2**16  # as much as a pipe holds
@@ -18,11 +19,13 @@ CHUNK_BYTES = 2**16  # as much as a pipe holds
 class Reports:
     """The newest of each kind, read from the pipe as they come. Used on the event loop only."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, made: dict[int, list[OutputFile]]) -> None:
+        """`made` gets each whole file, under the id of its task."""
+        self._made = made
         self.plan = ""  # where the weights of its model are, in a line
         self.machine: Machine | None = None  # what it measured, before it loaded a model
         self.ended = False  # the worker is gone, and there will be no more
-        self._settled: dict[int, str] = {}  # number of a job whose files are written, or given up → the reason
+        self._settled: dict[int, EngineError | None] = {}  # number of a job whose files are written, or given up → why
         self._pipe, self._rest = pipe, b""
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -42,15 +45,22 @@ class Reports:
         for report in map(json.loads, lines):
             self.plan = report.get("plan", self.plan)
             self.machine = Machine(**report["machine"]) if "machine" in report else self.machine
-            self._settled |= {report["settled"]: report["fault"]} if "settled" in report else {}
+            if "made" in report:
+                self._made.setdefault(report["task"], []).append(OutputFile(**report["made"]))
+            if "settled" in report:
+                fault = EngineError(report["fault"], report["code"]) if report["fault"] else None
+                self._settled[report["settled"]] = fault
         if not data:
             self.close()
 
-    async def settled(self, number: int) -> str | None:
-        """Wait for the files of a job: the reason if they could not be written, else ""; None if the worker is gone."""
+    async def settled(self, number: int) -> None:
+        """Wait until a job's files are written. Raises EngineError if they can't be, EOFError if the worker dies."""
         while number not in self._settled and not self.ended:
             await self._news.wait()
-        return self._settled.pop(number, None)
+        if number not in self._settled:
+            raise EOFError
+        if fault := self._settled.pop(number):
+            raise fault
 
     def close(self) -> None:
         """Read no more."""

@@ -3,22 +3,42 @@
 import gc
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from engine.job import EngineError
 
+CARDS = Path("/sys/bus/pci/devices")
+NVIDIA, DISPLAY = "0x10de", "0x03"  # vendor and class of a card, as the kernel writes them
+
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing."""
+    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing.
+
+    `auto` is the CPU only where there is no card: one that does not work now is a fault of the machine.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
+        if torch.version.cuda and not available["cuda"] and (card := broken_card()):
+            sentence = f"device: the NVIDIA card {card} does not work with this driver; see nvidia-smi"
+            raise EngineError(f'{sentence}, or set device = "cpu"', "no_device")
         return torch.device(next(name for name, there in available.items() if there))
     kind = wanted.partition(":")[0]
     if not available.get(kind, False):
         remedy = 'set device = "auto", or name others in devices'
         raise EngineError(f"device: '{wanted}' is not available on this machine; {remedy}", "no_device")
     return torch.device(kind)  # cuda:1 is the only card that the process sees, and so the first (`process.only_card`)
+
+
+def broken_card(cards: Path = CARDS) -> str:
+    """The PCI address of an NVIDIA card that no other driver has, such as nouveau; "" without one."""
+    for card in sorted(cards.glob("*")):
+        about = [(card / name).read_text() if (card / name).is_file() else "" for name in ("vendor", "class")]
+        driver = (card / "driver").resolve().name
+        if about[0].strip() == NVIDIA and about[1].startswith(DISPLAY) and driver in ("driver", "nvidia"):
+            return card.name
+    return ""
 
 
 def shortest_s(work: Callable[[], object], device: torch.device) -> float:

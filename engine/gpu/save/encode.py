@@ -1,6 +1,7 @@
 """Encodes frames and sound to files with their settings inside, published when whole (see `engine.files.publish`).
 
-Each `write_…` raises EngineError with code "save_failed", or what making the frames raises, and leaves no file then.
+Each `write_…` raises EngineError with code "save_failed" or STORAGE_FAULT, or what making the frames raises, and leaves
+no file then.
 Settings are JSON in pure ASCII: no container, tag reader or shell can garble that, not even a lone surrogate.
 """
 
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin
 
 from engine.files.publish import published
-from engine.job import EngineError, Job
+from engine.job import STORAGE_FAULT, EngineError, Job
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,16 @@ _CODECS: Final[Mapping[str, str]] = {
     "nvenc": "-c:v h264_nvenc -preset p5 -rc vbr -cq {crf} -b:v 0",
 }
 
+# Faults of the disk, and those of the task or the installation.
+_STORAGE_REMEDIES: Final[Mapping[str, str]] = {
+    "No space left on device": "free space on the disk of state_path",
+    "Disk quota exceeded": "raise the quota, or free space on the disk of state_path",
+    "Read-only file system": "make state_path writable",
+    "Permission denied": "let the daemon's user write to state_path",
+    "Input/output error": "see to the disk of state_path",
+}
 _REMEDIES: Final[Mapping[str, str]] = {
-    "No space left on device": "free space on the output disk and retry the task",
-    "Disk quota exceeded": "raise the quota or delete old outputs, and retry the task",
-    "Read-only file system": "make the output folder writable and retry the task",
-    "Permission denied": "let the daemon's user write to the output folder and retry the task",
+    **_STORAGE_REMEDIES,
     "ffmpeg can't be started": "reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name a working one",
 }
 
@@ -201,7 +207,8 @@ def _started(command: list[str], complaints: IO[bytes], path: Path) -> "subproce
 
 def _save_failed(path: Path, reason: str) -> EngineError:
     remedy = _REMEDIES.get(reason, "the log of the daemon says more")
-    return EngineError(f"'{path.name}' could not be saved: {reason}; {remedy}", "save_failed")
+    code = STORAGE_FAULT if reason in _STORAGE_REMEDIES else "save_failed"
+    return EngineError(f"'{path.name}' could not be saved: {reason}; {remedy}", code)
 
 
 def _comment_option(format: ImageFormat, comment: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from PIL import Image
 
 from engine import settings
 from engine.files import media
+from engine.files.place import Folder
+from engine.files.publish import KEPT, move
 from engine.files.thumbnails import PREVIEW_WIDTH, ThumbnailCache, key_of
 from engine.gpu.run.results import Clip
 from engine.gpu.save import background, encode
@@ -37,11 +39,24 @@ class Saved(NamedTuple):
 
 
 class Saver:
-    """Writes the files of a job; each gets its final name only when it is whole (see `engine.files.publish`)."""
+    """Writes the files of a job into `KEPT`; each is published when it is whole (see `engine.files.publish`).
 
-    def __init__(self, config: EngineConfig, settled: Callable[[str], None]) -> None:
-        """`settled` is called for each `finish`, with the reason if a file could not be written."""
-        self._config, self._settled = config, settled
+    One that can't be, because the output folder is away or its disk full, stays there for the daemon to publish.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        settled: Callable[[BaseException | None], None],
+        made: Callable[[int, OutputFile], None],
+    ) -> None:
+        """`settled` is called for each `finish`, with the reason if a file could not be written.
+
+        `made` is called with the task's id for each file that is whole. Both are called in the same thread.
+        """
+        self._config, self._settled, self._made = config, settled, made
+        self._kept, self._disk = config.state_path / KEPT, Folder(config.save_path, "save_path", 0, "")
+        self._disk.away()  # the first call only learns whether it is a mount point
         self._finished = 0
         self._thread = ThreadPoolExecutor(1, "background")
         self._posters = ThumbnailCache(config.state_path / "thumbnails")
@@ -51,7 +66,7 @@ class Saver:
         kind = "audio" if clip.frames is None else "video" if job.frames > 1 else "image"
         config, layer = self._config, f"_{clip.layer}" if clip.layer else ""
         suffix = {"audio": config.audio_format, "video": "mp4", "image": config.image_format.replace("jpeg", "jpg")}
-        path = config.save_path / encode.output_name(job, clip.seed, task_id, started, f"{layer}.{suffix[kind]}")
+        name = encode.output_name(job, clip.seed, task_id, started, f"{layer}.{suffix[kind]}")
         height = width = count = 0
 
         def pieces() -> Iterator[torch.Tensor]:
@@ -61,15 +76,26 @@ class Saver:
                 count += len(piece)
                 yield piece
 
-        write = partial(self._write, path, kind, clip, job)
+        def about(size_bytes: int) -> OutputFile:
+            return OutputFile(name, kind, size_bytes, width, height, count, job.fps, clip.seed)
+
+        def write(coming: Iterator[torch.Tensor]) -> None:
+            self._kept.mkdir(parents=True, exist_ok=True)
+            self._write(self._kept / name, kind, clip, job, coming)
+            size_bytes = (self._kept / name).stat().st_size
+            with suppress(OSError):  # then it is kept
+                if not self._disk.away():
+                    move(self._kept / name, config.save_path / name)
+            self._made(task_id, about(size_bytes))
+
         written = background.feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
-        return Saved(OutputFile(path.name, kind, 0, width, height, count, job.fps, clip.seed), written)
+        return Saved(about(0), written)
 
     def finish(self, saved: Sequence[Saved]) -> int:
         """Have `settled` called once these files of a job are written; returns the number of that call, from 1."""
 
         def settle(_: Any) -> None:
-            self._settled(next((str(error) for file in saved if (error := file.written.exception())), ""))
+            self._settled(next(filter(None, (file.written.exception() for file in saved)), None))
 
         self._finished += 1
         saved[-1].written.add_done_callback(settle)  # the last: they are done in order
@@ -92,8 +118,7 @@ class Saver:
         elif sound:
             encode.write_sound(path, sound, embedded)
         if kind != "audio" and first.shape[-1] == RGB:
-            with suppress(OSError):  # a user may have removed the file
-                self._posters.put(key_of(path, PREVIEW_WIDTH), media.reduced(Image.fromarray(first), PREVIEW_WIDTH))
+            self._posters.put(key_of(path, PREVIEW_WIDTH), media.reduced(Image.fromarray(first), PREVIEW_WIDTH))
 
 
 @cache

@@ -1,0 +1,169 @@
+"""How a running task ends: completed, failed, cancelled, or waiting again where the fault is not its own."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from engine.files.outputs import Outputs
+from engine.files.place import Place
+from engine.job import DEVICE_FAULT, ENGINE_FAULTS, STORAGE_FAULT
+from engine.queue.store import TaskStore
+from engine.queue.tasks import Status, Task, ended, put_back
+from engine.workers.lanes import Lane
+
+log = logging.getLogger("wangpd.queue")
+PLACE_S = 2.0  # between two looks at folders that can't be used
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The queue's part of the configuration."""
+
+    max_queue: int = 1000
+    max_attempts: int = 2
+    on_restart: str = "resume"  # resume, pause, fail
+    history_count: int = 10_000
+    history_s: float = 30 * 24 * 3600
+    step_timeout_s: float = 600.0
+    idle_unload_s: float = 0.0  # 0: never
+
+
+class Endings:
+    """Brings tasks to their end. Each method returns once that is committed, however long the disk needs."""
+
+    def __init__(self, store: TaskStore, outputs: Outputs, place: Place, limits: Limits) -> None:
+        self._store, self._outputs, self._place, self._limits = store, outputs, place, limits
+        self.stopping = asyncio.Event()  # running tasks are to wait again: the daemon is shutting down
+        self.kept = True  # files of ended tasks may still have to be published
+        self._engine_faults: Counter[tuple[int, Lane]] = Counter()
+
+    def cancelling(self, task_id: int) -> bool:
+        """True if a client has cancelled this running task."""
+        return self._store.started[task_id].status is Status.CANCELLING
+
+    async def publish_kept(self) -> None:
+        """Publish what ended tasks have left, if the place is well."""
+        if self.kept and not await self._place.look():
+            self.kept = bool(await asyncio.to_thread(self._outputs.publish_kept))
+
+    async def taken_up(self, task: Task) -> Task:
+        """The new version of a task that ran when the daemon ended: saved, and its files removed."""
+        await self._tidy(task.id, self._outputs.remove_attempt)
+        if task.status is Status.CANCELLING:
+            task = ended(task, Status.CANCELLED)
+        elif self._limits.on_restart == "fail":
+            task = ended(task, Status.FAILED, "restarted", 'wangpd ended while this task ran; on_restart is "fail".')
+        elif task.attempts >= self._limits.max_attempts:
+            most = self._limits.max_attempts
+            sentence = f"wangpd ended {task.attempts} times while this task ran; max_attempts is {most}."
+            task = ended(task, Status.FAILED, "too_many_attempts", sentence)
+        else:
+            task = put_back(task, task.attempts)
+            if self._limits.on_restart == "pause":
+                await self._store.pause(True)
+        await self._store.journal.save(task)
+        return task
+
+    async def made(self, task_id: int, made: Mapping[str, Any] | None = None, **facts: Any) -> None:
+        """Complete a task once its files are published; `made` is None if they were made in a former life.
+
+        They are kept as long as that can't be done. If the daemon ends before, its next life goes on here.
+        """
+        changes = made or {}
+        names = [file.filename for file in changes.get("files", self._store.started[task_id].files)]
+        held = False
+        while fault := await asyncio.to_thread(self._outputs.publish_kept, names):
+            held = True
+            self._place.hold(fault)
+            if changes:
+                await self._store.insist(partial(self._store.keep, task_id, **changes))
+            changes = {}
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), PLACE_S)
+            if self.stopping.is_set():
+                return
+            if self.cancelling(task_id):
+                self.kept = True
+                break
+        if held:
+            self._place.hold("")
+
+        def end(now: Task) -> Task:
+            # A cancel that came after the last file was whole: `cancelling` was shown, so `cancelled` must follow.
+            return ended(now, Status.CANCELLED if now.status is Status.CANCELLING else Status.COMPLETED, **changes)
+
+        await self._settle(task_id, end, **facts)
+
+    async def failed(self, lane: Lane, task_id: int, code: str, sentence: str) -> None:
+        """End a task, unless the fault is its engine's or a disk's: then it waits until that is well again.
+
+        What fails under this task alone, as a disk does that is smaller than its file, costs the attempt.
+        """
+        attempts_left = self._store.started[task_id].attempts < self._limits.max_attempts
+        back = counted = False
+        if code in ENGINE_FAULTS:
+            lane.fail(sentence)
+            self._engine_faults[task_id, lane] += (
+                1  # if the engine passes its checks in between, it is the task's fault
+            )
+            back = self._engine_faults[task_id, lane] <= self._limits.max_attempts
+        elif code == DEVICE_FAULT:
+            lane.suspect = True
+            back, counted = attempts_left, True
+        elif code == STORAGE_FAULT:
+            counted = not await self._place.doubt()
+            back = attempts_left or not counted
+            self._place.hold(self._place.fault or sentence)
+        if back:
+            log.error("task %d waits again: %s", task_id, sentence)
+        await self._break_off(lane, task_id, code, sentence, back=back, counted=counted)
+
+    async def stopped(self, lane: Lane, task_id: int) -> None:
+        """End a task that a client cancelled, or put it back at a shutdown."""
+        await self._break_off(lane, task_id, back=self.stopping.is_set() and not self.cancelling(task_id))
+
+    async def _break_off(
+        self, lane: Lane, task_id: int, code: str = "", sentence: str = "", *, back: bool, counted: bool = False
+    ) -> None:
+        """End a task whose run was broken off, with those of its files that are whole, or let it wait again.
+
+        One that waits again will make all of its files once more. `counted`: the attempt counts all the same.
+        """
+        files = () if back else tuple(lane.engine.made(task_id))
+        await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
+        if files:
+            names = [file.filename for file in files]
+            self.kept |= bool(await asyncio.to_thread(self._outputs.publish_kept, names))
+        status = Status.FAILED if code else Status.CANCELLED
+
+        def end(now: Task) -> Task:
+            return ended(now, status, code, sentence, files=files)
+
+        await self._settle(task_id, end, back=back, counted=counted)
+
+    async def _settle(
+        self, task_id: int, end: Callable[[Task], Task], *, back: bool = False, counted: bool = False, **facts: Any
+    ) -> None:
+        """Commit the end of a running task, `facts` in the same commit.
+
+        With `back`, it waits again, unless a client has cancelled it meanwhile. `counted`: the attempt counts.
+        """
+
+        def outcome(now: Task) -> Task:
+            goes_back = back and now.status is Status.PROCESSING
+            return put_back(now, now.attempts - (0 if counted else 1)) if goes_back else end(now)
+
+        task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
+        log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
+
+    async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:
+        """Delete the files of an attempt; one that can't be deleted must not cost the task its end."""
+        try:
+            await asyncio.to_thread(remove, task_id)
+        except OSError as error:
+            log.warning("task %d: what it left in the output folder can't be removed: %s", task_id, error)
