@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'Environment ready.'
 
 # For the test of a TypeScript client. Without npm everything else is tested, and that test says what to install.
-$(NPM_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+$(NPM_STAMP): $(wildcard $(CLIENTS)/package*.json)
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $(CLIENTS) --no-audit --no-fund --loglevel=error && touch $@; \
 	else echo 'There is no npm here: sudo apt-get install nodejs npm'; fi

@@ -190,6 +190,7 @@ def test_a_good_picture_is_not_stored_when_something_else_is_wrong(refused: Daem
 
 SHOWN = 'a JSON object such as {"prompt": "a cat"}'
 ONE_OBJECT = "The body is nested too deeply; send a flat object"
+CONTROL = r"a tab within a text must be written as \t, another control character as \u and four digits"
 QUOTES = "names and texts must be in straight double quotes"
 
 
@@ -211,11 +212,8 @@ BODIES = {
     "typographic quotes": ("{\u201cprompt\u201d: 1}".encode(), at(1, 2, QUOTES)),
     "a value in single quotes": (b"{\"prompt\":\n  'a'}", at(2, 3, QUOTES)),
     "a line feed in a text": (b'{\n "prompt": "a\nb"}', at(2, 14, r"a line break within a text must be written as \n")),
-    "a tab in a text": (b'{"prompt": "a\tb"}', at(1, 14, r"a tab within a text must be written as \t")),
-    "a control character": (
-        b'{"prompt": "a\x01b"}',
-        at(1, 14, r"a control character within a text must be written as \u and four digits"),
-    ),
+    "a tab in a text": (b'{"prompt": "a\tb"}', at(1, 14, CONTROL)),
+    "a control character": (b'{"prompt": "a\x01b"}', at(1, 14, CONTROL)),
     "a path of Windows": (
         b'{"prompt": "C:\\x"}',
         at(1, 15, r"a backslash within a text must be written twice, as \\"),

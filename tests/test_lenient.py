@@ -48,7 +48,7 @@ def resolved(daemon: Daemon, **fields: Any) -> dict[str, Any]:
 # ---- values
 
 MEANT: list[tuple[str, Any, Any]] = [
-    *(("num_inference_steps", text, 30) for text in ("30", " 30 ", "30.0", "+30", "3e1", "030")),
+    *(("num_inference_steps", text, 30) for text in ("30", " 30 ", "30.0", "+30", "30.", "030")),
     *(("guidance_scale", text, 5.0) for text in ("5", "5.0", " 5.", "0.5e1", "50E-1")),
     ("seed", "9007199254740993", 9007199254740993),
     ("seed", "9007199254740993.0", 9007199254740993),

@@ -67,10 +67,10 @@ async def _read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
 
     Raises BadRequest; a body that is too large raises 413.
     """
-    if encoded := _encoding(request):
-        raise web.HTTPUnsupportedMediaType(
-            text=f"Content-Encoding: '{encoded}' is not supported; send the body as it is"
-        )
+    encodings = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ()))
+    if set(re.split(r"[, ]+", encodings.lower())) - {"", "identity"}:
+        rule = "is not supported; send the body as it is"
+        raise web.HTTPUnsupportedMediaType(text=f"Content-Encoding: '{shortened(encodings)}' {rule}")
     read = _read_form if request.content_type == FORM_TYPE else _read_json
     if read is _read_json and not JSON_TYPES.fullmatch(request.content_type):
         raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE} or {FORM_TYPE}")
@@ -89,12 +89,6 @@ async def _read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
     async with request.app[HEAVY]:
         valid, request[DIGEST] = await asyncio.to_thread(checked)
     return valid
-
-
-def _encoding(request: web.Request) -> str:
-    """What the body is encoded with; empty if nothing."""
-    sent = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ()))
-    return shortened(sent) if set(sent.lower().replace(" ", "").split(",")) - {"", "identity"} else ""
 
 
 async def _read_json(request: web.Request, _: Schema) -> Callable[[], Body]:

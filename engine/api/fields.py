@@ -95,17 +95,6 @@ class Flag(fields.Boolean):
         return value
 
 
-class Digits(fields.Integer):
-    """A whole number in a path, where everything is text."""
-
-    default_error_messages = {"invalid": "{input!r} must be a whole number"}
-
-    def _validated(self, value: Any) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,4000}", str(value)):
-            raise self.make_error("invalid", input=value)
-        return int(value)
-
-
 class Size(Text):
     """Width and height as a text, such as `64x64`."""
 

@@ -20,8 +20,7 @@ OUTSIDE_TEXTS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|-?(?:NaN|Infinity)', re
 # By what json's message and the text from that place on begin with.
 REASONS = {
     r"Invalid control[^|]*\|[\r\n]": r"a line break within a text must be written as \n",
-    r"Invalid control[^|]*\|\t": r"a tab within a text must be written as \t",
-    r"Invalid control": r"a control character within a text must be written as \u and four digits",
+    r"Invalid control": r"a tab within a text must be written as \t, another control character as \u and four digits",
     r"Invalid \\": r"a backslash within a text must be written twice, as \\",
     r"Unterminated": "the text that begins here has no closing quote, or the body is cut off",
     r"Extra data[^|]*\|\s*(//|/\*|#)|Expecting[^|]*\|(//|/\*|#)": "JSON has no comments; leave it out",

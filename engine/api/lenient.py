@@ -45,7 +45,7 @@ def _blank(value: Any) -> bool:
 
 def _one(field: Field, value: Any) -> Any:
     read = next((read for kind, read in _READERS.items() if isinstance(field, kind)), None)
-    if not read or not (isinstance(value, str) or (read is _flag and value in (0, 1))):
+    if not read or not (isinstance(value, str) or (isinstance(field, Flag) and value in (0, 1))):
         return value
     text = str(value).strip()
     try:
@@ -54,21 +54,21 @@ def _one(field: Field, value: Any) -> Any:
         return value
 
 
-def _flag(text: str) -> bool:
-    return FLAGS[text.lower()]
+def _whole(text: str) -> int:
+    if digits := WHOLE.fullmatch(text):
+        return int(digits[1])
+    raise LookupError(text)
 
 
-def _number(text: str) -> int | float:
-    if whole := WHOLE.fullmatch(text):
-        return int(whole[1])
+def _number(text: str) -> float:
     number = float(text) if NUMBER.fullmatch(text) else math.inf
     if math.isinf(number):
         raise LookupError(text)
     return number
 
 
-def _length(text: str) -> int | float | str:
-    return f"{seconds[1]}s" if (seconds := SECONDS.fullmatch(text)) else _number(text)
+def _length(text: str) -> int | str:
+    return f"{seconds[1]}s" if (seconds := SECONDS.fullmatch(text)) else _whole(text)
 
 
 def _size(text: str) -> str:
@@ -78,8 +78,8 @@ def _size(text: str) -> str:
 
 
 _READERS: Mapping[type[Field], Callable[[str], Any]] = {
-    Flag: _flag,
-    Whole: _number,
+    Flag: lambda text: FLAGS[text.lower()],
+    Whole: _whole,
     Real: _number,
     VideoLength: _length,
     Size: _size,

@@ -9,7 +9,7 @@ from typing import Any
 
 from marshmallow import Schema, fields, validate
 
-from engine.api.fields import DURATION, FIELD_OF, Digits, File, Flag, Open, Size, Text, Whole, between, matches, one_of
+from engine.api.fields import DURATION, FIELD_OF, File, Flag, Open, Size, Text, Whole, between, matches, one_of
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.files.thumbnails import PREVIEW_WIDTH
 from engine.queue.tasks import Status
@@ -67,36 +67,29 @@ def _rules_of(row: Setting) -> list[validate.Validator]:
     return [validate.Length(int(row.low), int(row.high), error=f"must have {least} {{max}} {unit}")]
 
 
-def input_field(name: str) -> Field:
-    """The request field of one input."""
+def input_field(name: str, *, in_form: bool = False) -> Field:
+    """The request field of one input: in base64, or a file in a form."""
     about = INPUTS[name]
     file = {"type": "string", "contentEncoding": "base64", "contentMediaType": f"{about.kind}/*"}
-    description = f"{about.about} {FORMATS[about.kind]} in base64."
+    if in_form:
+        file = {"type": "string", "format": "binary"}
+    description = f"{about.about} {FORMATS[about.kind]}{'' if in_form else ' in base64'}."
     if not about.several:
-        return File(allow_none=True, metadata={"description": description, **file})
+        return File(allow_none=not in_form, metadata={"description": description, **file})
     return fields.List(
         File(metadata=file),
-        allow_none=True,
+        allow_none=not in_form,
         validate=validate.Length(max=10, error="must have at most {max} pictures"),
         metadata={"description": f"{description} At most 10, and as many as the model takes."},
         error_messages={"invalid": "must be a list of pictures in base64"},
     )
 
 
-def upload_field(name: str) -> Field:
-    """The part of a form that carries an input."""
-    about = INPUTS[name]
-    file = {"type": "string", "format": "binary"}
-    description = f"{about.about} {FORMATS[about.kind]}."
-    if not about.several:
-        return File(metadata={"description": description, **file})
-    return fields.List(File(metadata=file), metadata={"description": f"{description} A part for each."})
-
-
 # Nothing has a default here: what a client leaves out, the model decides.
 _FIELDS = {row.name: setting_field(row) for row in SETTINGS.values()}
+_FILES = {name: input_field(name, in_form=True) for name in INPUTS}
 GenerateRequest = Open.from_dict(_FIELDS | {name: input_field(name) for name in INPUTS}, name="GenerateRequest")
-GenerateForm = Open.from_dict(_FIELDS | {name: upload_field(name) for name in INPUTS}, name="GenerateForm")
+GenerateForm = Open.from_dict(_FIELDS | _FILES, name="GenerateForm")
 
 
 def echo_field(row: Setting) -> Field:
@@ -131,7 +124,7 @@ def query(**parameters: Field) -> type[Schema]:
 
 # The parameters in paths, by their names there.
 PATH_FIELDS: Mapping[str, Field] = {
-    "task_id": Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."}),
+    "task_id": Whole(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."}),
     "model_type": fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]}),
     "filename": fields.String(required=True, metadata={"description": "A name from `GET /outputs`."}),
 }
