@@ -341,7 +341,7 @@ def test_a_file_in_the_place_of_the_output_folder_holds_the_tasks(clips: StubDae
     clips.outputs.write_bytes(b"")
     assert eventually(lambda: queued(clips) == [running, waiting])
     assert eventually(lambda: clips.get("/health/ready").status_code == 503)
-    assert clips.get("/outputs").json()["data"]["files"] == []
+    assert clips.get("/outputs").status_code == 503
     clips.outputs.unlink()
     moved.rename(clips.outputs)
     ends = [clips.finish(task_id) for task_id in (running, waiting)]
