@@ -184,6 +184,19 @@ def test_a_part_of_a_form_with_an_unknown_charset_is_400(idle: Daemon, charset: 
     assert answer.json()["detail"].startswith("The form is malformed")
 
 
+def test_a_part_of_a_form_is_read_in_the_charset_that_it_declares(idle: Daemon) -> None:
+    part = (None, "gr\u00f6\u00dfe".encode("latin-1"), "text/plain; charset=iso-8859-1")
+    answer = idle.request("POST", "/generate?dry_run=1", files={"prompt": part})
+    assert answer.json()["data"]["settings"]["prompt"] == "gr\u00f6\u00dfe"
+
+
+@pytest.mark.parametrize("part", [(None, b"gr\xf6\xdfe"), (None, b"gr\xf6\xdfe", "application/octet-stream")])
+def test_a_part_of_a_form_that_is_not_utf_8_is_400_with_the_remedy(idle: Daemon, part: tuple[Any, ...]) -> None:
+    answer = idle.request("POST", "/generate", files={"prompt": part})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("A part of the form is not UTF-8; send text as UTF-8 or with its charset")
+
+
 # ---- encodings and content types
 
 TEXT = '{"prompt": "gr\u00f6\u00dfe", "seed": 1}'

@@ -22,6 +22,7 @@ from engine.api.openapi import FORM_TYPE, JSON_TYPE
 # None of them can come from a web page of another site without the browser asking first.
 JSON_TYPES = re.compile(r"(application|text)/json|application/[\w.-]+\+json")
 BROKEN_FORM = "The form is malformed or cut off; send it again, as curl -F does"
+NO_TEXT = "A part of the form is not UTF-8; send text as UTF-8 or with its charset, and a file with a file name"
 Body = tuple[dict[str, Any], "hashlib._Hash"]  # the values as they were sent, and a digest of them
 
 
@@ -101,6 +102,8 @@ async def _read_form(request: web.Request, schema: Schema) -> Callable[[], Body]
     """Likewise for a form: files as they are, repeated where the field is a list, and every other value as in JSON."""
     try:
         received = await request.post()
+    except UnicodeDecodeError:
+        raise BadRequest(NO_TEXT) from None
     except (ValueError, LookupError, AssertionError, HttpProcessingError):  # LookupError: a charset that is none
         raise BadRequest(BROKEN_FORM) from None
     return lambda: _form_body(received.items(), schema)
@@ -131,5 +134,5 @@ def _form_value(field: fields.Field[Any], sent: Any, data: bytes) -> bytes | str
         return data
     try:
         return data.decode()
-    except ValueError:
-        raise BadRequest(BROKEN_FORM) from None
+    except UnicodeDecodeError:
+        raise BadRequest(NO_TEXT) from None
