@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_warned_of_and_accepted(measured: Daemon) -> None:
 
 def test_what_such_tasks_took_counts_more_than_arithmetic(measured: Daemon) -> None:
     daemon = restarted(measured, CPU)
-    steps = {"num_inference_steps": 200}  # much more than its file takes, which the first task says little of
+    steps = {"num_inference_steps": 100}  # much more than its file takes, which the first task says little of
     daemon.run(**steps)
     answer = dry(daemon, **steps)
     assert answer["estimate"]["seconds"] == answer["estimated_seconds"] > 0

@@ -322,7 +322,7 @@ def test_progress_is_that_of_the_task_that_was_asked_for(house: Daemon) -> None:
 
 
 def test_the_eta_of_a_task_that_waited_is_no_longer_than_its_own_work(house: Daemon) -> None:
-    steps = {"num_inference_steps": 200}  # much more than its file takes, which the first task says little of
+    steps = {"num_inference_steps": 100}  # much more than its file takes, which the first task says little of
     first, second = (house.submit(**fields)["task_id"] for fields in (LONG, steps))
     house.until(first, lambda state: state["status"] == "processing")
     own_s = house.post("/generate?dry_run=1", {"prompt": "a", **steps}).json()["data"]["estimated_seconds"]
