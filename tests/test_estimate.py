@@ -88,8 +88,8 @@ def restarted(daemon: Daemon, machine: Machine) -> Daemon:
     return daemon
 
 
-def dry(daemon: Daemon) -> dict[str, Any]:
-    data: dict[str, Any] = daemon.post("/generate?dry_run=1", {"prompt": "a"}).json()["data"]
+def dry(daemon: Daemon, **fields: Any) -> dict[str, Any]:
+    data: dict[str, Any] = daemon.post("/generate?dry_run=1", {"prompt": "a", **fields}).json()["data"]
     return data
 
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_warned_of_and_accepted(measured: Daemon) -> None:
 
 def test_what_such_tasks_took_counts_more_than_arithmetic(measured: Daemon) -> None:
     daemon = restarted(measured, CPU)
-    for _ in range(2):  # the first one loads, which says little of the next ones
-        daemon.run(num_inference_steps=10)
-    answer = dry(daemon)
+    steps = {"num_inference_steps": 100}  # much more than its file takes, which the first task says little of
+    daemon.run(**steps)
+    answer = dry(daemon, **steps)
     assert answer["estimate"]["seconds"] == answer["estimated_seconds"] > 0

@@ -354,12 +354,12 @@ def test_a_wait_that_is_none_is_400(stub: Daemon, wait: str) -> None:
 def test_the_estimated_wait_is_null_until_something_has_run_and_then_a_number(tmp_path: Path) -> None:
     with StubDaemon(tmp_path / "own", make_clips) as daemon:
         daemon.post("/queue/pause")
-        first, second = daemon.submit(num_inference_steps=50), daemon.submit(num_inference_steps=50)
+        first, second = daemon.submit(num_inference_steps=100), daemon.submit(num_inference_steps=100)
         assert (first["estimated_wait"], second["estimated_wait"]) == (0.0, None)
         daemon.post("/queue/resume")
         daemon.finish(second["task_id"])
         daemon.post("/queue/pause")
-        waits = [daemon.submit(num_inference_steps=50)["estimated_wait"] for _ in range(3)]
+        waits = [daemon.submit(num_inference_steps=100)["estimated_wait"] for _ in range(3)]
         assert waits[0] == 0.0
         assert 0 < waits[1] < waits[2]
         etas = [daemon.status(task_id)["eta_seconds"] for task_id in listed(daemon)]
