@@ -12,10 +12,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-# Each with processes of its own too, which all end with the first of them.
+# For root, then for anybody else; where that is allowed, all that is started there ends with the first process.
 NAMESPACES = (
     ("unshare", "-mpf", "--mount-proc", "--kill-child"),
     ("unshare", "-Urmpf", "--mount-proc", "--kill-child"),
+    ("unshare", "-m"),
+    ("unshare", "-Urm"),
 )
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
 LOCK = ".wangpd.lock"

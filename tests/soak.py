@@ -11,6 +11,7 @@ machine's own timing does not repeat. `--phases kill_daemon,save_full` plays onl
 import argparse
 import base64
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -61,6 +62,7 @@ SETTLE_S = 30.0  # in which a fault of the place, or its end, has to be known: s
 DEATHS_A_KILL = 2  # tasks that a worker may have in hand: one is saved while the next one runs
 MOST_TOLD = 10  # faults of each kind
 REAL = 0.2  # of the lives have the embedded model, the others a worker without one
+SMALL = {"video_length": 5, "resolution": "64x64"}
 PICTURE = base64.b64encode(hostile.drawn("PNG")).decode()
 CONFIG = {
     "min_free_mb": 8,
@@ -116,6 +118,7 @@ class Soak(crash.Storm):
 
     def __init__(self, daemon: SoakDaemon, seed: int) -> None:
         super().__init__(daemon, seed)
+        self.fate = random.Random(seed)  # of the phases alone: how much clients do in one is a matter of time
         self.foreigners = Foreigners(daemon.outputs)
         self.phases: Counter[str] = Counter()
         self.phase = "the start"
@@ -139,10 +142,10 @@ class Soak(crash.Storm):
         """All phases that there are, or these, and again at random until the time is over; returns this storm."""
         chosen = [name for name in PHASES if not phases or name in phases]
         lasting = [name for name in chosen if name not in RESTARTS]
-        self.random.shuffle(lasting)
+        self.fate.shuffle(lasting)
         half = len(lasting) // 2
         first = [name for name in chosen if name not in lasting] + lasting[:half]
-        self.random.shuffle(first)
+        self.fate.shuffle(first)
         with ExitStack() as stack:
             stack.callback(self.daemon.stop, signal.SIGKILL)
             self.begin_life(real=True)
@@ -160,12 +163,12 @@ class Soak(crash.Storm):
         """These phases, then further ones until the time is over, with quiet moments between them."""
         left = list(first)
         while left or (further and time.monotonic() < until):
-            name = left.pop() if left else self.random.choice(further)
+            name = left.pop() if left else self.fate.choice(further)
             self.phases[name] += 1
             self.enter(name)
             PHASES[name](self)
             self.enter("a quiet moment")
-            self.work(self.random.uniform(0.2, 1))
+            self.work(self.fate.uniform(0.2, 1))
 
     def enter(self, phase: str) -> None:
         self.phase = phase
@@ -196,7 +199,8 @@ class Soak(crash.Storm):
             self.finish_all()
             self._session.close()
             if not workers(self.daemon):  # its last one was killed, and no task has come since
-                self.known.accepted.setdefault(self.daemon.run(**self.request_body()[1])["task_id"], "")
+                self.post(*self.request_body(), "")
+                self.finish_all()
             time.sleep(1)  # connections end, a writer of files closes them
             return Footprint.of(self.daemon.process.pid)
 
@@ -204,9 +208,7 @@ class Soak(crash.Storm):
         self.enter("the end")
         self.sentry.expect(None)
         with self.gate:
-            self.known.paused = self.call("POST", "/queue/resume")["paused"]
             self.finish_all()
-            self.known.order = []
             self._parts, self._started_ns = {(path.name, path.stat().st_ino) for path in self.parts()}, time.time_ns()
             self.check()
             self.check_results()
@@ -226,7 +228,7 @@ class Soak(crash.Storm):
 
     def begin_life(self, *, real: bool | None = None) -> None:
         """Start the daemon, with a worker that is drawn."""
-        self.daemon.choose_worker(real=self.random.random() < REAL if real is None else real)
+        self.daemon.choose_worker(real=self.fate.random() < REAL if real is None else real)
         self._started_ns = time.time_ns()
         self.daemon.start()
 
@@ -248,7 +250,7 @@ class Soak(crash.Storm):
         """Kill it at any moment, and start it again."""
         self.kills["kill_daemon"] += 1
         self.sentry.expect(None)
-        timer = threading.Timer(self.random.uniform(0, 2), self.kill)
+        timer = threading.Timer(self.fate.uniform(0, 2), self.kill)
         timer.start()
         with contextlib.suppress(requests.RequestException):
             while timer.is_alive():
@@ -279,7 +281,7 @@ class Soak(crash.Storm):
     def die_beside_a_frozen_worker(self) -> None:
         """Kill it while its worker is frozen, which goes on when the next daemon works already."""
         with contextlib.suppress(requests.RequestException):
-            self.work(self.random.uniform(0.1, 1))
+            self.work(self.fate.uniform(0.1, 1))
         pids = workers(self.daemon)
         for pid in pids:
             send(pid, signal.SIGSTOP)
@@ -287,7 +289,7 @@ class Soak(crash.Storm):
         self.kill()
         self.bury()
         self.begin_life()
-        self.work(self.random.uniform(0, 1))
+        self.work(self.fate.uniform(0, 1))
         for pid in pids:
             send(pid, signal.SIGCONT)
         self.settled(READY)
@@ -307,17 +309,20 @@ class Soak(crash.Storm):
                 self.act()
         self.sentry.expect(None)
         with self.gate:
-            before = {task["task_id"]: task["attempts"] for task in self.history() if task["status"] not in ENDED}
+            counted = {
+                task["task_id"]: task["attempts"] - (task["status"] != "queued")
+                for task in self.history()
+                if task["status"] not in ENDED
+            }
             with self.waiting() as channel:
                 self.end_life(number)
                 if answered(channel) is None:
                     self.blame("a stop costs no attempt and ends in order", "who waited for a task got no answer")
             self._session.close()
             self.begin_life()
-            tasks = self.history()
-            for task in tasks:  # one that was started meanwhile has one more
-                if task["status"] == "queued" and task["attempts"] > before.get(task["task_id"], 0):
-                    fault = f"{task['task_id']} has {task['attempts']} attempts, and had {before.get(task['task_id'])}"
+            for task in self.history():  # one that runs again has one more
+                if task["status"] == "queued" and task["attempts"] > counted.get(task["task_id"], 0):
+                    fault = f"{task['task_id']} has {task['attempts']} attempts, and had {counted}"
                     self.blame("a stop costs no attempt and ends in order", fault)
             self.check()
         self.settled(READY)
@@ -357,7 +362,7 @@ class Soak(crash.Storm):
             self.sentry.expect(None)
         for pid in pids:
             send(pid, signal.SIGSTOP)
-        timer = threading.Timer(self.random.uniform(0.5, 2.5), lambda: [send(pid, signal.SIGCONT) for pid in pids])
+        timer = threading.Timer(self.fate.uniform(0.5, 2.5), lambda: [send(pid, signal.SIGCONT) for pid in pids])
         timer.start()
         self.work(1)
         timer.join()
@@ -371,7 +376,7 @@ class Soak(crash.Storm):
         self.sentry.expect(None)
         with within:
             self.settled(readiness)
-            self.work(self.random.uniform(0.5, 2.5))
+            self.work(self.fate.uniform(0.5, 2.5))
             self.sentry.expect(None)
         self.check_strays()
         self.settled(READY)
@@ -388,7 +393,7 @@ class Soak(crash.Storm):
                     break
             if known:
                 self.sentry.expect(NO_STATE)
-                self.work(self.random.uniform(0.5, 2))
+                self.work(self.fate.uniform(0.5, 2))
                 self.sentry.expect(None)
             elif refusals:
                 self.blame("ready is true to the place", f"while {NO_STATE.label}: refused {refusals} times, yet ready")
@@ -416,7 +421,7 @@ class Soak(crash.Storm):
     def jump(self, name: str) -> None:
         """Let the clock jump, and back."""
         self.daemon.set_clock(JUMPS_S[name])
-        self.work(self.random.uniform(0.5, 2))
+        self.work(self.fate.uniform(0.5, 2))
         self.replay()
         self.daemon.set_clock(0.0)
 
@@ -437,7 +442,7 @@ class Soak(crash.Storm):
 
     def request_body(self) -> tuple[str, dict[str, Any]]:
         prompt, body = super().request_body()
-        return prompt, body | {"video_length": 5, "resolution": "64x64"}
+        return prompt, body | SMALL
 
     def post(self, prompt: str, body: dict[str, Any], key: str, session: requests.Session | None = None) -> None:
         super().post(prompt, body, key, session)
@@ -480,11 +485,13 @@ class Soak(crash.Storm):
 
         def submit_on_and_on() -> None:
             with requests.Session() as session:
-                while not self._over.wait(0.3):
+                for number in itertools.count():
+                    if self._over.wait(0.3):
+                        return
                     with self.gate, contextlib.suppress(requests.RequestException):
                         if len(self.known.order) < crash.CROWD:
-                            prompt, body = self.request_body()
-                            self.post(prompt, body, "", session)
+                            prompt = f"other {number}"
+                            self.post(prompt, {"prompt": prompt, "num_inference_steps": 2} | SMALL, "", session)
 
         thread = threading.Thread(target=submit_on_and_on, name="the other")
         thread.start()
@@ -677,6 +684,7 @@ def play(folder: Path, seconds: float, seed: int, phases: Sequence[str], *, moun
     """Play a soak in this process; returns a report, also if it could not be played to its end."""
     obey_permissions()
     daemon = SoakDaemon(folder / "own", mounted=mounted)
+    threading.Thread(target=end_with_starter, args=(daemon,), daemon=True).start()
     storm = Soak(daemon, seed)
     crashed = ""
     try:
@@ -704,9 +712,12 @@ def play(folder: Path, seconds: float, seed: int, phases: Sequence[str], *, moun
     }
 
 
-def end_with_parent() -> None:
-    """End at once when whoever holds the other end of the standard input is gone."""
+def end_with_starter(daemon: Daemon) -> None:
+    """End at once, with all that was started, when whoever holds the other end of the standard input is gone."""
     sys.stdin.read()
+    with contextlib.suppress(AssertionError, OSError):  # there may be no daemon now
+        for pid in (*workers(daemon), daemon.process.pid):
+            send(pid, signal.SIGKILL)
     os._exit(1)
 
 
@@ -723,7 +734,6 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.tied:
-        threading.Thread(target=end_with_parent, daemon=True).start()
         report = play(options.folder, options.seconds, options.seed, options.phases, mounted=options.disks)
         (options.folder / "report.json").write_text(json.dumps(report))
         return 0

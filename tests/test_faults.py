@@ -342,67 +342,148 @@ FAULTS = (
     ),
 )
 
-# Seen on wangpd itself. The soak plays all of them that come from the place, from time and from clients, at once.
+# Seen on wangpd itself. The soak plays what comes from the place, from time and from clients, all at once.
 FAULTS_OF_THE_PLACE = (
     Fault(
         "retention deletes a user's own films, or young ones when the clock jumps",
         "only files that wangpd made go, by a clock that can be believed",
-        ("soak::in_all_weathers",),
+        (
+            "owner::a_users_own_files_outlive_retention",
+            "owner::a_file_with_the_name_of_an_own_one_is_a_users_if_he_wrote_it",
+            "owner::only_own_files_count_towards_the_room_that_they_may_take",
+            "owner::a_clock_that_jumps_while_the_daemon_runs_deletes_nothing",
+            "owner::a_clock_that_jumps_over_a_restart_deletes_nothing",
+            "owner::inputs_that_a_request_has_just_stored_are_kept_whatever_the_clock_shows",
+            "soak::in_all_weathers",
+        ),
     ),
     Fault(
         "two daemons on one output folder delete each other's files",
         "a folder has one owner, which touches only its own names",
-        ("soak::in_all_weathers",),
+        (
+            "owner::a_second_daemon_does_not_start_on_the_same_output_folder",
+            "owner::a_daemon_that_comes_after_another_touches_none_of_its_files",
+            "owner::daemons_in_folders_of_each_other_leave_each_others_files_alone",
+            "owner::a_lock_ends_with_its_process_however_that_ends",
+            "soak::in_all_weathers",
+        ),
     ),
     Fault(
         "a full disk, a folder that is away or read-only, a lost card or no process to be had fails all that waits",
-        "tasks wait, `ready` says why, and work goes on by itself",
-        ("soak::in_all_weathers", "soak::every_phase_that_the_machine_allows_is_played"),
+        "tasks wait, `ready` says why, and work goes on by itself; what is made is kept until it can be saved",
+        (
+            "place::tasks_wait_while_the_disk_is_full",
+            "place::tasks_wait_while_the_folder_is_read_only",
+            "place::tasks_wait_while_the_disk_is_not_mounted",
+            "place::tasks_wait_while_the_card_is_gone",
+            "place::tasks_wait_while_no_process_can_be_started",
+            "place::a_video_that_can_not_be_saved_is_kept_and_saved_later",
+            "place::a_video_that_is_made_and_not_saved_outlives_the_daemon",
+            "place::auto_is_never_the_cpu_because_a_driver_broke",
+            "queue::a_disk_that_fails_for_all_costs_no_attempt",
+            "soak::in_all_weathers",
+            "soak::every_phase_that_the_machine_allows_is_played",
+        ),
     ),
     Fault(
         "a dead CUDA context fails every later task",
         "its process is replaced",
-        ("engine::a_death_fails_its_task_naming_phase_and_step_and_the_next_runs_in_another_process",),
+        (
+            "place::a_poisoned_device_ends_its_process_and_the_tasks_behind_run_in_another",
+            "queue::after_a_fault_of_the_device_it_is_checked_before_the_next_task",
+            "queue::a_device_that_stays_broken_gets_no_further_task",
+        ),
     ),
     Fault(
         "a client in a long poll makes each stop 10 s, and gets no answer",
         "it is answered at once",
-        ("soak::in_all_weathers",),
+        (
+            "stop::clients_that_wait_for_any_task_get_its_state_at_a_stop",
+            "stop::a_stop_with_clients_that_wait_takes_no_longer",
+            "stop::a_wait_that_begins_during_the_stop_is_answered_at_once",
+            "soak::in_all_weathers",
+        ),
     ),
     Fault(
         "a generated client overwrites the model's defaults",
         "it sends what its user said",
-        ("contract::what_was_not_sent_is_the_models_default",),
+        (
+            "generated_clients::a_client_of_openapi_python_client_sends_the_prompt_and_nothing_else",
+            "generated_clients::a_client_of_openapi_typescript_sends_the_prompt_and_nothing_else",
+            "generated_clients::pydantic_models_of_the_document_send_the_prompt_and_nothing_else",
+            "openapi::no_client_is_given_a_value_to_send",
+        ),
     ),
     Fault(
         "numbers as text, empty fields, latin-1 and encoded bodies are refused with no help",
         "taken, or a sentence that helps",
-        ("hostile::every_hostile_request_is_refused_with_a_sentence_and_changes_nothing",),
+        (
+            "lenient::a_value_as_text_is_taken_for_what_it_means",
+            "lenient::an_empty_text_counts_as_left_out",
+            "lenient::a_form_of_a_browser_with_everything_left_empty_is_a_request",
+            "lenient::a_body_is_read_in_the_charset_that_it_declares",
+            "lenient::a_body_that_is_not_in_its_charset_is_400_with_the_place_and_the_remedy",
+            "lenient::an_encoded_body_is_415_naming_its_encoding",
+            "lenient::a_near_miss_names_the_right_field",
+            "lenient::a_slash_too_many_is_forgiven",
+        ),
     ),
     Fault(
         "a rollback, or a newer journal, is a traceback or a queue that is set aside",
         "one sentence, and nothing is touched; unknown keys are ignored",
-        (),
+        (
+            "versions::a_newer_journal_stops_the_start_with_a_sentence_and_stays",
+            "versions::a_rollback_finds_a_journal_that_the_version_before_can_read",
+            "versions::the_journal_of_every_older_version_is_taken_up_whole",
+            "versions::what_a_neighbouring_version_added_is_ignored",
+            "versions::a_waiting_row_that_can_not_be_read_fails_alone_and_is_kept",
+            "versions::a_model_that_is_gone_is_said_at_retry",
+            "versions::a_picture_that_is_gone_is_said_at_retry_and_in_its_turn",
+        ),
     ),
     Fault(
         "SIGHUP costs an attempt, a frozen process is taken for hung, an ETA is negative after a clock jump",
         "an orderly end; one's own sleep is no hang; durations are monotonic",
-        ("soak::in_all_weathers",),
+        (
+            "stop::every_signal_that_ends_it_puts_the_task_back_without_counting_the_attempt",
+            "stop::a_signal_that_reaches_all_processes_is_an_orderly_end_too",
+            "time::a_frozen_daemon_does_not_take_its_sleep_for_a_hang_of_the_worker",
+            "time::a_frozen_daemon_does_not_give_files_up_that_are_being_written",
+            "time::a_clock_that_jumps_makes_no_time_left_or_wait_absurd",
+            "time::the_first_tasks_of_a_model_are_told_rightly_or_not_at_all",
+            "soak::in_all_weathers",
+        ),
     ),
     Fault(
         "a picture while the state folder is full is 500; an unreadable folder is 500 with a green `ready`",
         "503, told in `ready`",
-        ("soak::in_all_weathers",),
+        (
+            "place::a_full_state_folder_is_503_with_and_without_a_picture",
+            "place::a_state_folder_that_can_not_be_written_to_is_503",
+            "file_faults::a_folder_that_the_daemon_may_not_search_is_503",
+            "file_faults::a_folder_that_is_away_is_503_until_it_is_back",
+            "file_faults::a_file_that_the_daemon_may_not_read_is_403",
+            "soak::in_all_weathers",
+        ),
     ),
     Fault(
         "a file shrinks while it is sent, and the next answer begins inside it",
         "the connection is closed",
-        (),
+        (
+            "file_faults::a_file_that_shrinks_while_it_is_sent_ends_the_connection",
+            "file_faults::a_disk_that_fails_while_a_file_is_sent_ends_the_connection",
+            "file_faults::a_file_that_grows_while_it_is_sent_is_sent_as_it_was",
+        ),
     ),
     Fault(
         "whole files of a cancelled task are there, and nobody is told",
         "`files` of its status lists them",
-        ("soak::in_all_weathers",),
+        (
+            "place::a_cancelled_task_lists_the_files_that_were_whole",
+            "place::a_task_whose_worker_is_killed_lists_the_files_that_were_whole",
+            "queue::a_task_that_is_broken_off_lists_the_files_that_were_whole",
+            "soak::in_all_weathers",
+        ),
     ),
 )
 
