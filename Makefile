@@ -11,6 +11,8 @@ LORAS_DIR ?= /var/lib/wangpd/loras
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+CLIENTS := tests/clients
+NPM_STAMP := $(CLIENTS)/node_modules/.installed
 
 PYTEST := $(VENV)/bin/python -m pytest --durations=10
 PIP_INSTALL := pip install --disable-pip-version-check -c constraints.txt
@@ -42,13 +44,19 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo 'Environment ready.'
 
+# For the test of a TypeScript client. Without npm everything else is tested, and that test says what to install.
+$(NPM_STAMP): $(wildcard $(CLIENTS)/package*.json)
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(CLIENTS) --no-audit --no-fund --loglevel=error && touch $@; \
+	else echo 'There is no npm here: sudo apt-get install nodejs npm'; fi
+
 demo: $(STAMP)
 	@$(VENV)/bin/python tools/run_demo.py
 
 run: $(STAMP)
 	@exec $(VENV)/bin/wangpd $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(NPM_STAMP)
 	@$(PYTEST) -n $(PROCESSES) -m 'not proof' $(ARGS)
 
 test-models: $(STAMP)
@@ -75,7 +83,7 @@ docs: $(STAMP)
 	@$(VENV)/bin/python -m tools.make_docs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS)/node_modules build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Not editable, so the checkout may go away. build/ is removed before and after: setuptools packs what an older build left

@@ -6,16 +6,15 @@ that needs a GPU in a process of its own (`engine/workers/local.py`). Nothing ha
 """
 
 import asyncio
-import errno
-import fcntl
 import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +22,7 @@ from aiohttp import hdrs, web
 
 from engine.admission import Admission, BadRequest, Policy, Resolved
 from engine.api import requests, schemas, views
-from engine.api.answers import answered, iso, link, shortened
+from engine.api.answers import answered, iso, link
 from engine.api.app_keys import (
     ADMISSION,
     API,
@@ -44,23 +43,29 @@ from engine.api.app_keys import (
     TOKEN,
 )
 from engine.api.body import validation_middleware
-from engine.api.config import KEYS, Config, ConfigError, load_config
-from engine.api.connection import Connection
+from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config
+from engine.api.connection import Connection, forgive_slashes
 from engine.api.errors import errors_middleware
-from engine.api.files import gone, inline, media_file
+from engine.api.files import folder_away, inline, open_output, open_preview, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
-from engine.api.openapi import Routes, api_document, endpoints, version
+from engine.api.listeners import Listeners, url_of
+from engine.api.openapi import JPEG_TYPE, MEDIA_ANSWER, Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
 from engine.catalog import loras, weights
 from engine.catalog.download import Downloads
 from engine.catalog.models import Catalog, Model, default_settings
 from engine.cli import parse_arguments, run_command
+from engine.clock import Clock
 from engine.files.inputs import Inputs
-from engine.files.media import MEDIA_TYPES, NoPreview
+from engine.files.media import MEDIA_TYPES
 from engine.files.outputs import Outputs
+from engine.files.owner import FolderLock, instance_id
 from engine.files.place import Place
+from engine.job import GROUP_SIGNALS
+from engine.log import Counted
+from engine.log import set_up as set_up_log
 from engine.queue.endings import Limits
-from engine.queue.journal import Journal, JournalFault
+from engine.queue.journal import Journal, JournalFault, NewerJournal
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.tasks import Status
 from engine.settings import echo
@@ -72,7 +77,7 @@ API_VERSION = "1.0.0"  # of the contract
 SWEEP_S = 3600
 HEAVY_AT_ONCE = 2
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
-DRAIN_S = 5  # for answers under way at a shutdown
+DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
 QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
 
@@ -112,8 +117,8 @@ async def models(request: web.Request) -> web.Response:
     app, query = request.app, request[QUERY]
     chosen = views.selected(app[CATALOG], query["family"], query["task"])
     entries = await asyncio.to_thread(lambda: [views.model_entry(app, model) for model in chosen])
-    if query["installed"]:
-        entries = [entry for entry in entries if entry["installed"] == (query["installed"] == "true")]
+    if query["installed"] is not None:
+        entries = [entry for entry in entries if entry["installed"] == query["installed"]]
     return answered(f"Found {len(entries)} models", {"models": entries})
 
 
@@ -195,7 +200,7 @@ async def unload(request: web.Request) -> web.Response:
 
 # ---- generation
 @routes.operation(
-    *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 503),
+    *("Generation", "POST /generate", schemas.Submitted, 400, 404, 408, 413, 415, 503),
     body=requests.GenerateRequest,
     query=requests.GenerateQuery,
     headers=[requests.IDEMPOTENCY_KEY],
@@ -203,7 +208,7 @@ async def unload(request: web.Request) -> web.Response:
 async def generate(request: web.Request) -> web.Response:
     """Queue a video."""
     app, body = request.app, request[BODY]
-    dry = request[QUERY]["dry_run"] in ("1", "true")
+    dry = request[QUERY]["dry_run"]
     idempotency_key, digest = requested_key(request), request[DIGEST]
     if idempotency_key and (replay := await app[QUEUE].replay(idempotency_key, digest)):
         return accepted(app, replay)
@@ -241,7 +246,7 @@ def dry_run(app: web.Application, resolved: Resolved) -> web.Response:
         "position": None,
         "estimated_wait": queue.estimated_wait_s(),
         "estimated_seconds": known_s,
-        "estimate": needs and {**vars(needs), "seconds": round(needs.seconds, 1) if known_s is None else known_s},
+        "estimate": needs and {**vars(needs), "seconds": needs.seconds if known_s is None else known_s},
         "seed": job.seed,
         "warnings": list(resolved.warnings),
         "status_url": None,
@@ -305,7 +310,9 @@ async def resume_queue(request: web.Request) -> web.Response:
     return answered("Queue resumed", {"paused": False})
 
 
-@routes.operation("Queue", f"PATCH {QUEUED_TASK}", schemas.Moved, 400, 404, 408, 413, 503, body=requests.MoveRequest)
+@routes.operation(
+    "Queue", f"PATCH {QUEUED_TASK}", schemas.Moved, 400, 404, 408, 413, 415, 503, body=requests.MoveRequest
+)
 async def move_task(request: web.Request) -> web.Response:
     """Move a waiting task."""
     task_id = request[PATH]["task_id"]
@@ -316,7 +323,8 @@ async def move_task(request: web.Request) -> web.Response:
 @routes.operation("Queue", "POST /queue/{task_id}/retry", schemas.Submitted, 400, 404, 503)
 async def retry_task(request: web.Request) -> web.Response:
     """Queue an ended task again, with its settings, seed and pictures."""
-    return accepted(request.app, await request.app[QUEUE].retry(request[PATH]["task_id"]))
+    app, task_id = request.app, request[PATH]["task_id"]
+    return accepted(app, await app[QUEUE].retry(task_id, app[ADMISSION].require))
 
 
 @routes.operation("Queue", "GET /tasks", schemas.TaskPage, 400, 503, query=requests.HistoryQuery)
@@ -331,48 +339,38 @@ async def history(request: web.Request) -> web.Response:
 
 
 # ---- output files
-@routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, query=requests.OutputsQuery)
+@routes.operation("Output files", "GET /outputs", schemas.OutputPage, 400, 503, query=requests.OutputsQuery)
 async def outputs(request: web.Request) -> web.Response:
     """The finished files, newest first."""
     folder, query = request.app[OUTPUTS], request[QUERY]
     kind, limit, offset = query.get("file_type"), query["limit"], query["offset"]
-    # From memory while nothing changed: that is not worth a thread.
-    entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
+    try:  # from memory while nothing changed: that is not worth a thread
+        entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
+    except OSError as error:
+        raise folder_away(request.app, error) from None
     page = [views.output_entry(entry) for entry in entries[offset : offset + limit]]
     data = {"files": page, "total": len(entries), "limit": limit, "offset": offset}
     return answered(f"Found {len(entries)} files", data)
 
 
-@routes.operation("Output files", "GET /download/{filename}", None, 404, 416)
+@routes.operation("Output files", "GET /download/{filename}", MEDIA_ANSWER, 404, 412, 416, 503)
 async def download(request: web.Request) -> web.StreamResponse:
     """A file, with ranges, conditions and HEAD."""
-    path = output_path(request)
-    content_type = MEDIA_TYPES[path.suffix.lower()][1]
-    return media_file(request, path, content_type, **{hdrs.CONTENT_DISPOSITION: inline(path)})
+    opened = await asyncio.to_thread(open_output, request.app, request[PATH]["filename"])
+    content_type = MEDIA_TYPES[opened.path.suffix.lower()][1]
+    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.path.name)})
 
 
-def output_path(request: web.Request) -> Path:
-    """Return the output file that the path names. Raises 404."""
-    name = request[PATH]["filename"]
-    path = request.app[OUTPUTS].find(name)
-    if path is None:
-        raise web.HTTPNotFound(text=f"File '{shortened(name)}' not found; GET {API}/outputs lists those there are")
-    return path
-
-
-@routes.operation("Output files", "GET /preview/{filename}", None, 400, 404, 416, query=requests.PreviewQuery)
+@routes.operation(
+    *("Output files", "GET /preview/{filename}", [JPEG_TYPE], 400, 404, 412, 416, 503), query=requests.PreviewQuery
+)
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
-    path = output_path(request)
-    try:
-        thumbnail = await asyncio.to_thread(request.app[OUTPUTS].thumbnail, path, request[QUERY]["width"])
-    except NoPreview as error:
-        raise BadRequest(str(error)) from None
-    except FileNotFoundError:
-        raise gone(path) from None
-    if isinstance(thumbnail, bytes):  # the cache can't be written now
-        return web.Response(body=thumbnail, content_type="image/jpeg")
-    return media_file(request, thumbnail, "image/jpeg")
+    name, width = request[PATH]["filename"], request[QUERY]["width"]
+    opened = await asyncio.to_thread(open_preview, request.app, name, width)
+    if isinstance(opened, bytes):  # the cache can't be written now
+        return web.Response(body=opened, content_type=JPEG_TYPE)
+    return await send_file(request, opened, JPEG_TYPE)
 
 
 # ---- configuration
@@ -400,11 +398,17 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
     app[CATALOG] = read_catalog(config) if catalog is None else catalog
     app[HEAVY] = asyncio.Semaphore(HEAVY_AT_ONCE)
-    app[OUTPUTS] = Outputs(config.save_path, config.state_path, config.retention())
+    clock = Clock()
+    app[OUTPUTS] = Outputs(
+        *(config.save_path, config.state_path, config.retention()),
+        instance=config.instance,
+        clock=clock,
+        holder=holder(config),
+    )
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
-    app[JOURNAL] = Journal(config.state_path / "journal.sqlite")
+    app[JOURNAL] = Journal(config.state_path / "journal.sqlite", clock)
     place, limits = Place(config.folders()), config.part(Limits)
     app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
@@ -445,8 +449,8 @@ async def lifetime(app: web.Application) -> AsyncIterator[None]:
     """The journal is open, and its tasks run. Downloads and the generation processes end with it, whatever they do."""
     app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
     try:
-        await asyncio.to_thread(app[OUTPUTS].remove_parts)
         await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
+        await asyncio.to_thread(app[OUTPUTS].remove_parts)
         if aside := app[JOURNAL].set_aside:
             log.error("the journal could not be read and was moved to %s; the queue starts empty", aside)
         async with app[QUEUE].running(app[CONFIG].stop_grace_s):
@@ -480,10 +484,12 @@ async def warm_up(app: web.Application) -> None:
 
 
 async def sweep(app: web.Application) -> None:
-    """Remove the input pictures that no task needs any more, now and every hour."""
+    """Remove the input pictures that no task needs any more, now and every hour; one may be in a journal set aside."""
     while True:
         with suppress(JournalFault, OSError):
-            await asyncio.to_thread(app[INPUT_FILES].sweep, await app[JOURNAL].inputs())
+            await app[JOURNAL].save()  # the clock: a daemon that only idles knows of the time too
+            if not any(app[CONFIG].state_path.glob("journal.sqlite.unreadable-*")):
+                await asyncio.to_thread(app[INPUT_FILES].sweep, await app[JOURNAL].inputs())
         await asyncio.sleep(SWEEP_S)
 
 
@@ -522,67 +528,63 @@ class Supervisor:
 
 
 # ---- serve
-class CantStart(Exception):
-    """This machine does not let the daemon start: one sentence that names the key, the value and the remedy."""
-
-
 async def serve(config: Config, catalog: Catalog) -> None:
-    """Run until SIGTERM or SIGINT; a second one ends at once. Raises CantStart if the port is taken."""
+    """Run until SIGTERM, SIGINT or SIGHUP; a second one ends at once. Raises CantStart if a folder or port is taken."""
     app = make_app(config, catalog)
+    if taken := app[OUTPUTS].lock.take():
+        raise CantStart(taken)
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app)
-    runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
-    listener = await bind(runner, config)  # first: where the port is taken, no task may start
+    for number in GROUP_SIGNALS:
+        # nohup ignores SIGHUP, and that holds; a script that starts it in the background ignores SIGINT in all cases.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, app, number)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # by default they would end it like a crash
+    # aiohttp waits for an answer under way twice, the second time without its request's body.
+    runner = web.AppRunner(app, shutdown_timeout=DRAIN_S / 2)
+    listeners = await bind(runner, config)  # first: where the port is taken, no task may start
     supervisor = Supervisor(app[QUEUE], lambda: views.remarks(app))
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
-        await listener.start_serving()
-        host, port, *_ = listener.sockets[0].getsockname()
-        log.info("wangpd %s listens on http://%s:%d%s/", version(), host, port, API)
+        forgive_slashes(cast(web.Server, runner.server))
+        await listeners.start_serving()
+        for url in map(url_of, listeners.sockets):
+            log.info("wangpd %s listens on %s", version(), f"{url}{API}/" if url.startswith("http") else url)
         supervisor.notify("READY=1", supervisor.status())
         await stop.wait()
         supervisor.notify("STOPPING=1", "STATUS=stopping the running task")
         await app[QUEUE].stop(config.stop_grace_s)  # while it still listens: new work is answered 503
     finally:
-        listener.close()  # before the rest ends: a connection that is opened now would be cut off
+        listeners.close()  # before the rest ends: a connection that is opened now would be cut off
         watching.cancel()
         await runner.cleanup()
 
 
-async def bind(runner: web.AppRunner, config: Config) -> asyncio.Server:
-    """Take the port, without listening yet. Raises CantStart."""
+async def bind(runner: web.AppRunner, config: Config) -> Listeners:
+    """Take the addresses; who connects is served once the listeners are started. Raises CantStart."""
     access = logging.getLogger("wangpd.access")
+    # An encoded body is refused, so nothing may inflate it.
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
-    loop = asyncio.get_running_loop()
+    options["auto_decompress"] = False
+    loop, refusals = asyncio.get_running_loop(), Counted(log)
+    listeners = Listeners(
+        lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options)
+    )
     try:
-        return await loop.create_server(
-            lambda: Connection(cast(web.Server, runner.server), config.max_connections, loop=loop, **options),
-            config.host,
-            config.port,
-            start_serving=False,
-        )
-    except OSError as error:
-        sentence = LISTEN_FAULTS.get(error.errno or 0, f"can't listen on {{host}}, port {{port}}: {error.strerror}")
-        raise CantStart(sentence.format(host=config.host, port=config.port)) from None
+        await asyncio.to_thread(listeners.take, config.hosts, config.port)
+    except CantStart:
+        listeners.close()
+        raise
+    return listeners
 
 
-LISTEN_FAULTS: Mapping[int, str] = {
-    errno.EADDRINUSE: "port: {port} on {host} is taken; end the program that has it, or choose another with --port",
-    errno.EADDRNOTAVAIL: "host: '{host}' is no address of this machine; 127.0.0.1 and 0.0.0.0 always are",
-    errno.EACCES: "port: {port} is for root; choose one above 1023 with --port",
-    socket.EAI_NONAME: "host: '{host}' is neither an address nor a known name; 127.0.0.1 and 0.0.0.0 always work",
-    socket.EAI_AGAIN: "host: '{host}' can't be looked up now; an address needs no looking up",
-}
-
-
-def on_signal(stop: asyncio.Event, app: web.Application) -> None:
-    """The first signal ends the daemon in order, without new work; the second at once."""
-    if stop.is_set():
+def on_signal(stop: asyncio.Event, app: web.Application, number: signal.Signals) -> None:
+    """The first signal ends the daemon in order, without new work; the second at once, unless a terminal sent it."""
+    if stop.is_set() and number != signal.SIGHUP:  # which comes twice: from the shell and from the kernel
         close_engines(app)
         os._exit(1)
-    app[QUEUE].runner.close()
+    app[QUEUE].runner.interrupt()
     stop.set()
 
 
@@ -602,13 +604,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command:
         return run_command(options, config, catalog)
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
+    set_up_log(config.log_level)
+    # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     try:
         require_folders(config)
-        with only_one(config.state_path):
-            asyncio.run(serve(config, catalog))
-    except (CantStart, OSError, JournalFault) as error:
-        print("wangpd:", error if isinstance(error, CantStart) else f"can't go on: {error}", file=sys.stderr)
+        lock = FolderLock("state_path", config.state_path / "lock", holder(config))
+        if taken := lock.take():
+            raise CantStart(taken)
+        asyncio.run(serve(replace(config, instance=instance_id(config.state_path)), catalog))
+    except (CantStart, NewerJournal, OSError, JournalFault) as error:
+        ours = isinstance(error, CantStart | NewerJournal)
+        print("wangpd:", error if ours else f"can't go on: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -625,15 +632,9 @@ def require_folders(config: Config) -> None:
             raise CantStart(f"{name}: {folder} can't be written to; let the user of wangpd write there, or move it")
 
 
-@contextmanager
-def only_one(state_path: Path) -> Iterator[None]:
-    """Lock the queue's folder: a second daemon would run the tasks of the first. Raises CantStart."""
-    with (state_path / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
-        except BlockingIOError:
-            raise CantStart(f"state_path: {state_path} is in use by another wangpd; one folder, one daemon") from None
-        yield
+def holder(config: Config) -> str:
+    """What the lock files of this daemon's folders say."""
+    return f"process {os.getpid()} on {socket.gethostname()}, state_path {config.state_path}"
 
 
 if __name__ == "__main__":

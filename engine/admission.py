@@ -3,6 +3,7 @@
 A Job then needs no default and no chance, and nothing is queued that the model could not run.
 """
 
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine import capabilities
+from engine import capabilities, hints
 from engine.catalog import loras, weights
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.catalog.models import Catalog, FrameRule, Model
@@ -91,8 +92,7 @@ class Admission:
             job = replace(job, loras=self._loras(model, job.task, found, body))
         for data in (data for datas in files.values() for data in datas if store):
             self._inputs.store(data)
-        unknown = (f"{name}: there is no such field, it was ignored" for name in body.get(UNKNOWN, ()))
-        warnings = (*unknown, *resolved.warnings)
+        warnings = (*hints.ignored(body.get(UNKNOWN, ())), *resolved.warnings)
         policy = self._policy
         memory: dict[str, Any] = {"profile": policy.profile, "quantization": policy.transformer_quantization}
         try:
@@ -113,6 +113,15 @@ class Admission:
             remedy = weights.remedy(model, self._policy.models_dir)
             raise BadRequest(f"model_type: '{model.id}' is not installed; {remedy}")
         return found
+
+    def require(self, job: Job) -> None:
+        """Raises BadRequest if a job that was admitted once can't be run any more. Blocks."""
+        if job.model not in self._catalog:
+            raise BadRequest(f"model_type: '{job.model}' is no longer in the catalogue; bring it back, or take another")
+        model = self._catalog.get(job.model)
+        self.require_weights(model)
+        _choose_task(model, frozenset(job.inputs), job.task)
+        require_files(job)
 
     def _checked_input(self, name: str, datas: list[bytes]) -> Media:
         """The input of one field, each file whole and of a size that fits in memory. Raises BadRequest."""
@@ -141,6 +150,19 @@ class Admission:
             return loras.chosen(names, multipliers, model, self._policy.loras_dir, found.folder)
         except loras.BadLora as error:
             raise BadRequest(str(error)) from None
+
+
+def require_files(job: Job) -> None:
+    """Raises BadRequest if an input or a LoRA of an admitted job is gone. Blocks."""
+    for name, paths in job.inputs.items():
+        if not all(map(_readable, paths)):
+            raise BadRequest(f"{name}: its file is no longer in state_path; send it again with a new request")
+    for path in (lora.path for lora in job.loras if not _readable(lora.path)):
+        raise BadRequest(f"activated_loras: '{path.name}' is no longer in {path.parent}; put it back")
+
+
+def _readable(path: Path) -> bool:
+    return os.access(path, os.R_OK)
 
 
 def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapping[str, Media]) -> Resolved:

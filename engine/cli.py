@@ -42,7 +42,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         return parser.parse_args(arguments[1:])
     parser = CommandLine("wangpd", description="Video from prompts: the WanGP HTTP API over diffusers.")
     parser.add_argument("--config", type=Path, help=CONFIG_HELP)
-    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--host", action="append", help="address to listen on; several with commas, or --host again")
     parser.add_argument("--port", type=int, help="port to listen on")
     parser.add_argument("--save-path", help="folder of the finished files")
     parser.add_argument("--state-path", help="folder of the queue's journal")

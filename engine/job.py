@@ -1,6 +1,7 @@
 """The vocabulary of the process border: what the daemon and the generation process exchange. Standard library only."""
 
 import ctypes
+import signal
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 SEED_RANGE = 2**63  # torch takes more, JSON clients do not
+GROUP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # end the daemon; some come to its group
 NO_TASK = -1  # on the board while a model is loaded for no task; 0 would look cancelled
 
 
@@ -37,6 +39,7 @@ class EngineConfig:
     convert_float32: bool = True
     prompt_cache_mb: int = 256  # of RAM; 0: off
     log_level: str = "info"
+    instance: str = "000000"  # 6 hex digits, others for each state folder: in the names of its files
 
 
 class Phase(IntEnum):
@@ -171,3 +174,4 @@ class Result:
     peak_memory_bytes: int
     plan: str = ""  # where the weights were, in a line
     pending: int = 0  # 0: the files are whole
+    step_s: float = 0.0  # of a usual denoising step; 0: too few were made to know it

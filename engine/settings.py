@@ -73,10 +73,10 @@ _JOB_FIELDS = frozenset(field.name for field in fields(Job)) - {"settings"}
 # fmt: off
 _ROWS = (
     Setting("prompt", str, 1, 10_000, role="prompt", always=True, neutral="",
-            example="A beautiful sunset over the ocean", help="What to show."),
+            example="a red circle moving right", help="What to show."),
     Setting("negative_prompt", str, 0, 10_000, default="", unused="", role="negative_prompt", neutral="",
             help="What to avoid."),
-    Setting("model_type", str, guides=True, example="wan_demo",
+    Setting("model_type", str, guides=True,
             help="Id of the model; left out, the configured `default_model`."),
     Setting("resolution", str, default="832x480", kinds=VISUAL, neutral="832x480",
             pattern=r"[0-9]{1,5}x[0-9]{1,5}", pattern_rule="WIDTHxHEIGHT in pixels, such as 832x480",

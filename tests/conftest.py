@@ -44,7 +44,7 @@ LONGEST = (
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for all tests that leave no trace in it but tasks and files; its model is the embedded one."""
-    with Daemon(tmp_path_factory.mktemp("daemon")) as running:
+    with Daemon(tmp_path_factory.mktemp("daemon"), log_level="debug") as running:
         yield running
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.catalog.models import Catalog, Model
+from engine.files.outputs import OwnFile
 from engine.files.place import Place
 from engine.job import Cancelled, EngineError, Job, OutputFile, Result
 from engine.planning.machine import Machine
@@ -62,7 +63,7 @@ class FakeEngine:
         if isinstance(result, Exception):
             future.set_exception(result)
         else:
-            future.set_result(result or Result((FILE,), TIMINGS, 7))
+            future.set_result(result or Result((FILE,), TIMINGS, 7, step_s=1.0))
 
     async def load(self, model: Model) -> None:
         self.warm = model.id
@@ -100,24 +101,24 @@ class FakeOutputs:
         self.kept = ""  # why files can't be published
         self.fault: OSError | None = None
 
-    def remove_attempt(self, task_id: int) -> int:
-        return self._remove("attempt", task_id)
-
-    def remove_parts(self, task_id: int) -> int:
-        return self._remove("parts", task_id)
-
-    def _remove(self, what: str, task_id: int) -> int:
-        self.told.append((what, task_id))
+    def remove_attempt(self, task_id: int, _made: Iterable[str] = ()) -> int:
+        self.told.append(("attempt", task_id))
         if self.fault:
             raise self.fault
         return 0
 
+    keeps_all = False
+
+    def made(self, _task_id: int, _names: Iterable[str]) -> list[OwnFile]:
+        return []
+
     def publish_kept(self, names: Iterable[str] | None = None) -> str:  # noqa: ARG002 - all are alike
         return self.kept
 
-    def prepare(self) -> None:
+    def prepare(self, _own: Iterable[OwnFile]) -> list[str]:
         if self.fault:
             raise self.fault
+        return []
 
 
 class FakeFolder:

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,27 @@ def be_quick(_task_id: int, _job: Job, _model: Model) -> Result:
 def never_save(_task_id: int, _job: Job, _model: Model) -> Result:
     """Be done, but for files that are never written."""
     return Result((), {}, 0, pending=1)
+
+
+def save_late(_task_id: int, _job: Job, _model: Model) -> Result:
+    """Be done, and report that the files are written after two seconds."""
+    threading.Timer(2.0, worker._settled, ("",)).start()
+    return Result((), {}, 0, pending=worker._settled_count + 1)
+
+
+def step_slowly(task_id: int, job: Job, _model: Model) -> Result:
+    """Take a tenth of a second for each step, and nothing for all else; the first of a process loads for a second."""
+    meter = Meter(worker._board, task_id)
+    meter.enter(Phase.LOADING)
+    if worker._session is None:
+        time.sleep(1)
+        worker._session = BrokenStudio()  # type: ignore[assignment]
+    meter.begin_run(0, 1, job.steps)
+    meter.enter(Phase.DENOISING)
+    for step in range(job.steps):
+        time.sleep(0.1)
+        meter.step_done(step + 1)
+    return Result((), meter.done(), 0, step_s=meter.step_s)
 
 
 def run_out_of_memory_once(task_id: int, job: Job, model: Model) -> Result:

@@ -34,9 +34,12 @@ class ClipStudio:
 
     def make(self, task_id: int, job: Job, _model: Model, meter: Meter) -> Result:
         """As many files as the job asks for. Raises Cancelled."""
-        prefix = f"{datetime.now(UTC):%Y%m%d-%H%M%S}_t{task_id:06d}_stub"
-        files = [make_clip(meter, run, job, prefix) for run in range(runs(job))]
-        return Result(tuple(files), meter.done(), 0)
+        prefix = f"{datetime.now(UTC):%Y%m%d-%H%M%S}_t{task_id:06d}-{worker._config.instance}_stub"
+        files = []
+        for run in range(runs(job)):
+            files.append(make_clip(meter, run, job, prefix))
+            worker._made(task_id, files[-1])
+        return Result(tuple(files), meter.done(), 0, step_s=meter.step_s)
 
     def give_back(self) -> None:
         """Nothing to give."""

@@ -83,7 +83,6 @@ SENTENCES = [
     ("model_type", 1, "model_type: 1 must be text in quotes"),
     ("resolution", 832, "resolution: 832 must be text in quotes"),
     ("resolution", "wide", "resolution: 'wide' must be WIDTHxHEIGHT in pixels, such as 832x480"),
-    ("resolution", "64x64\n", "resolution: '64x64\\n' must be WIDTHxHEIGHT in pixels, such as 832x480"),
     ("resolution", "-64x64", "resolution: '-64x64' must be WIDTHxHEIGHT in pixels, such as 832x480"),
     ("resolution", "64x", "resolution: '64x' must be WIDTHxHEIGHT in pixels, such as 832x480"),
     ("resolution", "\u0666\u0664x64", "resolution: '\u0666\u0664x64' must be WIDTHxHEIGHT in pixels, such as 832x480"),
@@ -94,11 +93,9 @@ SENTENCES = [
     ("video_length", True, 'video_length: True must be frames from 1 to 1000, or a duration such as "5s"'),
     ("video_length", [5], 'video_length: [5] must be frames from 1 to 1000, or a duration such as "5s"'),
     ("video_length", "-5s", "video_length: '-5s' must be frames from 1 to 1000, or a duration such as \"5s\""),
-    ("num_inference_steps", "30", "num_inference_steps: '30' must be a whole number"),
     ("num_inference_steps", 2.5, "num_inference_steps: 2.5 must be a whole number"),
     ("num_inference_steps", False, "num_inference_steps: False must be a whole number"),
     ("num_inference_steps", 101, "num_inference_steps: 101 must be between 1 and 100"),
-    ("guidance_scale", "5", "guidance_scale: '5' must be a number"),
     ("guidance_scale", True, "guidance_scale: True must be a number"),
     ("guidance_scale", {}, "guidance_scale: {} must be a number"),
     ("guidance_scale", 21, "guidance_scale: 21.0 must be between 0 and 20"),
@@ -107,21 +104,29 @@ SENTENCES = [
     ("flow_shift", 0, "flow_shift: 0.0 must be above 0 and at most 100"),
     ("flow_shift", [], "flow_shift: [] must be a number"),
     ("seed", 1.5, "seed: 1.5 must be a whole number"),
-    ("seed", "1", "seed: '1' must be a whole number"),
     ("seed", 2**63, "seed: 9223372036854775808 must be between -1 and 9223372036854775807"),
+    ("num_inference_steps", "1_0", "num_inference_steps: '1_0' must be a whole number"),
+    ("num_inference_steps", "0x10", "num_inference_steps: '0x10' must be a whole number"),
+    ("num_inference_steps", "\u0663", "num_inference_steps: '\u0663' must be a whole number"),
+    ("num_inference_steps", "101", "num_inference_steps: 101 must be between 1 and 100"),
+    ("guidance_scale", "1e400", "guidance_scale: '1e400' must be a number"),
+    ("guidance_scale", "NaN", "guidance_scale: 'NaN' must be a number"),
+    ("guidance_scale", "5,0", "guidance_scale: '5,0' must be a number"),
+    ("guidance_scale", "inf", "guidance_scale: 'inf' must be a number"),
+    ("video_length", "5 m", "video_length: '5 m' must be frames from 1 to 1000, or a duration such as \"5s\""),
+    ("resolution", [64, 64], "resolution: [64, 64] must be text in quotes"),
     ("batch_size", 0, "batch_size: 0 must be between 1 and 10"),
-    ("batch_size", "1", "batch_size: '1' must be a whole number"),
     ("repeat_generation", 11, "repeat_generation: 11 must be between 1 and 10"),
     ("repeat_generation", {}, "repeat_generation: {} must be a whole number"),
-    ("use_model_defaults", "yes", "use_model_defaults: 'yes' must be true or false"),
-    ("use_model_defaults", 1, "use_model_defaults: 1 must be true or false"),
+    ("use_model_defaults", 2, "use_model_defaults: 2 must be true or false"),
+    ("use_model_defaults", "maybe", "use_model_defaults: 'maybe' must be true or false"),
     ("image_start", 5, "image_start: must be text: the file's bytes in base64"),
     ("image_start", [], "image_start: must be text: the file's bytes in base64"),
     ("image_start", "not base64!", "image_start: is not valid base64; send the file's bytes in base64"),
     ("image_start", "ä", "image_start: is not valid base64; send the file's bytes in base64"),
     ("image_start", "A", "image_start: is not valid base64; send the file's bytes in base64"),
     ("image_end", {}, "image_end: must be text: the file's bytes in base64"),
-    ("image_refs", "AAAA", "image_refs: must be a list of pictures in base64"),
+    ("image_refs", 5, "image_refs: must be a list of pictures in base64"),
     ("image_refs", ["AAAA", 5], "image_refs[1]: must be text: the file's bytes in base64"),
     ("image_refs", [None], "image_refs[0]: must be text: the file's bytes in base64"),
 ]
@@ -137,7 +142,6 @@ def test_a_wrong_value_is_400_with_the_field_and_the_rule(
 
 PNG, JPEG, WEBP, GIF = (picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF"))
 PICTURES = {
-    "nothing": (b"", "is not a PNG, JPEG or WebP image"),
     "text": (b"a cat", "is not a PNG, JPEG or WebP image"),
     "a GIF": (GIF, "is not a PNG, JPEG or WebP image"),
     "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a PNG, JPEG or WebP image"),
@@ -184,24 +188,78 @@ def test_a_good_picture_is_not_stored_when_something_else_is_wrong(refused: Daem
     assert answer.json()["detail"].startswith("resolution: ")
 
 
-NO_JSON = 'The body is not valid JSON; send an object such as {"prompt": "a cat"}'
-NO_OBJECT = 'The body must be a JSON object such as {"prompt": "a cat"}'
+SHOWN = 'a JSON object such as {"prompt": "a cat"}'
+ONE_OBJECT = "The body is nested too deeply; send a flat object"
+CONTROL = r"a tab within a text must be written as \t, another control character as \u and four digits"
+QUOTES = "names and texts must be in straight double quotes"
+
+
+def at(line: int, column: int, reason: str) -> str:
+    return f"The body is not valid JSON: line {line}, column {column}: {reason}"
+
+
 BODIES = {
-    "empty": (b"", NO_JSON),
-    "cut off": (b'{"prompt": "a', NO_JSON),
-    "two documents": (b'{"prompt": "a"} {}', NO_JSON),
-    "single quotes": (b"{'prompt': 'a'}", NO_JSON),
-    "not UTF-8": (b'{"prompt": "\xff\xfe"}', NO_JSON),
-    "nested 100,000 deep": (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", NO_JSON),
-    "objects nested 100,000 deep": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, NO_JSON),
-    "an integer of 5,000 digits": (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", NO_JSON),
-    "NaN": (b'{"prompt": "a", "guidance_scale": NaN}', NO_JSON),
-    "Infinity": (b'{"prompt": "a", "flow_shift": -Infinity}', NO_JSON),
-    "a list": (b"[]", NO_OBJECT),
-    "a string": (b'"a cat"', NO_OBJECT),
-    "a number": (b"5", NO_OBJECT),
-    "null": (b"null", NO_OBJECT),
+    "empty": (b"", f"The body is empty; send {SHOWN}"),
+    "blank": (b" \n ", f"The body is empty; send {SHOWN}"),
+    "cut off in a text": (
+        b'{"prompt": "a',
+        at(1, 12, "the text that begins here has no closing quote, or the body is cut off"),
+    ),
+    "cut off after a name": (b'{"prompt"', at(1, 10, "the body ends here, within the object; it is cut off")),
+    "cut off after a value": (b'{"prompt": "a"', at(1, 15, "the body ends here, within the object; it is cut off")),
+    "two documents": (b'{"prompt": "a"} {}', at(1, 17, "the object has ended before this; send one object")),
+    "single quotes": (b"{'prompt': 'a'}", at(1, 2, QUOTES)),
+    "typographic quotes": ("{\u201cprompt\u201d: 1}".encode(), at(1, 2, QUOTES)),
+    "a value in single quotes": (b"{\"prompt\":\n  'a'}", at(2, 3, QUOTES)),
+    "a line feed in a text": (b'{\n "prompt": "a\nb"}', at(2, 14, r"a line break within a text must be written as \n")),
+    "a tab in a text": (b'{"prompt": "a\tb"}', at(1, 14, CONTROL)),
+    "a control character": (b'{"prompt": "a\x01b"}', at(1, 14, CONTROL)),
+    "a path of Windows": (
+        b'{"prompt": "C:\\x"}',
+        at(1, 15, r"a backslash within a text must be written twice, as \\"),
+    ),
+    "a trailing comma": (b'{"prompt": "a",\n}', at(2, 1, "a comma before a closing bracket must be left out")),
+    "a trailing comma in a list": (
+        b'{"prompt": "a", "activated_loras": ["b",]}',
+        at(1, 41, "a comma before a closing bracket must be left out"),
+    ),
+    "a comment": (b'{"prompt": "a" // a cat\n}', at(1, 16, "JSON has no comments; leave it out")),
+    "a comment behind": (b'{"prompt": "a"}\n# a cat', at(2, 1, "JSON has no comments; leave it out")),
+    "a value of Python": (b'{"use_model_defaults": True}', at(1, 24, "JSON writes true, false and null")),
+    "no colon": (b'{"prompt" "a"}', at(1, 11, "a colon must be here")),
+    "no value": (
+        b'{"prompt": ?}',
+        at(1, 12, "a value must be here: a text in double quotes, a number, true, false or null"),
+    ),
+    "a quote in a text": (
+        b'{"prompt": "say "hi""}',
+        at(1, 18, "a comma is missing before this, or a double quote within a text has no backslash"),
+    ),
+    "not UTF-8": (
+        b'{"prompt":\n "gr\xf6\xdfe"}',
+        "The body is not UTF-8: byte 0xF6 at line 2, column 5; send UTF-8, or declare the encoding: "
+        "Content-Type: application/json; charset=iso-8859-1",
+    ),
+    "nested 100,000 deep": (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ONE_OBJECT),
+    "objects nested 100,000 deep": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, ONE_OBJECT),
+    "an integer of 5,000 digits": (
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        "The body has a number of too many digits",
+    ),
+    "NaN": (b'{"prompt": "NaN",\n"guidance_scale": NaN}', at(2, 19, "JSON has no NaN; send a number")),
+    "Infinity": (b'{"prompt": "a", "flow_shift": -Infinity}', at(1, 31, "JSON has no -Infinity; send a number")),
+    "a field twice": (b'{"prompt": "a", "prompt": "b"}', "prompt: the body has it twice; send it once"),
+    "a list": (b"[]", f"The body must be {SHOWN}; it is a list"),
+    "a string": (b'"a cat"', f"The body must be {SHOWN}; it is a text"),
+    "an object encoded twice": (
+        json.dumps('{"prompt": "a"}').encode(),
+        f"The body must be {SHOWN}; it is a text with an object in it: it was encoded twice",
+    ),
+    "a number": (b"5", f"The body must be {SHOWN}; it is a single value"),
+    "null": (b"null", f"The body must be {SHOWN}; it is a single value"),
     "no prompt": (b"{}", "prompt: is missing; say what to show"),
+    "a misspelt prompt": (b'{"promt": "a"}', "prompt: is missing; there is no field 'promt', send it as prompt"),
+    "another server's prompt": (b'{"text": "a"}', "prompt: is missing; there is no field 'text', send it as prompt"),
 }
 
 

@@ -176,7 +176,6 @@ def test_the_base_path_answers_with_and_without_a_slash(daemon: Daemon) -> None:
         ("GET", "/outputs?limit=0", 400, "limit: 0 must be between 1 and 200"),
         ("GET", "/outputs?limit=201", 400, "limit: 201 must be between 1 and 200"),
         ("GET", "/outputs?limit=many", 400, "limit: 'many' must be a whole number"),
-        ("GET", "/outputs?limit=", 400, "limit: '' must be a whole number"),
         ("GET", "/outputs?limit=%D9%A1", 400, "limit: '\u0661' must be a whole number"),
         ("GET", "/outputs?offset=-1", 400, "offset: -1 must be 0 or more"),
         ("GET", "/outputs?offset=1e3", 400, "offset: '1e3' must be a whole number"),

@@ -103,7 +103,8 @@ def failure(folder: Path, frames: encode.Pixels | None = None) -> EngineError:
 
 
 def test_a_name_tells_when_which_task_what_and_which_seed() -> None:
-    assert encode.output_name(job(), 42, 123, STARTED, ".mp4") == "20261122-210533_t000123_a-cat-playing-piano_s42.mp4"
+    name = encode.output_name(job(), 42, 123, STARTED, ".mp4", instance="1f3a9c")
+    assert name == "20261122-210533_t000123-1f3a9c_a-cat-playing-piano_s42.mp4"
 
 
 @pytest.mark.parametrize(
@@ -119,21 +120,22 @@ def test_a_name_tells_when_which_task_what_and_which_seed() -> None:
     ],
 )
 def test_a_slug_is_short_and_plain(prompt: str, slug: str) -> None:
-    assert encode.output_name(job(prompt=prompt), 1, 1, STARTED, ".png") == f"20261122-210533_t000001_{slug}_s1.png"
+    name = encode.output_name(job(prompt=prompt), 1, 1, STARTED, ".png", instance="1f3a9c")
+    assert name == f"20261122-210533_t000001-1f3a9c_{slug}_s1.png"
 
 
 @given(st.text(st.characters(categories=None), max_size=200))
 def test_any_prompt_gives_a_safe_name(prompt: str) -> None:
-    name = encode.output_name(job(prompt=prompt), 2**63 - 1, 1, STARTED, ".mp4")
-    assert re.fullmatch(r"\d{8}-\d{6}_t\d{6}_[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?_s\d+\.mp4", name)
+    name = encode.output_name(job(prompt=prompt), 2**63 - 1, 1, STARTED, ".mp4", instance="1f3a9c")
+    assert re.fullmatch(r"\d{8}-\d{6}_t\d{6}-1f3a9c_[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?_s\d+\.mp4", name)
 
 
 @pytest.mark.parametrize("task_id", [1, 123, 1_234_567])
 def test_the_names_given_are_the_names_that_a_broken_attempt_is_known_by(tmp_path: Path, task_id: int) -> None:
-    name = encode.output_name(job(prompt="x_t000001_y"), 7, task_id, STARTED, ".mp4")
+    name = encode.output_name(job(prompt="x_t000001_y"), 7, task_id, STARTED, ".mp4", instance="1f3a9c")
     for left in (name, f".{name}.part"):
         (tmp_path / left).touch()
-    assert Outputs(tmp_path, tmp_path / "cache").remove_attempt(task_id) == 2
+    assert Outputs(tmp_path, tmp_path / "cache", instance="1f3a9c").remove_attempt(task_id) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- videos

@@ -348,7 +348,7 @@ def relieved(daemon: Daemon) -> None:
 
 
 def left_by(daemon: Daemon, task_id: int) -> list[str]:
-    return [path.name for path in daemon.outputs.iterdir() if f"_t{task_id:06d}_" in path.name]
+    return [path.name for path in daemon.outputs.iterdir() if f"_t{task_id:06d}-" in path.name]
 
 
 @every_phase

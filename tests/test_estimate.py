@@ -55,6 +55,8 @@ def test_what_fits_nowhere_says_so() -> None:
 def test_the_profile_decides() -> None:
     resident, streamed = (taken(wan(), LARGE, profile=profile) for profile in (1, 5))
     assert resident and streamed
+    assert resident.seconds
+    assert streamed.seconds
     assert (resident.memory_bytes > streamed.memory_bytes, resident.seconds < streamed.seconds) == (True, True)
 
 
@@ -86,8 +88,8 @@ def restarted(daemon: Daemon, machine: Machine) -> Daemon:
     return daemon
 
 
-def dry(daemon: Daemon) -> dict[str, Any]:
-    data: dict[str, Any] = daemon.post("/generate?dry_run=1", {"prompt": "a"}).json()["data"]
+def dry(daemon: Daemon, **fields: Any) -> dict[str, Any]:
+    data: dict[str, Any] = daemon.post("/generate?dry_run=1", {"prompt": "a", **fields}).json()["data"]
     return data
 
 
@@ -100,7 +102,7 @@ def test_a_dry_run_tells_memory_time_and_plan_before_any_worker_runs(measured: D
     found = dry(restarted(measured, LARGE))["estimate"]
     assert "denoiser resident" in found["plan"]
     assert 0 < found["memory_bytes"] < 2 * GIB
-    assert found["seconds"] >= 0
+    assert found["seconds"] is None  # the embedded model takes a moment: only overheads, of which a plan knows nothing
 
 
 def test_what_does_not_fit_is_warned_of_and_accepted(measured: Daemon) -> None:
@@ -115,6 +117,7 @@ def test_what_does_not_fit_is_warned_of_and_accepted(measured: Daemon) -> None:
 
 def test_what_such_tasks_took_counts_more_than_arithmetic(measured: Daemon) -> None:
     daemon = restarted(measured, CPU)
-    daemon.run(num_inference_steps=10)
-    answer = dry(daemon)
+    steps = {"num_inference_steps": 100}  # much more than its file takes, which the first task says little of
+    daemon.run(**steps)
+    answer = dry(daemon, **steps)
     assert answer["estimate"]["seconds"] == answer["estimated_seconds"] > 0

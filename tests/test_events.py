@@ -10,7 +10,7 @@ import pytest
 
 from engine.job import EngineError, Phase
 from engine.queue import runner
-from engine.queue.events import EventKind, Events, EventsLost, Subscription
+from engine.queue.events import EventKind, Events, EventsEnded, EventsLost, Subscription
 from engine.queue.queue import TaskQueue
 from engine.queue.tasks import Status
 from engine.workers.lanes import Progress
@@ -151,6 +151,23 @@ async def test_an_event_holds_the_task_as_it_was_then(harness: Harness) -> None:
         EventKind.STARTED: Status.PROCESSING,
         EventKind.COMPLETED: Status.COMPLETED,
     }
+
+
+# ---- the end
+
+
+async def test_a_stop_ends_every_subscription_once_it_has_read_what_was_published() -> None:
+    events = Events()
+    early, waiting = events.subscribe(), asyncio.create_task(events.subscribe().read())
+    await asyncio.sleep(0)
+    events.close()
+    with pytest.raises(EventsEnded):
+        await waiting
+    events.publish(EventKind.PAUSED)
+    assert [event.kind for event in await early.read()] == [EventKind.PAUSED]
+    for subscription in (early, events.subscribe()):
+        with pytest.raises(EventsEnded):
+            await subscription.read()
 
 
 # ---- progress

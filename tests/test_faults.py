@@ -270,6 +270,68 @@ FAULTS = (
         ),
     ),
     Fault(
+        "an unreadable file or folder is 500, an empty answer or an empty list",
+        "403, 404 or 503 with a sentence that names the file, or save_path; the others are listed and served",
+        (
+            "file_faults::a_file_that_the_daemon_may_not_read_is_403",
+            "file_faults::a_folder_that_the_daemon_may_not_search_is_503",
+            "file_faults::a_folder_that_is_away_is_503_until_it_is_back",
+            "file_faults::a_disk_that_fails_is_a_sentence_and_never_a_500",
+            "file_faults::a_file_that_cant_be_looked_at_does_not_cost_the_others_their_place",
+            "file_faults::a_preview_needs_no_cache",
+        ),
+    ),
+    Fault(
+        "a file shrinks while it is sent, and the next answer is taken for its missing bytes",
+        "the connection ends; a file that grows is sent as it was announced",
+        (
+            "file_faults::a_file_that_shrinks_while_it_is_sent_ends_the_connection",
+            "file_faults::a_disk_that_fails_while_a_file_is_sent_ends_the_connection",
+            "file_faults::a_file_that_grows_while_it_is_sent_is_sent_as_it_was",
+            "file_faults::a_file_that_is_replaced_or_removed_while_it_is_sent_is_sent_whole",
+        ),
+    ),
+    Fault(
+        "a malformed Range, another unit or several ranges are 416",
+        "the whole file; 416 only if no range has a byte of the file",
+        (
+            "files_http::a_range_that_is_malformed_or_in_another_unit_is_ignored",
+            "files_http::several_ranges_of_which_one_is_in_the_file_are_the_whole_file",
+            "files_http::a_range_outside_the_file_is_416_with_its_size",
+            "files_http::an_empty_file_is_always_whole",
+        ),
+    ),
+    Fault(
+        "a download of a name that is not plain ASCII loses its name; a file of an odd time is 500",
+        "filename* has the whole name; every time is listed",
+        (
+            "file_faults::a_file_is_listed_and_saved_under_its_own_name",
+            "file_faults::a_file_that_is_not_listed_is_not_served_either",
+            "file_faults::a_file_of_any_time_is_listed_and_served",
+        ),
+    ),
+    Fault(
+        "one address only; IPv6 without IPv4; no Unix socket; a logged address that can't be opened",
+        "lists, both families, Unix sockets and systemd's, each logged as it can be opened",
+        (
+            "sockets::each_address_of_a_list_answers_on_the_same_port",
+            "sockets::the_ipv6_wildcard_serves_both_families_and_knows_an_ipv4_client_by_its_address",
+            "sockets::unix_sockets_and_addresses_may_be_mixed",
+            "sockets::sockets_of_systemd_are_served_instead_of_host_and_port",
+            "sockets::the_logged_address_can_be_opened",
+        ),
+    ),
+    Fault(
+        "a start removes a file that is no socket, or the socket of a daemon that runs",
+        "only what a dead daemon left is replaced, and at the end only the own socket is removed",
+        (
+            "sockets::what_is_no_socket_is_never_removed",
+            "sockets::a_socket_that_a_daemon_serves_is_in_use",
+            "sockets::a_socket_that_a_killed_daemon_left_is_replaced",
+            "sockets::another_daemons_socket_in_its_place_stays",
+        ),
+    ),
+    Fault(
         "a client that goes away cancels its work",
         "the work goes on",
         (
@@ -467,9 +529,10 @@ def test_progress_is_that_of_the_task_that_was_asked_for(house: Daemon) -> None:
 
 
 def test_the_eta_of_a_task_that_waited_is_no_longer_than_its_own_work(house: Daemon) -> None:
-    first, second = (house.submit(**fields)["task_id"] for fields in (LONG, SHORT))
+    steps = {"num_inference_steps": 100}  # much more than its file takes, which the first task says little of
+    first, second = (house.submit(**fields)["task_id"] for fields in (LONG, steps))
     house.until(first, lambda state: state["status"] == "processing")
-    own_s = house.post("/generate?dry_run=1", {"prompt": "a", **SHORT}).json()["data"]["estimated_seconds"]
+    own_s = house.post("/generate?dry_run=1", {"prompt": "a", **steps}).json()["data"]["estimated_seconds"]
     assert house.status(second)["eta_seconds"] <= own_s
     assert house.status(first)["status"] == "processing"
     house.finish(second)
@@ -477,7 +540,7 @@ def test_the_eta_of_a_task_that_waited_is_no_longer_than_its_own_work(house: Dae
 
 def test_a_finished_file_stays_whatever_becomes_of_its_task(house: Daemon) -> None:
     task_id = house.submit(**LONG)["task_id"]
-    mark = f"_t{task_id:06d}_"
+    mark = f"_t{task_id:06d}-"
 
     def listed() -> list[str]:
         files = house.get("/outputs").json()["data"]["files"]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
+from tests.wire import exchange, head
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes, each range of it unlike its neighbours
 SIZE = len(CONTENT)
@@ -43,7 +44,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield running
 
 
-def download(daemon: Daemon, name: str = "clip.mp4", method: str = "GET", **headers: str) -> requests.Response:
+def download(daemon: Daemon, name: str = "clip.mp4", method: str = "GET", **headers: str | bytes) -> requests.Response:
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     return daemon.request(method, f"/download/{name}", headers=fields)
 
@@ -121,11 +122,59 @@ def test_a_range_is_206_with_those_bytes(idle: Daemon, method: str, sent: str, f
     assert answer.content == (CONTENT[first : last + 1] if method == "GET" else b"")
 
 
-@pytest.mark.parametrize("sent", [f"bytes={SIZE}-", "bytes=999999-", "bytes=5-2", "bytes=-0", "bytes=a-b"])
+OUTSIDE = [f"bytes={SIZE}-", "bytes=999999-", "bytes=-0", "bytes=-000", f"bytes={'9' * 5000}-", "bytes=999999-,-0"]
+IGNORED = [
+    *("bytes=5-2", "bytes=a-b", "bytes=abc", "bytes=", "bytes", "bytes=-", "bytes=0--1", "bytes=0-1-2", "bytes=+0-1"),
+    *("bytes = 0-1", "bytes= 0-1", "bytes=0- 1", "bytes=0-1;", "bytes=\u0661-", "bytes=999999-,5-2", "bytes=,"),
+    *("items=0-5", "items=999999-", "frames=a", "0-1", "=0-1", "bytes 0-1", "none"),
+]
+SEVERAL = ["bytes=0-1,4-5", "bytes=0-0,-1", "bytes=0-0, -1", "bytes=999999-,0-1", "bytes=0-1,999999-", "bytes=0-,0-,0-",
+           "bytes=0-0 ,, 2-3", "bytes=" + ",".join(f"{n}-{n}" for n in range(500))]  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", OUTSIDE, ids=lambda sent: sent[:20])
 def test_a_range_outside_the_file_is_416_with_its_size(idle: Daemon, sent: str) -> None:
     answer = download(idle, Range=sent)
     assert (answer.status_code, answer.headers["Content-Range"]) == (416, f"bytes */{SIZE}")
     assert answer.json() == {"detail": f"Range: the file has {SIZE} bytes, no such range in it"}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("sent", IGNORED)
+def test_a_range_that_is_malformed_or_in_another_unit_is_ignored(idle: Daemon, sent: str, method: str) -> None:
+    answer = download(idle, method=method, Range=sent.encode())
+    assert (answer.status_code, answer.headers.get("Content-Range")) == (200, None)
+    assert answer.headers["Content-Length"] == str(SIZE)
+    assert answer.content == (CONTENT if method == "GET" else b"")
+
+
+@pytest.mark.parametrize("sent", SEVERAL, ids=lambda sent: sent[:20])
+def test_several_ranges_of_which_one_is_in_the_file_are_the_whole_file(idle: Daemon, sent: str) -> None:
+    answer = download(idle, Range=sent)
+    assert (answer.status_code, answer.content) == (200, CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("sent", "first", "last"),
+    [("Bytes=0-1", 0, 1), ("bytes=00-01", 0, 1), (f"bytes=1-{'9' * 5000}", 1, SIZE - 1), ("bytes=,0-1,", 0, 1)],
+    ids=["case", "zeros", "a huge number", "empty elements"],
+)
+def test_a_range_may_be_written_in_other_ways(idle: Daemon, sent: str, first: int, last: int) -> None:
+    answer = download(idle, Range=sent)
+    assert (answer.status_code, answer.content) == (206, CONTENT[first : last + 1])
+    assert answer.headers["Content-Range"] == f"bytes {first}-{last}/{SIZE}"
+
+
+@pytest.mark.parametrize("sent", ["bytes=0-", "bytes=0-1", "bytes=-5", "bytes=-0", "bytes=0-0,-1", "items=0-"])
+def test_an_empty_file_is_always_whole(idle: Daemon, sent: str) -> None:
+    answer = download(idle, "empty.mp4", Range=sent)
+    assert (answer.status_code, answer.content, answer.headers.get("Content-Range")) == (200, b"", None)
+
+
+def test_two_range_headers_are_no_range(idle: Daemon) -> None:
+    answer = exchange(idle.url, head("/api/v1/download/clip.mp4", Range="bytes=0-1\r\nRange: bytes=4-5"))
+    assert answer is not None
+    assert (answer.status, answer.body) == (200, CONTENT)
 
 
 def test_if_range_with_the_right_etag_gives_the_range(idle: Daemon) -> None:
@@ -138,10 +187,16 @@ def test_if_range_with_the_right_date_gives_the_range(idle: Daemon) -> None:
     assert (answer.status_code, answer.content) == (206, CONTENT[:10])
 
 
-@pytest.mark.parametrize("stale", ['"another"', 'W/"weak"', formatdate(0, usegmt=True), "neither"])
+STALE = [
+    *('"another"', 'W/"weak"', formatdate(0, usegmt=True), formatdate(4_000_000_000, usegmt=True), "neither", ""),
+    *("{etag}, {etag}", "W/{etag}", "*", '"a", "b"'),
+]
+
+
+@pytest.mark.parametrize("stale", STALE)
 @pytest.mark.parametrize("sent", ["bytes=0-9", "bytes=999999-"])
 def test_a_stale_if_range_gives_the_whole_file(idle: Daemon, stale: str, sent: str) -> None:
-    answer = download(idle, Range=sent, If_Range=stale)
+    answer = download(idle, Range=sent, If_Range=stale.replace("{etag}", download(idle).headers["ETag"]))
     assert (answer.status_code, answer.content) == (200, CONTENT)
 
 
@@ -170,6 +225,24 @@ def test_a_copy_that_is_still_right_is_304(idle: Daemon) -> None:
 def test_a_copy_that_is_stale_is_replaced(idle: Daemon) -> None:
     answers = [download(idle, If_None_Match='"other"'), download(idle, If_Modified_Since=formatdate(0, usegmt=True))]
     assert [(answer.status_code, answer.content) for answer in answers] == [(200, CONTENT)] * 2
+
+
+def test_a_condition_comes_before_the_range(idle: Daemon) -> None:
+    etag = download(idle).headers["ETag"]
+    assert download(idle, If_None_Match=etag, Range="bytes=999999-").status_code == 304
+    assert download(idle, If_None_Match=f"W/{etag}", Range="bytes=0-1").status_code == 304
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_file_that_is_another_than_the_condition_says_is_412_with_a_sentence(idle: Daemon, method: str) -> None:
+    etag = download(idle).headers["ETag"]
+    refused = [{"If_Match": '"x"'}, {"If_Match": f"W/{etag}"}, {"If_Unmodified_Since": formatdate(0, usegmt=True)}]
+    for sent in refused:
+        answer = download(idle, method=method, Range="bytes=0-1", **sent)
+        assert answer.status_code == 412
+        assert method == "HEAD" or set(answer.json()) == {"detail"}
+    met = [{"If_Match": "*"}, {"If_Match": f'"x", {etag}'}, {"If_Unmodified_Since": "garbage"}]
+    assert [download(idle, **sent).status_code for sent in met] == [200] * 3
 
 
 # -- memory

@@ -70,7 +70,13 @@ def test_a_flag_in_a_form_is_a_flag(idle: Daemon) -> None:
 
 
 def test_an_unknown_field_of_a_form_is_named(idle: Daemon) -> None:
-    assert sent(idle, {}, stpes="4").json()["data"]["warnings"] == ["stpes: there is no such field, it was ignored"]
+    warning = "stpes: there is no such field, it was ignored; did you mean num_inference_steps?"
+    assert sent(idle, {}, stpes="4").json()["data"]["warnings"] == [warning]
+
+
+def test_an_unknown_file_of_a_form_is_named_with_the_field_for_it(idle: Daemon) -> None:
+    warning = "init_image: there is no such field, it was ignored; did you mean image_start?"
+    assert sent(idle, {"init_image": picture()}).json()["data"]["warnings"] == [warning]
 
 
 @pytest.mark.parametrize(

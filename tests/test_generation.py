@@ -408,7 +408,9 @@ def test_other_sizes_and_lengths_work(daemon: Daemon, resolution: str, frames: i
 def test_the_file_tells_when_which_task_what_and_which_seed(daemon: Daemon) -> None:
     state = daemon.run(**QUICK, prompt="A red circle, moving right!", seed=42)
     name = state["files"][0]["filename"]
-    assert re.fullmatch(rf"\d{{8}}-\d{{6}}_t{state['task_id']:06d}_a-red-circle-moving-right_s42\.mp4", name)
+    assert re.fullmatch(
+        rf"\d{{8}}-\d{{6}}_t{state['task_id']:06d}-[0-9a-f]{{6}}_a-red-circle-moving-right_s42\.mp4", name
+    )
 
 
 def test_each_file_carries_its_settings_and_its_own_seed(daemon: Daemon) -> None:
@@ -437,7 +439,7 @@ PROMPTS = {
 def test_any_prompt_makes_a_file_with_a_plain_name_that_tells_it_word_for_word(daemon: Daemon, case: str) -> None:
     state = daemon.run(**QUICK, prompt=PROMPTS[case])
     path = daemon.made(state)
-    assert re.fullmatch(r"[0-9]{8}-[0-9]{6}_t[0-9]{6}_[a-z0-9-]{1,40}_s[0-9]+\.mp4", path.name)
+    assert re.fullmatch(r"[0-9]{8}-[0-9]{6}_t[0-9]{6}-[0-9a-f]{6}_[a-z0-9-]{1,40}_s[0-9]+\.mp4", path.name)
     assert state["prompt"] == PROMPTS[case]
     assert (read_settings(path) or {})["prompt"] == PROMPTS[case]
     assert daemon.get(f"/download/{path.name}").content == path.read_bytes()

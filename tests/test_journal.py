@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.job import OutputFile
-from engine.queue.journal import KEY_LIFETIME_S, MIGRATIONS, Journal, JournalFault, KeyReused
+from engine.queue.journal import KEY_LIFETIME_S, Journal, JournalFault, KeyReused
 from engine.queue.order import ranks_of
 from engine.queue.tasks import Status, Task
 from tests.stand_ins import job
@@ -193,7 +193,7 @@ async def test_a_key_is_free_again_after_its_life(journal: Journal, monkeypatch:
     task, another = Task(0, job()), Task(0, job())
     await journal.add(task, "key", "digest", {})
     later = time.time() + KEY_LIFETIME_S + 1
-    monkeypatch.setattr(time, "time", lambda: later)
+    monkeypatch.setattr(journal._clock, "now", lambda: later)
     assert await journal.add(another, "key", "digest", {}) is None
     assert another.id == task.id + 1
 
@@ -264,12 +264,7 @@ def spoiled(path: Path, case: str) -> bytes:
     """Spoil the journal at `path`, and return its bytes as they are then."""
     data = path.read_bytes()
     rows = {
-        "a row that is no JSON": "UPDATE tasks SET record = 'nonsense'",
-        "a row without its keys": "UPDATE tasks SET record = '{}'",
-        "a row of another shape": "UPDATE tasks SET record = '[1]'",
-        "a row of a later version": "UPDATE tasks SET record = json_set(record, '$.colour', 'red')",
         "a missing table": "DROP TABLE tasks",
-        "a later schema": f"PRAGMA user_version = {len(MIGRATIONS) + 1}",
     }
     if case in rows:
         with sqlite3.connect(path) as db:
@@ -292,12 +287,7 @@ UNREADABLE = [
     "a damaged page",
     "cut off",
     "a damaged header",
-    "a row that is no JSON",
-    "a row without its keys",
-    "a row of another shape",
-    "a row of a later version",
     "a missing table",
-    "a later schema",
 ]
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 import wangpd
 from engine.api.body import parsed
-from engine.files.outputs import Outputs, Retention
+from engine.files.outputs import Outputs, OwnFile, Retention
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
 from tests.processes import alive, eventually, workers
@@ -140,12 +140,12 @@ def test_a_large_body_is_not_kept_in_memory(narrow: Daemon) -> None:
     assert growth_mib(narrow, send) < 24
 
 
-def test_a_body_that_unpacks_to_too_much_is_413_and_is_not_unpacked(narrow: Daemon) -> None:
+def test_a_body_that_unpacks_to_too_much_is_415_and_is_not_unpacked(narrow: Daemon) -> None:
     bomb = gzip.compress(b" " * 200 * MIB)
 
     def send() -> None:
         answer = narrow.request("POST", "/generate", data=bomb, headers={**JSON, "Content-Encoding": "gzip"})
-        assert (answer.status_code, answer.json()) == (413, TOO_LARGE)
+        assert answer.status_code == 415, answer.text
 
     assert growth_mib(narrow, send) < 64
 
@@ -371,11 +371,12 @@ def test_idleness_ends_the_generation_process_and_the_next_task_starts_one(tidy:
 
 
 def test_a_task_removes_what_is_older_than_it_is_to_be_kept(tidy: Daemon) -> None:
-    for name, age_s in {"old.mp4": 2 * DAY_S, "young.mp4": DAY_S / 2, "old.txt": 2 * DAY_S}.items():
-        aged(tidy.outputs / name, age_s)
+    old, young = (tidy.made(tidy.run(**QUICK)) for _ in range(2))
+    for path, age_s in {old: 2 * DAY_S, young: DAY_S / 2}.items():
+        os.utime(path, (time.time() - age_s,) * 2)
     made = tidy.made(tidy.run(**QUICK))
-    assert {"young.mp4", "old.txt", made.name} <= {path.name for path in tidy.outputs.iterdir()}
-    assert not (tidy.outputs / "old.mp4").exists()
+    assert {young, made} <= set(tidy.outputs.iterdir())
+    assert not old.exists()
 
 
 @pytest.fixture(scope="module")
@@ -415,11 +416,12 @@ def test_unload_leaves_a_task_alone_that_runs(at_work: Daemon) -> None:
 # ----------------------------------------------------------------------------------------------------------- the disk
 
 
-def aged(path: Path, age_s: float, size_bytes: int = 10) -> None:
-    """A file that was last changed so long ago."""
+def aged(path: Path, age_s: float, size_bytes: int = 10) -> OwnFile:
+    """A file that was made so long ago."""
     path.write_bytes(b"x" * size_bytes)
     then = time.time() - age_s
     os.utime(path, (then, then))
+    return OwnFile(path.name, 1, size_bytes, path.stat().st_mtime_ns, then)
 
 
 def names(folder: Path) -> set[str]:
@@ -427,23 +429,21 @@ def names(folder: Path) -> set[str]:
 
 
 def test_only_the_oldest_files_beyond_the_bytes_to_be_kept_are_removed(tmp_path: Path) -> None:
-    for number in range(6):
-        aged(tmp_path / f"{number}.mp4", age_s=number * 100, size_bytes=100)
+    own = [aged(tmp_path / f"{number}.mp4", age_s=number * 100, size_bytes=100) for number in range(6)]
     aged(tmp_path / "notes.txt", age_s=10_000, size_bytes=1000)
-    Outputs(tmp_path, tmp_path / "cache", Retention(keep_bytes=350)).prepare()
+    Outputs(tmp_path, tmp_path / "cache", Retention(keep_bytes=350)).prepare(own)
     assert names(tmp_path) == {"0.mp4", "1.mp4", "2.mp4", "notes.txt"}
 
 
 def test_only_files_older_than_they_are_to_be_kept_are_removed(tmp_path: Path) -> None:
-    for days in range(5):
-        aged(tmp_path / f"{days}.mp4", age_s=days * DAY_S + 60)
-    Outputs(tmp_path, tmp_path / "cache", Retention(keep_s=2 * DAY_S)).prepare()
+    own = [aged(tmp_path / f"{days}.mp4", age_s=days * DAY_S + 60) for days in range(5)]
+    Outputs(tmp_path, tmp_path / "cache", Retention(keep_s=2 * DAY_S)).prepare(own)
     assert names(tmp_path) == {"0.mp4", "1.mp4"}
 
 
 def test_without_a_limit_every_file_is_kept(tmp_path: Path) -> None:
-    aged(tmp_path / "ancient.mp4", age_s=10_000 * DAY_S, size_bytes=MIB)
-    Outputs(tmp_path, tmp_path / "cache", Retention()).prepare()
+    own = [aged(tmp_path / "ancient.mp4", age_s=10_000 * DAY_S, size_bytes=MIB)]
+    Outputs(tmp_path, tmp_path / "cache", Retention()).prepare(own)
     assert names(tmp_path) == {"ancient.mp4"}
 
 

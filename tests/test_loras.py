@@ -164,7 +164,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     for name, seed in (("one", 1), ("two", 2)):
         written(folder / "loras", name, layers(seed))
     written(folder / "loras", "alien", layers(1, width=192))
-    with Daemon(folder) as daemon:
+    with Daemon(folder, log_level="debug") as daemon:
         yield daemon
 
 

@@ -1,5 +1,8 @@
 """The OpenAPI document: valid, complete, true of the running daemon, and shown by two viewers without any internet."""
 
+import copy
+import json
+import os
 import re
 import subprocess
 import sys
@@ -75,9 +78,95 @@ def test_the_document_names_every_request_field(document: dict[str, Any]) -> Non
     assert document["components"]["schemas"]["GenerateRequest"]["required"] == ["prompt"]
 
 
-def test_the_document_has_the_contracts_defaults(document: dict[str, Any]) -> None:
-    told = {name: field["default"] for name, field in request_properties(document).items() if "default" in field}
-    assert contract.DEFAULTS.items() <= told.items()
+def test_no_client_is_given_a_value_to_send(document: dict[str, Any]) -> None:
+    """A `default` becomes a client's argument, which it sends: the model's own default would never apply."""
+    sent = [document["components"]["schemas"][name] for name in ("GenerateRequest", "GenerateForm", "MoveRequest")]
+    sent += [item for path in document["paths"].values() for about in path.values() for item in parameters(about)]
+    assert "default" not in {key for schema in sent for key in keys(schema)}
+
+
+def parameters(operation: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = operation.get("parameters", [])
+    return found
+
+
+def keys(value: Any) -> Iterator[str]:
+    """Every key in a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from keys(inner)
+
+
+def test_the_descriptions_name_the_contracts_defaults(document: dict[str, Any]) -> None:
+    properties = request_properties(document)
+    for name, default in contract.DEFAULTS.items():
+        named = re.search(r"Default: (.*?)(, or the model's own)?\.$", properties[name]["description"])
+        assert named and json.loads(named[1]) == default, properties[name]
+
+
+def test_nothing_is_required_of_a_client_but_the_prompt(document: dict[str, Any]) -> None:
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert {item["in"] for item in parameters(operation) if item.get("required")} <= {"path"}
+    assert document["components"]["schemas"]["GenerateForm"]["required"] == ["prompt"]
+
+
+def test_the_example_of_every_body_can_be_sent_as_it_is(idle: Daemon, document: dict[str, Any]) -> None:
+    body = document["paths"]["/api/v1/generate"]["post"]["requestBody"]["content"]["application/json"]
+    assert body["example"] == {"prompt": "a red circle moving right"}
+    answer = idle.post("/generate", body["example"])
+    assert (answer.status_code, answer.json()["data"]["warnings"]) == (200, [])
+    move = document["paths"]["/api/v1/queue/{task_id}"]["patch"]["requestBody"]["content"]["application/json"]
+    task_id = answer.json()["data"]["task_id"]
+    assert idle.request("PATCH", f"/queue/{task_id}", json=move["example"]).status_code == 200
+
+
+def test_the_same_fields_are_described_as_json_and_as_a_form(document: dict[str, Any]) -> None:
+    content = document["paths"]["/api/v1/generate"]["post"]["requestBody"]["content"]
+    assert content["multipart/form-data"]["schema"] == {"$ref": "#/components/schemas/GenerateForm"}
+    form = document["components"]["schemas"]["GenerateForm"]["properties"]
+    assert form.keys() == request_properties(document).keys()
+    assert form["image_start"]["format"] == form["image_refs"]["items"]["format"] == "binary"
+
+
+@pytest.mark.parametrize(
+    ("path", "kinds"),
+    [
+        ("/api/v1/download/{filename}", {"video/mp4", "image/png", "image/jpeg", "image/webp", "audio/wav"}),
+        ("/api/v1/preview/{filename}", {"image/jpeg"}),
+    ],
+)
+def test_the_bytes_of_a_file_are_typed(document: dict[str, Any], path: str, kinds: set[str]) -> None:
+    for status in ("200", "206"):
+        content = document["paths"][path]["get"]["responses"][status]["content"]
+        assert kinds <= content.keys()
+        assert {about["schema"]["format"] for about in content.values()} == {"binary"}
+
+
+def test_the_token_is_described_and_can_be_left_out(document: dict[str, Any]) -> None:
+    scheme = document["components"]["securitySchemes"]["token"]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert document["security"] == [{}, {"token": []}]
+
+
+def test_an_answer_of_a_newer_server_fits_the_document(document: dict[str, Any]) -> None:
+    """A client made from the document must not refuse a field that a later version adds."""
+    closed = [name for name, schema in document["components"]["schemas"].items() if "additionalProperties" in schema]
+    assert closed == []
+
+
+def test_a_choice_that_may_be_null_is_one_choice(document: dict[str, Any]) -> None:
+    """Of an enum with null in it, generators make three types."""
+    assert [item for item in walk(document) if None in item.get("enum", ())] == []
+
+
+def walk(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from walk(inner)
 
 
 @pytest.mark.parametrize("name", contract.LIMITS)
@@ -98,14 +187,18 @@ def test_the_schema_limits_prompt_and_references(document: dict[str, Any]) -> No
     assert properties["image_start"]["contentEncoding"] == "base64"
 
 
-def test_the_document_has_the_query_parameters_with_defaults_and_limits(document: dict[str, Any]) -> None:
+def test_the_document_has_the_query_parameters_with_limits_and_their_defaults_in_words(
+    document: dict[str, Any],
+) -> None:
     paths = document["paths"]
-    outputs = {item["name"]: item["schema"] for item in paths["/api/v1/outputs"]["get"]["parameters"]}
-    assert outputs["limit"] | {"minimum": 1, "maximum": 200, "default": 50} == outputs["limit"]
-    assert outputs["offset"] | {"minimum": 0, "default": 0} == outputs["offset"]
-    assert outputs["file_type"]["enum"] == list(contract.FILE_TYPES)
-    preview = {item["name"]: item["schema"] for item in paths["/api/v1/preview/{filename}"]["get"]["parameters"]}
-    assert preview["width"] | {"minimum": 32, "maximum": 1920, "default": 320} == preview["width"]
+    outputs = {item["name"]: item for item in parameters(paths["/api/v1/outputs"]["get"])}
+    assert outputs["limit"]["schema"] == {"type": "integer", "minimum": 1, "maximum": 200}
+    assert outputs["offset"]["schema"] == {"type": "integer", "minimum": 0}
+    assert outputs["file_type"]["schema"]["enum"] == list(contract.FILE_TYPES)
+    preview = {item["name"]: item for item in parameters(paths["/api/v1/preview/{filename}"]["get"])}
+    assert preview["width"]["schema"] == {"type": "integer", "minimum": 32, "maximum": 1920}
+    told = [item["description"].rpartition("Default: ")[2] for item in (*outputs.values(), preview["width"])]
+    assert told == ["50.", "0.", "Only files of this type.", "320."]
 
 
 ERRORS = {
@@ -132,9 +225,12 @@ def test_the_document_names_every_answer(document: dict[str, Any], method: str, 
 
 
 def answer_schema(document: dict[str, Any], method: str, path: str, status: int) -> dict[str, Any]:
-    """The schema of an answer, complete in itself."""
+    """The schema of an answer, complete in itself, and closed: what the daemon sends today is all described."""
     response = document["paths"][path][method.lower()]["responses"][str(status)]
-    return {**response["content"]["application/json"]["schema"], "components": document["components"]}
+    components = copy.deepcopy(document["components"])
+    for schema in components["schemas"].values():
+        schema["additionalProperties"] = False
+    return {**response["content"]["application/json"]["schema"], "components": components}
 
 
 @pytest.mark.parametrize("endpoint", contract.ENDPOINTS, ids=lambda endpoint: f"{endpoint.method} {endpoint.path}")
@@ -180,6 +276,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path, selection: str) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "schemathesis.cli", *options, "run", document, "--no-color", selection, RESUME],
             cwd=tmp_path,  # it leaves its notes where it runs
+            env={**os.environ, "SCHEMATHESIS_HOOKS": str(ROOT / "tests" / "schemathesis_hooks.py")},
             capture_output=True,
             text=True,
             check=False,

@@ -27,6 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def outputs(folder: Path, tmp_path: Path) -> Outputs:
+    (tmp_path / "cache").mkdir()
     return Outputs(folder, tmp_path / "cache")
 
 
@@ -134,10 +135,11 @@ def test_everything_listed_can_be_found(folder: Path, outputs: Outputs) -> None:
     assert all(outputs.find(entry.filename) == folder / entry.filename for entry in outputs.listing())
 
 
-def test_a_missing_folder_is_an_empty_one(tmp_path: Path) -> None:
+def test_a_missing_folder_is_no_empty_one(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path / "none", tmp_path / "cache")
-    assert outputs.listing() == ()
-    assert outputs.fresh()
+    with pytest.raises(FileNotFoundError):
+        outputs.listing()
+    assert not outputs.fresh()
     (tmp_path / "none").mkdir()
     put(tmp_path / "none", "a.mp4")
     assert names(outputs.listing()) == ["a.mp4"]
@@ -417,7 +419,7 @@ def test_a_changed_file_has_a_new_thumbnail(folder: Path, outputs: Outputs, deco
 def test_a_file_with_no_picture_leaves_nothing_in_the_cache(folder: Path, outputs: Outputs, tmp_path: Path) -> None:
     with pytest.raises(media.NoPreview):
         shown(outputs, put(folder, "a.wav"), 64)
-    assert not (tmp_path / "cache").exists()
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_thumbnail_of_a_deleted_file_says_so(folder: Path, outputs: Outputs) -> None:
@@ -481,21 +483,52 @@ def test_what_an_earlier_process_left_counts_towards_the_limit(tmp_path: Path) -
 
 def test_a_broken_attempt_leaves_nothing(folder: Path, outputs: Outputs) -> None:
     for name in (
-        "20261122-210533_t000123_a-cat_s42.mp4",
-        "20261122-210533_t000123_untitled_s43.png",
-        ".20261122-210533_t000123_a-cat_s44.mp4.part",
+        "20261122-210533_t000123-000000_a-cat_s42.mp4",
+        "20261122-210533_t000123-000000_untitled_s43.png",
+        ".20261122-210533_t000123-000000_a-cat_s44.mp4.part",
     ):
         put(folder, name)
     assert outputs.remove_attempt(123) == 3
     assert list(folder.iterdir()) == []
 
 
+def test_of_a_broken_attempt_the_files_that_it_has_made_stay(folder: Path, outputs: Outputs) -> None:
+    made = ["20261122-210533_t000123-000000_a-cat_s42.mp4", "20261122-210533_t000123-000000_a.cat_s43.mp4"]
+    for name in (*made, f".{made[0]}.part", "20261122-210533_t000123-000000_a-cat_s43.mp4"):
+        put(folder, name)
+    assert outputs.remove_attempt(123, made) == 2
+    assert sorted(path.name for path in folder.iterdir()) == made
+
+
+def test_a_file_of_a_broken_attempt_that_can_not_be_deleted_does_not_keep_the_others(
+    folder: Path, outputs: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"20261122-210533_t000123-000000_a-cat_s{seed}.mp4" for seed in range(3)]
+    for name in names:
+        put(folder, name)
+    unlink = Path.unlink
+
+    def refuse(path: Path, **options: bool) -> None:
+        if path.name == names[1]:
+            raise PermissionError(13, "Permission denied")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(PermissionError):
+        outputs.remove_attempt(123)
+    assert [path.name for path in folder.iterdir()] == [names[1]]
+
+
 def test_the_files_of_others_stay(folder: Path, outputs: Outputs) -> None:
     others = {
-        "20261122-210533_t000124_a-cat_s42.mp4",
-        "20261122-210533_t1000123_a-cat_s42.mp4",
-        "20261122-210533_t000012_t000123_s42.mp4",
-        ".20261122-210533_t000124_a-cat_s42.mp4.part",
+        "20261122-210533_t000124-000000_a-cat_s42.mp4",
+        "20261122-210533_t1000123-000000_a-cat_s42.mp4",
+        "20261122-210533_t000012-000000_t000123-000000_s42.mp4",
+        ".20261122-210533_t000124-000000_a-cat_s42.mp4.part",
+        "20261122-210533_t000123-1f3a9c_of-another-daemon_s42.mp4",
+        ".20261122-210533_t000123-1f3a9c_of-another-daemon_s42.mp4.part",
+        "20261122-210533_t000123_of-an-older-version_s42.mp4",
+        "20261122-210533_t000123-000000.mp4",
         "trip_t000123_.mp4",
         "video_001.mp4",
     }

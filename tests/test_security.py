@@ -215,11 +215,13 @@ def test_a_star_lets_every_page_ask(tmp_path: Path) -> None:
 OWN_NAMES = [
     *("video.example.org", "video.example.org:7860", "VIDEO.Example.ORG", "video.example.org."),
     *("127.0.0.1", "127.0.0.1:7860", "[::1]", "[::1]:7860"),
+    *("[0:0:0:0:0:0:0:1]:7860", "[::0001]", "[::1%25lo]:7860", "[::1%lo]", "::1"),
 ]
 OTHER_NAMES = [
     *("evil.example", "evil.example:7860", "video.example.org.evil.example", "evil-video.example.org", "example.org"),
     *("video.example.org@evil.example", "evil.example#video.example.org", "127.0.0.2", "127.0.0.1:80:80", "[::2]", ""),
     *("[", "]", ":", ":7860", "video.example.org:evil", "localhost"),
+    *("video.example.org%lo", "127.0.0.1%lo", "[::2%lo]", "[::ffff:127.0.0.1]", "0:0:0:0:0:0:0:2"),
 ]
 
 

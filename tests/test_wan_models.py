@@ -24,7 +24,7 @@ KEEPS_START = ["wan22_ti2v_5B", "fastwan22_ti2v_5B"]
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose models are put there test by test. Nearly lossless files."""
-    daemon = Daemon(tmp_path_factory.mktemp("session"), video_crf=1)
+    daemon = Daemon(tmp_path_factory.mktemp("session"), video_crf=1, log_level="debug")
     daemon.environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with daemon:
         yield daemon

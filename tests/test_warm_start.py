@@ -26,7 +26,7 @@ def is_loaded(daemon: Daemon) -> bool:
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that nobody has sent a task, once its model is loaded."""
-    with Daemon(tmp_path_factory.mktemp("warm"), warm_start=True) as daemon:
+    with Daemon(tmp_path_factory.mktemp("warm"), warm_start=True, log_level="debug") as daemon:
         assert eventually(lambda: is_loaded(daemon), LOADED_S)
         yield daemon
 

@@ -12,6 +12,7 @@ from engine.api.app_keys import API, CONFIG
 
 MAX_LISTED_CHARS = 100  # of a prompt or name in a listing or a sentence
 MAX_SENTENCE_CHARS = 2000
+FIRST_S, LAST_S = -62_135_596_800, 253_402_300_799  # the first and last second that `datetime` knows
 STRICT_JSON = partial(json.dumps, allow_nan=False)  # raises ValueError for NaN and Infinity, which no JSON parser reads
 
 
@@ -21,9 +22,10 @@ def answered(message: str, data: Mapping[str, Any], **options: Any) -> web.Respo
 
 
 def iso(seconds: float | None) -> str | None:
-    """Return seconds since the epoch as UTC, ISO 8601 with milliseconds and Z."""
+    """Return seconds since the epoch as UTC, ISO 8601 with milliseconds and Z, within the years 1 to 9999."""
     if seconds is None:
         return None
+    seconds = min(max(seconds, FIRST_S), LAST_S)  # a file's time may be any
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -2,23 +2,27 @@
 
 import asyncio
 import hashlib
-import json
+import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from marshmallow import EXCLUDE, Schema, ValidationError, fields
 
+from engine import awake, hints
 from engine.admission import UNKNOWN, BadRequest
 from engine.api.answers import shortened
 from engine.api.app_keys import BODY, CONFIG, DIGEST, HEAVY, PATH, QUERY, Handler
 from engine.api.fields import File, first_fault
-from engine.api.openapi import JSON_TYPE
+from engine.api.json_text import parsed
+from engine.api.lenient import meant
+from engine.api.openapi import FORM_TYPE, JSON_TYPE
 
-FORM_TYPE = "multipart/form-data"
+# None of them can come from a web page of another site without the browser asking first.
+JSON_TYPES = re.compile(r"(application|text)/json|application/[\w.-]+\+json")
 BROKEN_FORM = "The form is malformed or cut off; send it again, as curl -F does"
+NO_TEXT = "A part of the form is not UTF-8; send text as UTF-8 or with its charset, and a file with a file name"
 Body = tuple[dict[str, Any], "hashlib._Hash"]  # the values as they were sent, and a digest of them
 
 
@@ -27,41 +31,54 @@ async def validation_middleware(request: web.Request, handler: Handler) -> web.S
     """Validate path, query and body by the schemas of the handler, and leave the values in the request."""
     for described in getattr(request.match_info.handler, "__schemas__", ()):
         schema, location = described["schema"], described["location"]
-        try:
-            if location == "match_info":
-                request[PATH] = validated(schema, request.match_info)
-            elif location == "querystring":  # of a name that is given twice, the first value counts
-                request[QUERY] = validated(schema, dict(reversed(list(request.query.items()))))
-            else:
-                request[BODY] = await _read_body(request, schema)
-        except ValidationError as error:
-            raise BadRequest(": ".join(first_fault(error))) from None
+        if location == "match_info":
+            request[PATH] = validated(schema, request.match_info)
+        elif location == "querystring":  # of a name that is given twice, the first value counts
+            request[QUERY] = validated(schema, dict(reversed(list(request.query.items()))))
+        else:
+            request[BODY] = await _read_body(request, schema)
     return await handler(request)
 
 
 def validated(schema: Schema, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the valid values without those that were null; names unknown to the schema are under UNKNOWN.
+    """Return the valid values without those that count as left out; names unknown to the schema are under UNKNOWN.
 
-    Raises ValidationError.
+    Raises BadRequest.
     """
-    checked = schema.load(values, unknown=EXCLUDE)
-    known = {name: value for name, value in checked.items() if value is not None or name not in values}
+    read = {name: meant(schema.fields[name], value) for name, value in values.items() if name in schema.fields}
+    for name in [name for name, value in read.items() if value is None]:
+        if schema.fields[name].required:
+            read[name] = values[name]
+        else:
+            del read[name]
     unknown = [shortened(name) for name in values if name not in schema.fields]
+    try:
+        known = dict(schema.load(read, unknown=EXCLUDE))
+    except ValidationError as error:
+        field, sentence = first_fault(error)
+        near = next((name for name in unknown[: hints.MOST_NAMED] if hints.meaning_of(name) == field), None)
+        missing = near is not None and field not in read
+        rule = f"is missing; there is no field '{near}', send it as {field}" if missing else sentence
+        raise BadRequest(f"{field}: {rule}") from None
     return {**known, UNKNOWN: unknown} if unknown else known
 
 
 async def _read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
     """The object that was sent, as JSON or as a form; request[DIGEST] identifies it.
 
-    Raises BadRequest or ValidationError; a body that is too large raises 413.
+    Raises BadRequest; a body that is too large raises 413.
     """
-    read = {JSON_TYPE: _read_json, FORM_TYPE: _read_form}.get(request.content_type)
-    if read is None:  # also keeps a web page from posting plain text across sites
+    encodings = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ()))
+    if set(re.split(r"[, ]+", encodings.lower())) - {"", "identity"}:
+        rule = "is not supported; send the body as it is"
+        raise web.HTTPUnsupportedMediaType(text=f"Content-Encoding: '{shortened(encodings)}' {rule}")
+    read = _read_form if request.content_type == FORM_TYPE else _read_json
+    if read is _read_json and not JSON_TYPES.fullmatch(request.content_type):
         raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE} or {FORM_TYPE}")
     if (request.content_length or 0) > request.client_max_size:
         raise web.HTTPRequestEntityTooLarge(request.client_max_size)
     try:
-        async with asyncio.timeout(request.app[CONFIG].body_timeout_s):
+        async with awake.timeout(request.app[CONFIG].body_timeout_s):
             body = await read(request, schema)
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
@@ -77,33 +94,19 @@ async def _read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
 
 async def _read_json(request: web.Request, _: Schema) -> Callable[[], Body]:
     """Return a function that parses the bytes that came; it blocks."""
-    raw = await request.read()
-    return lambda: (parsed(raw), hashlib.sha256(raw))
+    raw, charset = await request.read(), request.charset
+    return lambda: (parsed(raw, charset), hashlib.sha256(raw))
 
 
 async def _read_form(request: web.Request, schema: Schema) -> Callable[[], Body]:
     """Likewise for a form: files as they are, repeated where the field is a list, and every other value as in JSON."""
     try:
         received = await request.post()
-    except (ValueError, AssertionError, HttpProcessingError):
+    except UnicodeDecodeError:
+        raise BadRequest(NO_TEXT) from None
+    except (ValueError, LookupError, AssertionError, HttpProcessingError):  # LookupError: a charset that is none
         raise BadRequest(BROKEN_FORM) from None
     return lambda: _form_body(received.items(), schema)
-
-
-def parsed(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object in `raw`. Raises BadRequest."""
-    try:
-        body = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise BadRequest('The body is not valid JSON; send an object such as {"prompt": "a cat"}') from None
-    if not isinstance(body, dict):
-        raise BadRequest('The body must be a JSON object such as {"prompt": "a cat"}')
-    return body
-
-
-def _refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
-    raise ValueError(name)
 
 
 def _form_body(received: Iterable[tuple[str, Any]], schema: Schema) -> Body:
@@ -116,21 +119,20 @@ def _form_body(received: Iterable[tuple[str, Any]], schema: Schema) -> Body:
         digest.update(b"%d %s %d " % (len(name), name.encode(), len(data)))
         digest.update(data)
         field = schema.fields.get(name)
-        try:
-            value = _form_value(field, data)
-        except ValueError:  # text that is no UTF-8
-            raise BadRequest(BROKEN_FORM) from None
-        values[name] = [*values.get(name, []), value] if isinstance(field, fields.List) else value
+        value = _form_value(field, sent, data) if field else None
+        if isinstance(field, fields.List):
+            values.setdefault(name, []).append(value)
+        else:
+            values[name] = value
     return values, digest
 
 
-def _form_value(field: fields.Field[Any] | None, data: bytes) -> Any:
-    """A part of a form as JSON would have carried it: text stays text, 5 and true are what they look like."""
+def _form_value(field: fields.Field[Any], sent: Any, data: bytes) -> bytes | str:
+    """A file, or a text as JSON would have it; a file input without a file is an empty text. Raises BadRequest."""
     inner = field.inner if isinstance(field, fields.List) else field
-    if isinstance(inner, File):
+    if isinstance(inner, File) and (isinstance(sent, web.FileField) or (data and not isinstance(sent, str))):
         return data
-    text = data.decode()
-    if not isinstance(inner, fields.String):
-        with suppress(ValueError):
-            return json.loads(text, parse_constant=_refuse_constant)
-    return text
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise BadRequest(NO_TEXT) from None

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,6 +19,7 @@ from engine.job import EngineConfig
 from engine.queue.endings import Limits
 
 Part = TypeVar("Part")
+UNIX = "unix:"  # before the path of a Unix socket
 SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
 LEAST_STATE_MB = 16  # free on the disk of state_path, if min_free_mb is not less
 FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
@@ -39,6 +40,20 @@ def key(default: Any, rule: Callable[[Any], Any] | None = None, *, why: str) -> 
     return dataclasses.field(default=default, metadata={"why": why, "rule": rule})
 
 
+def split_hosts(host: str | Sequence[str]) -> tuple[str, ...]:
+    """The addresses of `host`: one, several with commas, or a list; without the brackets of IPv6."""
+    texts = (host if isinstance(host, str) else ",".join(host)).split(",")
+    return tuple(text.strip().removeprefix("[").removesuffix("]") for text in texts)
+
+
+def check_hosts(host: str | Sequence[str]) -> None:
+    """The rule for `host`; an empty one would mean every address."""
+    for text in split_hosts(host):
+        NOT_EMPTY(text)
+        if text.startswith(UNIX) and not text.startswith(f"{UNIX}/"):
+            raise ValidationError(f"{text!r} must have an absolute path, such as {UNIX}/run/wangpd/wangpd.sock")
+
+
 @dataclass(frozen=True)
 class Config:
     """Every key of `wangpd.toml`, in its order. Relative paths are relative to that file.
@@ -47,8 +62,8 @@ class Config:
     """
 
     # fmt: off
-    host: str = key("127.0.0.1",
-        why="Address to listen on; 0.0.0.0 opens it to the LAN, so put a proxy with a login in front.")
+    host: str | tuple[str, ...] = key("127.0.0.1", check_hosts,
+        why="Address to listen on, or a list; unix:/PATH too. 0.0.0.0 and :: open it to the LAN: put a login in front.")
     port: int = key(7860, between(0, 65535),
         why="Port to listen on; 0 takes a free one and logs it.")
     base_path: str = key("", matches(r"(/[A-Za-z0-9_.~-]+)*$", "empty or begin with /, and not end with it"),
@@ -120,9 +135,9 @@ class Config:
     min_free_mb: int = key(1024, between(0, 10**9),
         why="MiB that must be free on the disk of save_path before a task starts.")
     keep_outputs_days: float = key(0.0, between(0, 36500),
-        why="Days after which finished files are deleted; 0: never.")
+        why="Days after which the files that wangpd made are deleted, and no others; 0: never.")
     keep_outputs_mb: int = key(0, between(0, 10**9),
-        why="MiB of finished files; the oldest beyond it are deleted; 0: no limit.")
+        why="MiB of files that wangpd made; the oldest beyond it are deleted, and no others; 0: no limit.")
 
     max_queue: int = key(Limits.max_queue, between(1, 1_000_000),
         why="Tasks that may wait; one more is answered 503.")
@@ -157,10 +172,16 @@ class Config:
     # fmt: on
 
     shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
+    instance: str = EngineConfig.instance  # read from `state_path` once that is locked
 
     def part(self, cls: type[Part]) -> Part:
         """The part of the configuration that a component needs: a `cls`, whose fields are named like keys."""
         return cls(**{field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, cls))})
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every address of `host`, without brackets."""
+        return split_hosts(self.host)
 
     def engines(self) -> list[EngineConfig]:
         """The part that a generation process needs, for each of them."""
@@ -194,7 +215,11 @@ class Config:
 
 
 KEYS = {field.name: field for field in dataclasses.fields(Config) if "why" in field.metadata}
-NOT_EMPTY = validate.Length(1, error="must not be empty")  # as a host, nothing would mean every address
+NOT_EMPTY = validate.Length(1, error="must not be empty")
+
+
+class CantStart(Exception):
+    """This machine does not let the daemon start: one sentence that names the key, the value and the remedy."""
 
 
 class ConfigError(Exception):

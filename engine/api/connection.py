@@ -6,14 +6,19 @@ Overrides three methods of aiohttp's RequestHandler; tests/test_limits.py fails 
 import asyncio
 import json
 import logging
+import re
+from contextlib import suppress
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.http import RawRequestMessage
 
 from engine.api.errors import RETRY_AFTER_S, failure
+from engine.log import Counted
 
 log = logging.getLogger("wangpd")
 NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
+FILE_WITH_SLASH = re.compile(r"/(download|preview)/[^/]+/$")  # no name of a file, and stays 404
 REFUSED_S = 2  # time for a client that is turned away to read why
 REFUSAL = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
@@ -21,24 +26,50 @@ REFUSAL = (
 )
 
 
+def forgive_slashes(server: web.Server) -> None:
+    """Have trailing and doubled slashes taken out of every path, before a middleware or the router sees it."""
+    make = server.request_factory
+
+    def make_plain(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+        path = message.url.raw_path
+        plain = re.sub("/{2,}", "/", path)
+        if not FILE_WITH_SLASH.search(plain):
+            plain = plain.rstrip("/") or "/"
+        if plain != path:
+            message = message._replace(url=message.url.with_path(plain, encoded=True, keep_query=True))
+        return make(message, *rest)
+
+    server.request_factory = make_plain
+
+
 class Connection(web.RequestHandler):
     """A connection with aiohttp's protocol, unless it is one too many; aiohttp's own refusals become JSON."""
 
-    def __init__(self, server: web.Server, limit: int, **options: Any) -> None:
+    def __init__(self, server: web.Server, limit: int, refusals: Counted, **options: Any) -> None:
         super().__init__(server, **options)
-        self._server, self._limit = server, limit
+        self._server, self._limit, self._refusals = server, limit, refusals
+
+    @property
+    def peername(self) -> Any:
+        """The client's address: "unix" over a Unix socket, whose clients name themselves; IPv4 as such on `::` too."""
+        name = self.transport and self.transport.get_extra_info("peername")
+        if isinstance(name, str | bytes):
+            return ("unix",)
+        return name and (name[0].removeprefix("::ffff:"), *name[1:])
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection, or answer 503 without reading its request."""
         if len(self._server.connections) < self._limit:
             super().connection_made(transport)
             return
+        self._refusals.happened(f"connection refused: {self._limit} are open (max_connections)")
         refused = cast(asyncio.Transport, transport)
         refused.set_protocol(asyncio.Protocol())
         body = json.dumps({"detail": f"Too many connections: {self._limit} are open (max_connections)"})
         refused.write(REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
         # Half closed: closing with the request unread would reset the connection before the client reads the answer.
-        refused.write_eof()
+        with suppress(OSError):  # it may have gone already
+            refused.write_eof()
         asyncio.get_running_loop().call_later(REFUSED_S, refused.abort)
 
     def handle_error(

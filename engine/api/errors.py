@@ -35,7 +35,7 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
         if error.status < 400:
             raise
         return failure(request, error)
-    except web.RequestPayloadError:
+    except (web.RequestPayloadError, ConnectionError):  # a client that has gone hears nothing of it
         return failure(request, web.HTTPBadRequest(text="The body is cut off, or not encoded as its headers say"))
     except tuple(STATUSES) as error:
         return failure(request, STATUSES[type(error)](text=str(error)))

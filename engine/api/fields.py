@@ -7,11 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from marshmallow import ValidationError, fields, validate
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 
 DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
 URL_SAFE = str.maketrans("-_", "+/")
 NO_FILE = "must be text: the file's bytes in base64"
+
+
+class Open(Schema):
+    """An object that may have further fields: an older or newer version of the other side must not refuse it."""
+
+    class Meta:
+        unknown = EXCLUDE
 
 
 def one_of(*values: Any) -> validate.Validator:
@@ -66,7 +73,10 @@ class Whole(fields.Integer):
 class Real(fields.Float):
     """A JSON number; `"5"` and `true` are refused."""
 
-    default_error_messages = {"invalid": "{input!r} must be a number", "too_large": "the number is too large"}
+    default_error_messages = {
+        "invalid": "{input!r} must be a number",
+        **dict.fromkeys(("too_large", "special"), "the number is too large"),
+    }
 
     def _validated(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -85,15 +95,8 @@ class Flag(fields.Boolean):
         return value
 
 
-class Digits(fields.Integer):
-    """A whole number in a path or a query, where everything is text."""
-
-    default_error_messages = {"invalid": "{input!r} must be a whole number"}
-
-    def _validated(self, value: Any) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,4000}", str(value)):
-            raise self.make_error("invalid", input=value)
-        return int(value)
+class Size(Text):
+    """Width and height as a text, such as `64x64`."""
 
 
 class VideoLength(fields.Field[Any]):
@@ -143,6 +146,15 @@ class Texts(fields.List[Any]):
         return tuple(super()._deserialize(value, attr, data, **kwargs))
 
 
+class TextOrTexts(Texts):
+    """A text, or a list of texts."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if isinstance(value, list):
+            return super()._deserialize(value, attr, data, **kwargs)
+        return Text().deserialize(value, attr, data)
+
+
 # The field of a value, by the type that a table of settings or of configuration keys names.
 FIELD_OF: Mapping[Any, type[fields.Field[Any]]] = {
     str: Text,
@@ -151,6 +163,7 @@ FIELD_OF: Mapping[Any, type[fields.Field[Any]]] = {
     int: Whole,
     float: Real,
     tuple[str, ...]: Texts,
+    str | tuple[str, ...]: TextOrTexts,
     int | str: VideoLength,
 }
 

@@ -1,66 +1,186 @@
-"""Files in HTTP: byte ranges, conditions, and the headers of a download."""
+"""Files in HTTP: which may be sent, byte ranges, conditions, and the headers of a download.
 
+Not aiohttp's FileResponse: it answers 416 to a malformed Range and an empty 403 or 404 for a file that can't be opened,
+and keeps the connection after a file that has shrunk.
+"""
+
+import asyncio
+import errno
+import math
 import os
 import re
-from collections.abc import Mapping
+import time
 from pathlib import Path
-from typing import Any, cast
+from typing import BinaryIO, NamedTuple
+from urllib.parse import quote
 
 from aiohttp import hdrs, web
 
-
-class MediaFile(web.FileResponse):
-    """A file with all of HTTP's range semantics; aiohttp's own response compares `If-Range` by date only."""
-
-    def __init__(self, path: Path, about: os.stat_result, headers: Mapping[str, str]) -> None:
-        super().__init__(path, headers=headers)
-        self._about = about
-
-    async def prepare(self, request: web.BaseRequest) -> Any:
-        headers = request.headers.copy()
-        headers.popall(hdrs.ACCEPT_ENCODING, None)  # a `name.mp4.gz` that is there by chance is not this file
-        if not range_applies(request, self._about):
-            headers.popall(hdrs.RANGE, None)  # the client has another version of the file and needs the whole
-        return await super().prepare(cast(web.Request, request).clone(headers=headers))
+from engine.api.answers import shortened
+from engine.api.app_keys import API, CONFIG, OUTPUTS
+from engine.files.media import NoPreview
 
 
-def media_file(request: web.Request, path: Path, content_type: str, **headers: str) -> MediaFile:
-    """Return the file at `path`, or the range of it that the request asks for.
+class Opened(NamedTuple):
+    """A file that is open, and what was known of it then."""
 
-    Raises 404 if it is gone, and 416 if the range is outside it.
+    path: Path
+    file: BinaryIO
+    size: int
+    etag: str
+    modified: int  # epoch seconds; HTTP wants no Last-Modified in the future
+
+
+def open_output(app: web.Application, name: str) -> Opened:
+    """Open an output file. Raises 404, 403 if the daemon may not read it, 503 if the disk can't. Blocks."""
+    return _open(_find(app, name))
+
+
+def open_preview(app: web.Application, name: str, width: int) -> Opened | bytes:
+    """Open the thumbnail of an output file, or return its bytes if it can't be cached now. Blocks.
+
+    Raises what `open_output` raises, and 400 for a file without a picture.
     """
+    path = _find(app, name)
     try:
-        about = path.stat()
-    except FileNotFoundError:
-        raise gone(path) from None
-    if range_applies(request, about):
-        try:
-            start = request.http_range.start
-        except ValueError:
-            start = about.st_size
-        if re.fullmatch(r"bytes=-0+", request.headers.get(hdrs.RANGE, "")):
-            start = about.st_size  # the last 0 bytes, which aiohttp takes for the whole file
-        if start is not None and start >= about.st_size:
-            sentence = f"Range: the file has {about.st_size} bytes, no such range in it"
-            headers = {hdrs.CONTENT_RANGE: f"bytes */{about.st_size}"}
-            raise web.HTTPRequestRangeNotSatisfiable(text=sentence, headers=headers)
-    return MediaFile(path, about, {hdrs.CONTENT_TYPE: content_type, **headers})
+        thumbnail = app[OUTPUTS].thumbnail(path, width)
+    except NoPreview as error:
+        raise web.HTTPBadRequest(text=str(error)) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return thumbnail if isinstance(thumbnail, bytes) else _open(thumbnail)
 
 
-def inline(path: Path) -> str:
-    """Return the Content-Disposition of a file that a browser shows."""
-    return f'inline; filename="{re.sub(r"[^ -!#-~]", "_", path.name)}"'
+def _find(app: web.Application, name: str) -> Path:
+    try:
+        path = app[OUTPUTS].find(name)
+    except OSError as error:
+        raise folder_away(app, error) from None
+    if path is None:
+        raise web.HTTPNotFound(text=f"File '{shortened(name)}' not found; GET {API}/outputs lists those there are")
+    return path
 
 
-def gone(path: Path) -> web.HTTPException:
-    """Return the error for a file that was there a moment ago."""
-    return web.HTTPNotFound(text=f"File '{path.name}' not found; it was removed just now")
+def _open(path: Path) -> Opened:
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        about = os.fstat(file.fileno())
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    modified = int(max(0, min(math.ceil(about.st_mtime), time.time())))
+    return Opened(path, file, about.st_size, f'"{about.st_mtime_ns:x}-{about.st_size:x}"', modified)
 
 
-def range_applies(request: web.BaseRequest, about: os.stat_result) -> bool:
-    """Return True without `If-Range`, or with one that names this version of the file by its ETag or its date."""
+def _unreadable(path: Path, error: OSError) -> web.HTTPException:
+    """Return the error for a file that was found and can't be opened."""
+    if error.errno in (errno.ENOENT, errno.ELOOP):  # ELOOP: a symbolic link has replaced it
+        return web.HTTPNotFound(text=f"File '{path.name}' not found; it was removed just now")
+    if isinstance(error, PermissionError):
+        return web.HTTPForbidden(text=f"File '{path.name}' can't be read by the daemon's user; change its permissions")
+    return web.HTTPServiceUnavailable(text=f"File '{path.name}' can't be read now: {error.strerror}")
+
+
+def folder_away(app: web.Application, error: OSError) -> web.HTTPException:
+    """Return the error for an output folder that is not there or can't be read."""
+    shown = app[CONFIG].shown_save_path
+    remedy = "let the daemon's user read it" if isinstance(error, PermissionError) else "bring the folder back"
+    return web.HTTPServiceUnavailable(text=f"save_path: {shown} can't be read now: {error.strerror}; {remedy}")
+
+
+async def send_file(request: web.Request, opened: Opened, content_type: str, **headers: str) -> web.StreamResponse:
+    """Send the file, or the range of it that the request asks for, and close it.
+
+    Raises 412 if a condition is not met, and 416 for a range outside the file. Where fewer bytes than announced can be
+    sent, the connection ends: the client would take the next answer for the missing ones.
+    """
+    with opened.file:
+        response: web.StreamResponse
+        if _unchanged(request, opened):
+            response, wanted = web.Response(status=304), range(0)
+        else:
+            part = byte_range(_range_header(request, opened), opened.size)
+            response, wanted = web.StreamResponse(status=206 if part else 200), part or range(opened.size)
+            response.content_type, response.content_length = content_type, len(wanted)
+            response.headers[hdrs.ACCEPT_RANGES] = "bytes"
+            if part:
+                response.headers[hdrs.CONTENT_RANGE] = f"bytes {part.start}-{part.stop - 1}/{opened.size}"
+        response.headers.update({hdrs.ETAG: opened.etag, **headers})
+        response.last_modified = opened.modified
+        if not await _sent(request, response, opened.file, wanted):
+            response.force_close()
+        return response
+
+
+async def _sent(request: web.Request, response: web.StreamResponse, file: BinaryIO, wanted: range) -> bool:
+    """Send the answer's head and these bytes of the file; False if that failed: the client has gone, or the disk."""
+    try:
+        await response.prepare(request)
+        if not wanted or request.method == hdrs.METH_HEAD or request.transport is None:
+            return True
+        sent = await asyncio.get_running_loop().sendfile(request.transport, file, wanted.start, len(wanted))
+    except (OSError, RuntimeError):  # RuntimeError: the connection is about to close
+        return False
+    return sent == len(wanted)
+
+
+def inline(name: str) -> str:
+    """Return the Content-Disposition of a file that a browser shows.
+
+    `filename` is in ASCII; if that is not quite the name, it is in `filename*` too, as RFC 8187 encodes it.
+    """
+    plain = re.sub(r'[^ -~]|["\\]', "_", name)
+    encoded = "" if plain == name and "%" not in name else f"; filename*=UTF-8''{quote(name, safe='!#$&+^`|')}"
+    return f'inline; filename="{plain}"{encoded}'
+
+
+def _unchanged(request: web.Request, opened: Opened) -> bool:
+    """True if the client's copy is still right. Raises 412 if the request is about another version of the file."""
+    tag, modified = opened.etag.strip('"'), opened.modified
+    tags, date = request.if_match, request.if_unmodified_since
+    if tags is not None:
+        met = any(known.value in ("*", tag) and not known.is_weak for known in tags)
+    else:
+        met = date is None or modified <= date.timestamp()
+    if not met:
+        raise web.HTTPPreconditionFailed(text="If-Match, If-Unmodified-Since: the file is another one now")
+    tags, date = request.if_none_match, request.if_modified_since
+    if tags is not None:
+        return any(known.value in ("*", tag) for known in tags)
+    return date is not None and modified <= date.timestamp()
+
+
+def _range_header(request: web.Request, opened: Opened) -> str:
+    """The Range header; "" if `If-Range` names another version of the file, of which the client has a part."""
     condition = request.headers.get(hdrs.IF_RANGE)
-    if condition is None or condition == f'"{about.st_mtime_ns:x}-{about.st_size:x}"':  # as aiohttp makes it
-        return True
-    date = None if '"' in condition else cast(web.Request, request).if_range
-    return date is not None and about.st_mtime <= date.timestamp()
+    if condition not in (None, opened.etag):
+        date = None if '"' in condition else request.if_range
+        if date is None or date.timestamp() != opened.modified:
+            return ""
+    return ",".join(request.headers.getall(hdrs.RANGE, ()))
+
+
+def byte_range(header: str, size: int) -> range | None:
+    """Return the bytes that a Range header asks for of a file of `size` bytes, None for the whole file.
+
+    Also None if the header is malformed, in another unit or of several ranges, and for an empty file. Raises 416 if no
+    range has a byte of the file.
+    """
+    unit, _, rest = header.partition("=")
+    pairs = [re.fullmatch(r"(?=.*[0-9])([0-9]*)-([0-9]*)", text) for text in re.split(r"[ \t]*,[ \t]*", rest) if text]
+    if unit.lower() != "bytes" or not pairs or not size:
+        return None
+    ranges = []
+    for pair in pairs:
+        if pair is None or (all(pair.groups()) and _number(pair[2]) < _number(pair[1])):
+            return None
+        start = _number(pair[1]) if pair[1] else max(size - _number(pair[2]), 0)
+        ranges.append(range(start, min(_number(pair[2]) + 1, size) if all(pair.groups()) else size))
+    if not any(ranges):
+        sentence = f"Range: the file has {size} bytes, no such range in it"
+        raise web.HTTPRequestRangeNotSatisfiable(text=sentence, headers={hdrs.CONTENT_RANGE: f"bytes */{size}"})
+    return ranges[0] if len(ranges) == 1 else None
+
+
+def _number(digits: str) -> int:
+    """A position. 20 digits are beyond any file, and Python refuses to read thousands."""
+    return int(digits.lstrip("0")[:20] or 0)

@@ -8,12 +8,15 @@ import hmac
 import logging
 import re
 import uuid
+from contextlib import suppress
+from ipaddress import ip_address
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
 
 from engine.api.answers import shortened
 from engine.api.app_keys import API, CLIENT, CONFIG, REQUEST_ID, TOKEN, Handler
+from engine.log import Counted
 
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
 OPEN_PATHS = frozenset({f"{API}/health", f"{API}/health/ready"})  # monitors read them without the token
@@ -72,9 +75,12 @@ def _from_elsewhere(request: web.Request, host: str) -> bool:
 
 
 def _bare_name(host: str) -> str:
-    """The name or address in a Host header, without its port, as resolvers compare it."""
+    """The name or address in a Host header, without its port and zone, as resolvers compare it."""
     name = re.sub(r":[0-9]*$", "", host) if "]" in host or host.count(":") == 1 else host
-    return name.strip("[]").rstrip(".").lower()
+    name = name.strip("[]").rstrip(".").lower()
+    with suppress(ValueError):  # an IPv6 address can be written in many ways
+        return str(ip_address(name.partition("%")[0] if ":" in name else name))
+    return name
 
 
 def _may_share(request: web.Request) -> bool:
@@ -94,14 +100,18 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 
 class AccessLog(AbstractAccessLogger):
-    """One short line a request, at level debug unless it failed."""
+    """One short line a request, at level debug unless it failed. Those that are to come again later are counted."""
+
+    put_off = Counted(logging.getLogger("wangpd.access"))  # of all connections, each of which has an AccessLog
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        level = logging.INFO if response.status >= 500 else logging.DEBUG
+        level = logging.INFO if response.status >= 500 and response.status != 503 else logging.DEBUG
         request_id = response.headers.get("X-Request-ID", "-")
         path = request.rel_url.raw_path  # still encoded: a line feed in it would forge a line of the log
         line = (request.get(CLIENT, request.remote), request.method, path, response.status, time * 1000, request_id)
         self.logger.log(level, "%s %s %s %d %.1f ms %s", *line)
+        if response.status == 503:
+            self.put_off.happened(f"answered 503, the last time to {request.method} {path}")
 
     @property
     def enabled(self) -> bool:

@@ -12,26 +12,33 @@ from apispec.ext.marshmallow import MarshmallowPlugin
 from marshmallow import Schema, fields
 
 from engine.api.app_keys import API, Handler
-from engine.api.requests import PATH_FIELDS
+from engine.api.requests import EXAMPLES, FORMS, PATH_FIELDS
 from engine.api.schemas import Failure, envelope
+from engine.files.media import MEDIA_TYPES
 
 JSON_TYPE = "application/json"
+FORM_TYPE = "multipart/form-data"
 ERRORS = {
     400: "Bad request: the sentence names the field, the value and the rule.",
     401: "A token is required, and none or a wrong one came.",
     403: "Requested under a host name that is not allowed, or by a web page of another site.",
     404: "There is no such thing.",
     408: "The body did not arrive in time.",
+    412: "The file is another than the conditions of the request name.",
     413: "The body is larger than `max_body_mb`.",
+    415: "The body is encoded (`Content-Encoding`).",
     416: "The file has no such range.",
     500: "A fault of the server.",
-    503: "Shutting down, or the queue is full: try again after `Retry-After` seconds.",
+    503: "Shutting down, the queue is full, or a disk can't be used: try again after `Retry-After` seconds.",
 }
-ANY_BYTES: Mapping[str, Any] = {"*/*": {"schema": {}}}
-FILE_ANSWERS = {
-    "200": {"description": "The whole file.", "content": ANY_BYTES},
-    "206": {"description": "The requested range.", "content": ANY_BYTES},
-    "304": {"description": "The client's copy is still right.", "content": {}},
+FILE_ANSWERS = {"200": "The whole file.", "206": "The requested range."}
+JPEG_TYPE = "image/jpeg"
+BYTES_TYPE = "application/octet-stream"  # the only binary type that most generators of clients know
+MEDIA_ANSWER = tuple(sorted({content_type for _, content_type in MEDIA_TYPES.values()}))
+TOKEN_SCHEME = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "The token of `token_file`, where one is configured.",
 }
 
 
@@ -42,7 +49,7 @@ class Routes(web.RouteTableDef):
         self,
         tag: str,
         route: str,
-        answer: type[Schema] | None,
+        answer: type[Schema] | Sequence[str],
         *errors: int,
         body: type[Schema] | None = None,
         query: type[Schema] | None = None,
@@ -51,8 +58,8 @@ class Routes(web.RouteTableDef):
     ) -> Callable[[Handler], Handler]:
         """Register a handler under a `route` such as "GET /queue"; its docstring is the summary in the document.
 
-        `answer` (None: a file) is in the contract's envelope unless it is `bare`; `errors` come besides 401, 403 and
-        500. The valid values of path, `body` and `query` are in the request under PATH, BODY and QUERY.
+        `answer` is in the contract's envelope unless it is `bare`; media types stand for a file. `errors` come besides
+        401, 403 and 500. The valid values of path, `body` and `query` are in the request under PATH, BODY and QUERY.
         """
         method, path = route.split(maxsplit=1)
         names = re.findall(r"{(\w+)", path)
@@ -61,7 +68,7 @@ class Routes(web.RouteTableDef):
         def describe(handler: Handler) -> Handler:
             for status in sorted({*errors, 401, 403, 500}):
                 response_schema(Failure, status, description=ERRORS[status])(handler)
-            if answer:
+            if isinstance(answer, type):
                 response_schema(answer if bare else envelope(answer), 200, description="Done.")(handler)
             for location, schema in (("match_info", in_path), ("json", body), ("querystring", query)):
                 if schema:
@@ -71,11 +78,17 @@ class Routes(web.RouteTableDef):
                 summary=(handler.__doc__ or "").rstrip("."),
                 operationId=handler.__name__,
                 parameters=list(headers),
-                responses={} if answer else FILE_ANSWERS,
+                responses={} if isinstance(answer, type) else _file_answers(answer),
             )(handler)
             return self.route(method, API + path)(handler)
 
         return describe
+
+
+def _file_answers(kinds: Sequence[str]) -> dict[str, Any]:
+    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in (*kinds, BYTES_TYPE)}
+    answers = {status: {"description": about, "content": content} for status, about in FILE_ANSWERS.items()}
+    return answers | {"304": {"description": "The client's copy is still right.", "content": {}}}
 
 
 def _operations(app: web.Application) -> Iterator[tuple[str, str, Any]]:
@@ -103,9 +116,12 @@ def api_document(app: web.Application) -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         servers=[{"url": "../"}],  # relative to this document, so right behind any proxy path
+        security=[{}, {"token": []}],
     )
+    spec.components.security_scheme("token", TOKEN_SCHEME)
     converter: Any = plugin.converter
     converter.add_attribute_function(_base64_keywords)
+    converter.add_attribute_function(_choice_or_null)
     for path, method, handler in _operations(app):
         if path != API:  # is API/ as well
             spec.path(path=path, operations={method.lower(): _operation(handler.__apispec__, converter)})
@@ -117,7 +133,10 @@ def _operation(about: Mapping[str, Any], converter: Any) -> dict[str, Any]:
     parameters = list(about["parameters"])
     for sent in about["schemas"]:
         if sent["location"] == "json":
-            operation["requestBody"] = {"required": True, "content": {JSON_TYPE: {"schema": sent["schema"]}}}
+            kind = type(sent["schema"])
+            content = {JSON_TYPE: {"schema": kind, "example": EXAMPLES[kind]}}
+            form = {FORM_TYPE: {"schema": FORMS[kind]}} if kind in FORMS else {}
+            operation["requestBody"] = {"required": True, "content": content | form}
         else:
             place = {"match_info": "path", "querystring": "query"}[sent["location"]]
             parameters += converter.schema2parameters(sent["schema"], location=place)
@@ -134,6 +153,14 @@ def _operation(about: Mapping[str, Any], converter: Any) -> dict[str, Any]:
 def _base64_keywords(_converter: Any, field: fields.Field[Any], **_: Any) -> dict[str, Any]:
     """The keywords of a file, which apispec does not pass on from a field's metadata."""
     return {word: about for word, about in field.metadata.items() if word.startswith("content")}
+
+
+def _choice_or_null(_converter: Any, _field: fields.Field[Any], ret: dict[str, Any]) -> dict[str, Any]:
+    """Null apart from the choices, of which generators would otherwise make several types."""
+    if None not in ret.get("enum", ()):
+        return {}
+    kind = {"type": ret.pop("type")[0], "enum": [choice for choice in ret.pop("enum") if choice is not None]}
+    return {"anyOf": [kind, {"type": "null"}]}
 
 
 def version() -> str:

@@ -3,12 +3,13 @@
 Also the settings as answers give them back, from the same table.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from marshmallow import EXCLUDE, Schema, fields, validate
+from marshmallow import Schema, fields, validate
 
-from engine.api.fields import DURATION, FIELD_OF, Digits, File, Text, Whole, between, matches, one_of
+from engine.api.fields import DURATION, FIELD_OF, File, Flag, Open, Size, Text, Whole, between, matches, one_of
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.files.thumbnails import PREVIEW_WIDTH
 from engine.queue.tasks import Status
@@ -31,9 +32,9 @@ IDEMPOTENCY_KEY: Mapping[str, Any] = {
 
 def setting_field(row: Setting) -> Field:
     """The request field of a setting; null counts as left out."""
-    metadata: dict[str, Any] = {"description": row.help}
-    if row.default is not None:
-        metadata["default"] = row.default
+    own = "" if row.always or row.guides else ", or the model's own"
+    default = "" if row.default is None else f" Default: {json.dumps(row.default)}{own}."
+    metadata: dict[str, Any] = {"description": row.help + default}
     if row.example:
         metadata["examples"] = [row.example]
     if row.above_low:
@@ -45,7 +46,8 @@ def setting_field(row: Setting) -> Field:
         metadata["anyOf"] = [frames, {"type": "string", "pattern": f"^{DURATION}$"}, {"type": "null"}]
     messages = REQUIRED.get(row.name)
     options: dict[str, Any] = {"required": bool(messages), "allow_none": not messages, "error_messages": messages}
-    return FIELD_OF[row.type](validate=_rules_of(row), metadata=metadata, **options)
+    kind = Size if row.pattern else FIELD_OF[row.type]
+    return kind(validate=_rules_of(row), metadata=metadata, **options)
 
 
 def _rules_of(row: Setting) -> list[validate.Validator]:
@@ -65,33 +67,29 @@ def _rules_of(row: Setting) -> list[validate.Validator]:
     return [validate.Length(int(row.low), int(row.high), error=f"must have {least} {{max}} {unit}")]
 
 
-def input_field(name: str) -> Field:
-    """The request field of one input."""
+def input_field(name: str, *, in_form: bool = False) -> Field:
+    """The request field of one input: in base64, or a file in a form."""
     about = INPUTS[name]
     file = {"type": "string", "contentEncoding": "base64", "contentMediaType": f"{about.kind}/*"}
-    description = f"{about.about} {FORMATS[about.kind]} in base64."
+    if in_form:
+        file = {"type": "string", "format": "binary"}
+    description = f"{about.about} {FORMATS[about.kind]}{'' if in_form else ' in base64'}."
     if not about.several:
-        return File(allow_none=True, metadata={"description": description, **file})
+        return File(allow_none=not in_form, metadata={"description": description, **file})
     return fields.List(
         File(metadata=file),
-        allow_none=True,
+        allow_none=not in_form,
         validate=validate.Length(max=10, error="must have at most {max} pictures"),
         metadata={"description": f"{description} At most 10, and as many as the model takes."},
         error_messages={"invalid": "must be a list of pictures in base64"},
     )
 
 
-class _Request(Schema):
-    class Meta:
-        unknown = EXCLUDE  # ignored, and named in the answer's warnings
-        description = "A default is the value where neither the client nor the model has one; null counts as left out."
-
-
 # Nothing has a default here: what a client leaves out, the model decides.
-GenerateRequest = _Request.from_dict(
-    {row.name: setting_field(row) for row in SETTINGS.values()} | {name: input_field(name) for name in INPUTS},
-    name="GenerateRequest",
-)
+_FIELDS = {row.name: setting_field(row) for row in SETTINGS.values()}
+_FILES = {name: input_field(name, in_form=True) for name in INPUTS}
+GenerateRequest = Open.from_dict(_FIELDS | {name: input_field(name) for name in INPUTS}, name="GenerateRequest")
+GenerateForm = Open.from_dict(_FIELDS | _FILES, name="GenerateForm")
 
 
 def echo_field(row: Setting) -> Field:
@@ -101,7 +99,7 @@ def echo_field(row: Setting) -> Field:
 
 
 # What a request can decide. A setting that the model does not have is absent.
-Settings = Schema.from_dict({row.name: echo_field(row) for row in SETTINGS.values() if not row.guides}, name="Settings")
+Settings = Open.from_dict({row.name: echo_field(row) for row in SETTINGS.values() if not row.guides}, name="Settings")
 TaskSettings = Settings.from_dict(
     {
         "model_type": fields.String(required=True, metadata={"description": "Id of the model."}),
@@ -114,9 +112,9 @@ TaskSettings = Settings.from_dict(
 
 
 def parameter(kind: type[Field], about: str, *rules: validate.Validator, default: Any = None) -> Field:
-    """A query parameter that may be left out."""
-    load_default = (lambda: None) if default is None else default  # a plain None would allow null in the document
-    return kind(load_default=load_default, validate=list(rules), metadata={"description": about})
+    """A query parameter that may be left out. The document says its default in words: clients would send it."""
+    about = about if default in (None, "") else f"{about} Default: {json.dumps(default)}."
+    return kind(load_default=lambda: default, validate=list(rules), metadata={"description": about})
 
 
 def query(**parameters: Field) -> type[Schema]:
@@ -126,40 +124,39 @@ def query(**parameters: Field) -> type[Schema]:
 
 # The parameters in paths, by their names there.
 PATH_FIELDS: Mapping[str, Field] = {
-    "task_id": Digits(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."}),
+    "task_id": Whole(required=True, metadata={"description": "Id of the task, from the answer to `POST /generate`."}),
     "model_type": fields.String(required=True, metadata={"description": "Id of the model.", "examples": ["wan_demo"]}),
     "filename": fields.String(required=True, metadata={"description": "A name from `GET /outputs`."}),
 }
-DRY_RUN = "1: check and resolve everything, queue nothing, and answer with the settings."
+DRY_RUN = "true: check and resolve everything, queue nothing, and answer with the settings."
 INSTALLED = "Only models whose weights are here, or only the others."
 WAIT = "Seconds to wait for the task's end; the answer comes as soon as it has ended."
 WIDTH = "Width in pixels; a smaller source is not enlarged."
 MOST = between(1, 200)
 AT_LEAST = "{input} must be {min} or more"
 LorasQuery = query(model=parameter(Text, "Id of the model; left out, the configured one.", default=""))
-GenerateQuery = query(dry_run=parameter(fields.String, DRY_RUN, one_of("0", "1", "true", "false"), default="0"))
-StatusQuery = query(wait=parameter(Digits, WAIT, between(1, 60)))
-PreviewQuery = query(width=parameter(Digits, WIDTH, between(32, 1920), default=PREVIEW_WIDTH))
-
+GenerateQuery = query(dry_run=parameter(Flag, DRY_RUN, default=False))
+StatusQuery = query(wait=parameter(Whole, WAIT, between(1, 60)))
+PreviewQuery = query(width=parameter(Whole, WIDTH, between(32, 1920), default=PREVIEW_WIDTH))
 
 ModelsQuery = query(
     family=parameter(fields.String, "Only models of this family."),
     task=parameter(fields.String, "Only models that do this.", one_of(*TASKS)),
-    installed=parameter(fields.String, INSTALLED, one_of("true", "false")),
+    installed=parameter(Flag, INSTALLED),
 )
 HistoryQuery = query(
     status=parameter(fields.String, "Only tasks in this state.", one_of(*(status.value for status in Status))),
-    limit=parameter(Digits, "Most tasks to return.", MOST, default=50),
-    offset=parameter(Digits, "Tasks to leave out first.", between(0, 2**31), default=0),
+    limit=parameter(Whole, "Most tasks to return.", MOST, default=50),
+    offset=parameter(Whole, "Tasks to leave out first.", between(0, 2**31), default=0),
 )
 OutputsQuery = query(
-    limit=parameter(Digits, "Most files to return.", MOST, default=50),
-    offset=parameter(Digits, "Files to leave out first.", validate.Range(0, error=AT_LEAST), default=0),
+    limit=parameter(Whole, "Most files to return.", MOST, default=50),
+    offset=parameter(Whole, "Files to leave out first.", validate.Range(0, error=AT_LEAST), default=0),
     file_type=parameter(fields.String, "Only files of this type.", one_of("video", "image", "audio")),
 )
 
 
-class MoveRequest(Schema):
+class MoveRequest(Open):
     """The body of `PATCH /queue/{task_id}`."""
 
     position = Whole(
@@ -168,3 +165,11 @@ class MoveRequest(Schema):
         metadata={"description": "Where it should wait: 1 is processed or next. Beyond the end means the end."},
         error_messages={"required": "is missing; say at which position it shall wait", "null": "must be a number"},
     )
+
+
+# What the document says of a body besides its schema: one that can be sent as it is, and the same as a form.
+EXAMPLES: Mapping[type[Schema], Mapping[str, Any]] = {
+    GenerateRequest: {"prompt": SETTINGS["prompt"].example},
+    MoveRequest: {"position": 1},
+}
+FORMS: Mapping[type[Schema], type[Schema]] = {GenerateRequest: GenerateForm}

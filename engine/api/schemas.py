@@ -9,6 +9,7 @@ from marshmallow import Schema, fields
 
 from engine.api.answers import MAX_LISTED_CHARS
 from engine.api.config import KEYS
+from engine.api.fields import Open
 from engine.api.requests import Settings, TaskSettings
 from engine.catalog.download import Stage
 from engine.queue.tasks import Status
@@ -47,7 +48,7 @@ def time_field(about: str, **options: Any) -> Field:
     return required(str, about, metadata={"format": "date-time"}, **options)
 
 
-def answer(name: str, base: type[Schema] = Schema, /, **members: Field) -> type[Schema]:
+def answer(name: str, base: type[Schema] = Open, /, **members: Field) -> type[Schema]:
     """Return the schema of a short answer: these fields after those of `base`."""
     return base.from_dict(members, name=name)
 
@@ -97,7 +98,7 @@ ModelInfo = answer(
 Cost = answer(
     "Cost",
     memory_bytes=required(int, "Most memory in use at once: of the card, or RAM without one."),
-    seconds=required(float, "Seconds of its own work: by history where there is one, else by the plan."),
+    seconds=nullable(float, "Seconds of its own work, by history or by the plan; null if neither is sure."),
     plan=required(str, "Where the weights will be, in a line."),
 )
 Submitted = answer(
@@ -249,4 +250,4 @@ def envelope(data: type[Schema]) -> type[Schema]:
         "message": required(str, "For people."),
         "data": fields.Nested(data, required=True),
     }
-    return Schema.from_dict(members, name=f"{data.__name__}Answer")
+    return Open.from_dict(members, name=f"{data.__name__}Answer")

@@ -46,7 +46,7 @@ class Download:
 
     def end(self, stage: Stage) -> None:
         """Set the final stage."""
-        self.stage, self.file, self.finished_at = stage, "", time.time()
+        self.stage, self.file, self.finished_at = stage, "", max(time.time(), self.started_at)
 
 
 class Downloads:

@@ -1,7 +1,6 @@
 """The input files of the tasks, stored by content: the same file sent twice is stored once."""
 
 import hashlib
-import os
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from engine.files.folders import stats
 from engine.files.place import NoStorage
 from engine.files.publish import published
 
-SAFE_AGE_S = 3600  # a younger file may belong to a request that has no row yet
+SAFE_S = 3600  # in which a stored file may belong to a request that has no row yet
 
 
 class Inputs:
@@ -17,6 +16,7 @@ class Inputs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._stored: dict[str, float] = {}  # name → time.monotonic(), which no step of the wall clock moves
 
     def path(self, data: bytes) -> Path:
         """Return the path of `data`, stored or not."""
@@ -25,11 +25,11 @@ class Inputs:
     def store(self, data: bytes) -> Path:
         """Store `data` and return its path. A file under its final name is always whole. Raises NoStorage."""
         path = self.path(data)
+        self._stored[path.name] = time.monotonic()  # first: `sweep` keeps it for its new request
         try:
             if path.exists():
-                os.utime(path)  # so that `sweep` keeps it for its new request
                 return path
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             with published(path, rivals=True) as part:
                 part.write_bytes(data)
         except OSError as error:
@@ -40,8 +40,11 @@ class Inputs:
 
     def sweep(self, needed: set[str]) -> int:
         """Remove the files that no task needs any more, and return how many there were."""
-        before = time.time() - SAFE_AGE_S
-        stale = [name for name, about in stats(self._folder) if name not in needed and about.st_mtime < before]
-        for name in stale:
-            (self._folder / name).unlink(missing_ok=True)
-        return len(stale)
+        now, removed = time.monotonic(), 0
+        for name in [name for name, at in list(self._stored.items()) if now - at > SAFE_S]:
+            del self._stored[name]
+        for name, _ in stats(self._folder):
+            if name not in needed and name not in self._stored:
+                (self._folder / name).unlink(missing_ok=True)
+                removed += 1
+        return removed

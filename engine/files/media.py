@@ -60,13 +60,14 @@ def open_image(path: Path) -> "Image":
 def thumbnail(path: Path, width: int) -> bytes:
     """Return a JPEG of the image or of the video's first frame, `width` pixels wide or, as the source is, less.
 
-    Raises NoPreview for audio and for what can't be decoded, FileNotFoundError for no file.
+    Raises NoPreview for audio and for what can't be decoded, OSError for what can't be read.
     """
     kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("of an unknown type", ""))
     if kind not in ("image", "video"):
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        file.peek(1)  # a disk that can't be read shows here, apart from bytes that can't be decoded
+        try:
             if kind == "video":
                 with footage.opened(file, "video") as container:
                     return reduced(footage.picture(footage.first_frame(container, _MAX_PREVIEW_PIXELS)), width)
@@ -74,10 +75,8 @@ def thumbnail(path: Path, width: int) -> bytes:
                 # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as EXIF may turn the picture later.
                 image.draft("RGB", (width, width))
                 return reduced(_flattened(_upright(image)), width)
-    except FileNotFoundError:
-        raise
-    except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
-        raise NoPreview(f"'{path.name}' can't be decoded, so it has no preview") from None
+        except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
+            raise NoPreview(f"'{path.name}' can't be decoded, so it has no preview") from None
 
 
 def reduced(image: "Image", width: int) -> bytes:

@@ -1,21 +1,29 @@
 """The output folder. It is the only source of truth: users may add, overwrite and delete files too."""
 
+import errno
+import logging
 import math
+import os
 import re
 import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from engine.clock import Clock
 from engine.files import media
 from engine.files.folders import stats
+from engine.files.owner import FolderLock
 from engine.files.place import Folder
 from engine.files.publish import KEPT, move
 from engine.files.thumbnails import ThumbnailCache, key_of
+from engine.job import EngineConfig
 
+log = logging.getLogger("wangpd")
 # A change within one tick of the file system's clock leaves the time stamp unchanged: 10 ms on Linux file systems,
 # 1 or 2 s on FAT and some network shares. What was touched this recently may still change.
 _UNSETTLED_S: Final = 2.0
@@ -37,8 +45,23 @@ class Entry(NamedTuple):
     modified_at: float  # epoch seconds
 
 
+class OwnFile(NamedTuple):
+    """A file that this daemon made, as it was then. Whatever differs from that is a user's."""
+
+    filename: str
+    task_id: int
+    size_bytes: int
+    mtime_ns: int
+    made_at: float  # by the Clock
+
+    def is_same(self, about: os.stat_result) -> bool:
+        """Whether it is still this file; a copy that was restored may be older."""
+        newer_s = (about.st_mtime_ns - self.mtime_ns) / 1e9
+        return about.st_size == self.size_bytes and newer_s <= _UNSETTLED_S
+
+
 class Retention(NamedTuple):
-    """How long files stay, and how much room they may take; 0 means no limit."""
+    """How long own files stay, and how much room they may take; 0 means no limit."""
 
     keep_s: float = 0
     keep_bytes: int = 0
@@ -47,7 +70,7 @@ class Retention(NamedTuple):
 class _Snapshot(NamedTuple):
     """One reading of the folder."""
 
-    folder_mtime_ns: int | None  # None: no such folder
+    folder_times: tuple[int, int] | None  # None: never read
     read_at: float  # time.monotonic() before the reading
     settled: bool  # nothing was touched so recently that its time stamp could hide a change
     by_type: Mapping[str | None, Sequence[Entry]]  # None: of every type
@@ -56,9 +79,23 @@ class _Snapshot(NamedTuple):
 class Outputs:
     """The output folder. Every method may be called from any thread, and all of them block: use `asyncio.to_thread`."""
 
-    def __init__(self, folder: Path, state: Path, retention: Retention | None = None) -> None:
-        """In `state` are the thumbnails, and the whole files that could not be published when they were made."""
+    def __init__(
+        self,
+        folder: Path,
+        state: Path,
+        retention: Retention | None = None,
+        *,
+        instance: str = EngineConfig.instance,
+        clock: Clock | None = None,
+        holder: str = "",
+    ) -> None:
+        """In `state` are the thumbnails, and the whole files that could not be published when they were made.
+
+        `holder` is written into the lock file, see FolderLock.
+        """
+        self.lock = FolderLock("save_path", folder / ".wangpd.lock", holder)
         self._folder, self._kept = folder, state / KEPT
+        self._instance, self._clock = instance, clock or Clock()
         self._disk = Folder(folder, "save_path", 0, "")
         self._retention = retention or Retention()
         self._thumbnails = ThumbnailCache(state / "thumbnails")
@@ -69,10 +106,15 @@ class Outputs:
         """Whether `listing` would answer from memory. Costs one stat, so that the event loop may ask."""
         known = self._snapshot
         valid = known.settled and time.monotonic() - known.read_at <= _MAX_AGE_S
-        return valid and known.folder_mtime_ns == _mtime_ns(self._folder)
+        with suppress(OSError):
+            return valid and known.folder_times == _times(self._folder)
+        return False
 
     def listing(self, file_type: str | None = None) -> Sequence[Entry]:
-        """Return the media files, all or of one type, newest modification first, ties by name; none if no folder."""
+        """Return the media files, all or of one type, newest modification first, ties by name.
+
+        Raises OSError if the folder is not there or can't be read.
+        """
         if not self.fresh():
             asked_at = time.monotonic()
             with self._reading:
@@ -81,36 +123,69 @@ class Outputs:
         return self._snapshot.by_type.get(file_type, ())
 
     def find(self, filename: str) -> Path | None:
-        """Return the regular file of that name in the folder, else None: for links, devices, what `listing` hides."""
-        path = self._folder / filename
+        """Return the regular file of that name in the folder, else None: for links, devices, what `listing` hides.
+
+        Raises OSError if the folder is not there or can't be searched.
+        """
         try:
-            return path if _kind(filename) and stat.S_ISREG(path.lstat().st_mode) else None
-        except (OSError, ValueError):  # no such file, a name too long, or one that the file system can't express
+            return self._folder / filename if self._stat(filename) else None
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+                raise
+            _times(self._folder)
             return None
+
+    def _stat(self, filename: str) -> os.stat_result | None:
+        if not _kind(filename):
+            return None
+        try:
+            about = (self._folder / filename).lstat()
+        except ValueError:  # a name that the file system can't express
+            return None
+        return about if stat.S_ISREG(about.st_mode) else None
+
+    def _about(self, filename: str) -> os.stat_result | None:
+        with suppress(OSError):
+            return self._stat(filename)
+        return None
 
     def thumbnail(self, path: Path, width: int) -> Path | bytes:
         """Return the cached file of `media.thumbnail`, or its bytes if none can be written. Raises what that raises."""
+        path.open("rb").close()  # what can't be read is not shown either, though its thumbnail may be here
         key = key_of(path, width)
         if kept := self._thumbnails.get(key):
             return kept
         jpeg = media.thumbnail(path, width)
         return self._thumbnails.put(key, jpeg) or jpeg
 
-    def remove_attempt(self, task_id: int) -> int:
-        """Delete the files of a broken attempt at a task, published or partial; returns how many. Raises OSError."""
-        return self._remove(rf"\.?\d{{8}}-\d{{6}}_t{task_id:06d}_.+")
+    def remove_attempt(self, task_id: int, made: Collection[str] = ()) -> int:
+        """Delete the files of a broken attempt, published or partial, but those that it has `made`.
 
-    def remove_parts(self, task_id: int | None = None) -> int:
-        """Delete the partial files of a task, or while no worker runs of all; returns how many. Raises OSError."""
+        Returns how many. Raises OSError if one can't be deleted; the others are.
+        """
+        others = "".join(rf"(?!{re.escape(name)}$)" for name in made)
+        return self._remove(rf"{others}\.?{self._named(task_id)}")
+
+    def remove_parts(self) -> int:
+        """Delete the partial files of all tasks, while no worker runs; returns how many. Raises OSError."""
+        return self._remove(rf"\.{self._named(None)}\.part")
+
+    def _named(self, task_id: int | None) -> str:
+        """A pattern of the names that the workers of this daemon give to the files of a task, or of all."""
         number = r"\d{6,}" if task_id is None else f"{task_id:06d}"
-        return self._remove(rf"\.\d{{8}}-\d{{6}}_t{number}_.+\.part")
+        return rf"\d{{8}}-\d{{6}}_t{number}-{self._instance}_.+"
 
     def _remove(self, pattern: str) -> int:
-        """Names that the worker gives begin with a time, so that a user's own "trip_t000123_.mp4" stays."""
         folders = {self._folder, self._kept}
         left = [folder / name for folder in folders for name, _ in stats(folder) if re.fullmatch(pattern, name)]
+        fault: OSError | None = None
         for path in left:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                fault = error
+        if fault:
+            raise fault
         return len(left)
 
     def publish_kept(self, names: Iterable[str] | None = None) -> str:
@@ -130,21 +205,54 @@ class Outputs:
                     return f"'{path.name}' can't be saved in save_path now ({error.strerror}); it is kept until it can"
         return ""
 
-    def prepare(self) -> None:
-        """Remove the oldest files beyond what is to be kept."""
+    def made(self, task_id: int, names: Iterable[str]) -> list[OwnFile]:
+        """What is there of these files, which a task has made right now; of all of the task, if none is named."""
+        now, pattern, names = self._clock.now(), self._named(task_id), list(names)
+        with suppress(OSError):  # then they stay for ever, which costs only room
+            names = names or [name for name, _ in stats(self._folder) if re.fullmatch(pattern, name)]
+        found = ((name, about) for name in names if (about := self._about(name)))
+        return [OwnFile(name, task_id, about.st_size, about.st_mtime_ns, now) for name, about in found]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether `prepare` has nothing to do."""
+        return not (self._retention.keep_s or self._retention.keep_bytes)
+
+    def prepare(self, own: Iterable[OwnFile]) -> list[str]:
+        """Delete the oldest files beyond what is to be kept; returns the names of those that are no longer `own`."""
         keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
-        entries = self.listing() if keep_s or keep_bytes else ()
-        total_bytes, now = sum(entry.size_bytes for entry in entries), time.time()
-        for entry in reversed(entries):
-            too_old = keep_s and now - entry.modified_at > keep_s
-            if not too_old and not (keep_bytes and total_bytes > keep_bytes):
+        there, gone = self._still_there(own)
+        total_bytes = sum(file.size_bytes for file, _ in there)
+        for file, age_s in sorted(there, key=lambda pair: -pair[1]):
+            if not (keep_s and age_s > keep_s) and not (keep_bytes and total_bytes > keep_bytes):
                 break
-            (self._folder / entry.filename).unlink(missing_ok=True)
-            total_bytes -= entry.size_bytes
+            try:
+                (self._folder / file.filename).unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s can't be deleted: %s", file.filename, error.strerror)
+                continue
+            total_bytes -= file.size_bytes
+            gone.append(file.filename)
+        return gone
+
+    def _still_there(self, own: Iterable[OwnFile]) -> tuple[list[tuple[OwnFile, float]], list[str]]:
+        """The files that are as they were made, with their age in seconds, and the names of all others."""
+        found = [(file, self._about(file.filename)) for file in own]
+        there, gone, now = [], [], self._clock.now()
+        if not any(about for _, about in found):
+            return [], []  # it is the folder that is away
+        for file, about in found:
+            if about is None or not file.is_same(about):
+                gone.append(file.filename)
+            elif file.mtime_ns - about.st_mtime_ns > _UNSETTLED_S * 1e9:  # a user has set its time
+                there.append((file, min(now, time.time()) - about.st_mtime))
+            else:
+                there.append((file, now - file.made_at))
+        return there, gone
 
     def highest_task_id(self) -> int:
-        """Return the largest task id in a name that the worker gave, or 0: needed when the journal is lost."""
-        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})_", name) for name, _ in stats(self._folder))
+        """Return the largest task id in a name that any worker gave, or 0: needed when the journal is lost."""
+        found = (re.match(r"\.?\d{8}-\d{6}_t(\d{6,18})(-[0-9a-f]{6})?_", name) for name, _ in stats(self._folder))
         return max((int(match[1]) for match in found if match), default=0)
 
 
@@ -155,16 +263,15 @@ def _kind(name: str) -> str:
     return "" if _UNSAFE_NAME.search(name) else kind
 
 
-def _mtime_ns(folder: Path) -> int | None:
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return None
+def _times(folder: Path) -> tuple[int, int]:
+    """When the folder's content and its permissions changed, in ns. Raises OSError if it can't be searched."""
+    about = os.stat(f"{folder}/.")  # noqa: PTH116  pathlib drops the dot, which makes the kernel ask for that permission
+    return about.st_mtime_ns, about.st_ctime_ns
 
 
 def _read(folder: Path) -> _Snapshot:
     read_at, now = time.monotonic(), time.time()
-    folder_mtime_ns = _mtime_ns(folder)  # before the files: a change during the reading then shows as one afterwards
+    times = _times(folder)  # before the files: a change during the reading then shows as one afterwards
     entries = [
         Entry(name, kind, about.st_size, min(about.st_mtime, about.st_ctime), about.st_mtime)
         for name, about in stats(folder)
@@ -173,8 +280,8 @@ def _read(folder: Path) -> _Snapshot:
     # Two plain sorts, the second one stable: half the time of one by a pair, and a sort lets no other thread run.
     entries.sort(key=attrgetter("filename"))
     entries.sort(key=attrgetter("modified_at"), reverse=True)
-    touched = [(folder_mtime_ns or 0) / 1e9, *(entry.modified_at for entry in entries)]
+    touched = [times[0] / 1e9, *(entry.modified_at for entry in entries)]
     settled = all(abs(now - touched_at) > _UNSETTLED_S for touched_at in touched)
     kinds: set[str | None] = {kind for kind, _ in media.MEDIA_TYPES.values()}
     by_type = {kind: tuple(entry for entry in entries if entry.type == kind) for kind in kinds}
-    return _Snapshot(folder_mtime_ns, read_at, settled, {None: tuple(entries), **by_type})
+    return _Snapshot(times, read_at, settled, {None: tuple(entries), **by_type})

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from engine import awake
+
 log = logging.getLogger("wangpd.queue")
 PATIENCE_S = 2.0  # a network share whose server is gone blocks whoever looks at it
 HOLD_S = 10.0  # how long a fault counts that only a write has shown
@@ -93,7 +95,8 @@ class Place:
         if self._looking is None or self._looking.done():
             self._looking = asyncio.get_running_loop().run_in_executor(self._thread, self._first_fault)
         try:
-            return await asyncio.wait_for(asyncio.shield(self._looking), PATIENCE_S)
+            async with awake.timeout(PATIENCE_S):
+                return await asyncio.shield(self._looking)
         except TimeoutError:
             return "The disk of save_path or state_path does not answer; see whether its server is up"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -36,14 +37,15 @@ class ThumbnailCache:
         """Return the file that was put under `key`, or None."""
         path = self._folder / f"{key}.jpg"
         with suppress(OSError):
-            return path if path.stat().st_size else None  # a power cut may leave a name without its bytes
+            # A power cut may leave a name without its bytes.
+            return path if path.stat().st_size and os.access(path, os.R_OK) else None
         return None
 
     def put(self, key: str, data: bytes) -> Path | None:
         """Keep `data` and return its file; None if the disk does not take it."""
         path = self._folder / f"{key}.jpg"
         with suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             with published(path, rivals=True, durable=False) as part:
                 part.write_bytes(data)
                 with self._counting:  # before it can be found: what is removed is older

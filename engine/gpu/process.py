@@ -1,19 +1,19 @@
 """What a worker or a follower does before it imports torch: logging, environment, the card that it sees."""
 
-import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from engine.capabilities import compile_environment, hide_unused_packages
-from engine.job import EngineConfig
+from engine.job import GROUP_SIGNALS, EngineConfig
+from engine.log import set_up as set_up_log
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 LOCAL_ONLY = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a team does not listen to the LAN
 
 
@@ -29,8 +29,10 @@ class Rank:
 
 def prepare(config: EngineConfig, device: str, visible: str | None) -> None:
     """Make this process work on `device` of `visible`, the daemon's CUDA_VISIBLE_DEVICES, and end with its parent."""
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(name)s: %(message)s")
-    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error")
+    set_up_log(config.log_level)
+    # A named semaphore, such as tqdm's, would stay behind when this process is killed; of this kind none has a name.
+    multiprocessing.set_start_method("fork", force=True)
+    os.environ.update(QUIET, HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
     if config.compile:
         os.environ.update(compile_environment(config.state_path))
     hide_unused_packages(config.transformer_quantization)
@@ -41,6 +43,14 @@ def prepare(config: EngineConfig, device: str, visible: str | None) -> None:
     if config.team:
         os.environ.update(LOCAL_ONLY)
     threading.Thread(target=_end_with_parent, name="watchdog", daemon=True).start()
+
+
+def release_signals() -> None:
+    """Take signals, which are held while this process is started; those that came to the daemon's group are dropped."""
+    for number in GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def _end_with_parent() -> None:

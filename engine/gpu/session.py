@@ -99,7 +99,8 @@ class ModelSession:
         rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak_bytes = int(torch.cuda.max_memory_allocated(self._device)) if cuda else rss_bytes
         pending = self._saver.finish(saved)
-        return Result(tuple(file.file for file in saved), meter.done(), peak_bytes, self.plan, pending)
+        files, timings = tuple(file.file for file in saved), meter.done()
+        return Result(files, timings, peak_bytes, self.plan, pending, meter.step_s)
 
     def load(self, model: Model, task: str, job: Job | None = None) -> Any:
         """The pipeline of `model`, ready to run `job`; nothing happens if it is loaded and placed well for it."""
@@ -115,7 +116,7 @@ class ModelSession:
         self.model_id, self._pipe = model.id, pipe
         gc.collect()
         gc.freeze()  # else half a million objects of the libraries are searched after each task: a third of a second
-        log.info("loaded model %s on %s", model.id, self._device)
+        log.debug("loaded model %s on %s", model.id, self._device)
         return pipe
 
     def _fit(self, pipe: Any, parts: Parts, source: ModelSource, work: Work) -> None:
@@ -126,14 +127,14 @@ class ModelSession:
         decoding.set_precision(pipe, self._config.vae_precision, self._device)
         self._parts = replace(parts, vae_width=decoding.width_of(pipe))
         if self._config.compile:  # before they are placed: what places them hooks their blocks
-            log.info("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
+            log.debug("compile: %d blocks, each kind once", compiling.compile_blocks(pipe))
         machine = machine if shared else replace(machine, cards=1)
         self._plan = self._planned(model, work, machine, source.kind, self._parts)
-        log.info("model %s: %s", model.id, self.plan)
+        log.debug("model %s: %s", model.id, self.plan)
         kernel = model.attention_backend or kernels.set_kernel(  # a model's own was set when it was loaded
             pipe, self._config.attention_mode, self._device, work.tokens, together=shared
         )
-        log.info("attention: %s", kernel)
+        log.debug("attention: %s", kernel)
         with self._helping.loading(source, self._plan, kernel) if self._helping else nullcontext():
             offloading.carry_out(pipe, self._plan, self._device)
         if self._tiled:

@@ -84,6 +84,7 @@ FEWEST_BLOCKS = 12  # a denoiser's blocks are cube root of parameters / 60, at l
 
 # ---- time
 
+LEAST_S = 10.0  # a job that takes less by the plan is mostly overheads, which it does not count
 EFFICIENCY = 0.55  # of a card's measured matrix product; diffusers reaches 0.43 of an H100's, 0.65 of a 4090's
 TEAM_EFFICIENCY = 0.9  # of devices that compute a forward together; the rest is communication
 STREAM_OVERHEAD = (0.02, 0.015)  # of a step whose blocks come in time: of the first one, of all (published: 3-4%)
@@ -144,7 +145,7 @@ class Estimate:
     """What a job will need."""
 
     memory_bytes: int  # the most at once, of the card, or of RAM without one
-    seconds: float  # once the model is loaded
+    seconds: float | None  # once the model is loaded; None for a short job, whose overheads are not in the plan
     plan: str  # one line: where the weights will be
 
 
@@ -161,7 +162,8 @@ def estimate(
             refusal = refusal or error
     if fastest := min(plans, key=lambda found: found.job_s, default=None):
         memory_bytes = fastest.peak_vram_bytes if fastest.card_bytes else fastest.ram_bytes
-        return Estimate(memory_bytes, fastest.job_s, fastest.describe())
+        seconds = round(fastest.job_s, 1) if fastest.job_s >= LEAST_S else None
+        return Estimate(memory_bytes, seconds, fastest.describe())
     if refusal:
         raise refusal
     return None

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from engine.files.outputs import Outputs
 from engine.files.place import Place
 from engine.job import DEVICE_FAULT, ENGINE_FAULTS, STORAGE_FAULT
 from engine.queue.store import TaskStore
-from engine.queue.tasks import Status, Task, ended, put_back
+from engine.queue.tasks import Status, Task, ended, put_back, summary
 from engine.workers.lanes import Lane
 
 log = logging.getLogger("wangpd.queue")
@@ -41,6 +41,7 @@ class Endings:
         self.stopping = asyncio.Event()  # running tasks are to wait again: the daemon is shutting down
         self.kept = True  # files of ended tasks may still have to be published
         self._engine_faults: Counter[tuple[int, Lane]] = Counter()
+        self._untidy: set[int] = set()  # tasks that have left files which could not be removed
 
     def cancelling(self, task_id: int) -> bool:
         """True if a client has cancelled this running task."""
@@ -53,7 +54,7 @@ class Endings:
 
     async def taken_up(self, task: Task) -> Task:
         """The new version of a task that ran when the daemon ended: saved, and its files removed."""
-        await self._tidy(task.id, self._outputs.remove_attempt)
+        await self._tidy(task.id)
         if task.status is Status.CANCELLING:
             task = ended(task, Status.CANCELLED)
         elif self._limits.on_restart == "fail":
@@ -92,12 +93,14 @@ class Endings:
                 break
         if held:
             self._place.hold("")
+        if task_id in self._untidy:
+            await self._tidy(task_id, names)
 
         def end(now: Task) -> Task:
             # A cancel that came after the last file was whole: `cancelling` was shown, so `cancelled` must follow.
             return ended(now, Status.CANCELLED if now.status is Status.CANCELLING else Status.COMPLETED, **changes)
 
-        await self._settle(task_id, end, **facts)
+        await self._settle(task_id, end, names, **facts)
 
     async def failed(self, lane: Lane, task_id: int, code: str, sentence: str) -> None:
         """End a task, unless the fault is its engine's or a disk's: then it waits until that is well again.
@@ -135,21 +138,28 @@ class Endings:
         One that waits again will make all of its files once more. `counted`: the attempt counts all the same.
         """
         files = () if back else tuple(lane.engine.made(task_id))
-        await self._tidy(task_id, self._outputs.remove_attempt if back else self._outputs.remove_parts)
+        names = [file.filename for file in files]
+        await self._tidy(task_id, names)
         if files:
-            names = [file.filename for file in files]
             self.kept |= bool(await asyncio.to_thread(self._outputs.publish_kept, names))
         status = Status.FAILED if code else Status.CANCELLED
 
         def end(now: Task) -> Task:
             return ended(now, status, code, sentence, files=files)
 
-        await self._settle(task_id, end, back=back, counted=counted)
+        await self._settle(task_id, end, names, back=back, counted=counted)
 
     async def _settle(
-        self, task_id: int, end: Callable[[Task], Task], *, back: bool = False, counted: bool = False, **facts: Any
+        self,
+        task_id: int,
+        end: Callable[[Task], Task],
+        files: Iterable[str],
+        *,
+        back: bool = False,
+        counted: bool = False,
+        **facts: Any,
     ) -> None:
-        """Commit the end of a running task, `facts` in the same commit.
+        """Commit the end of a running task, its `files` and `facts` in the same commit.
 
         With `back`, it waits again, unless a client has cancelled it meanwhile. `counted`: the attempt counts.
         """
@@ -158,12 +168,17 @@ class Endings:
             goes_back = back and now.status is Status.PROCESSING
             return put_back(now, now.attempts - (0 if counted else 1)) if goes_back else end(now)
 
+        if not back and (made := await asyncio.to_thread(self._outputs.made, task_id, files)):
+            facts["made"] = made
         task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
-        log.info("task %d %s%s", task_id, task.status, f": {task.error['message']}" if task.error else "")
+        if task.status.ended or self.stopping.is_set():  # else the reason has been logged
+            log.info("task %d %s", task_id, summary(task))
 
-    async def _tidy(self, task_id: int, remove: Callable[[int], int]) -> None:
-        """Delete the files of an attempt; one that can't be deleted must not cost the task its end."""
+    async def _tidy(self, task_id: int, made: Sequence[str] = ()) -> None:
+        """Delete the files of a broken attempt; one that can't be deleted must not cost the task its end."""
+        self._untidy.discard(task_id)
         try:
-            await asyncio.to_thread(remove, task_id)
+            await asyncio.to_thread(self._outputs.remove_attempt, task_id, made)
         except OSError as error:
-            log.warning("task %d: what it left in the output folder can't be removed: %s", task_id, error)
+            self._untidy.add(task_id)
+            log.warning("task %d: what it left in the output folder can't be removed now: %s", task_id, error)

@@ -47,18 +47,31 @@ class EventsLost(Exception):
     """Some events are no longer kept: a subscriber must read the tasks themselves."""
 
 
+class EventsEnded(Exception):
+    """The daemon is stopping: subscribers are to answer with what they know now."""
+
+
 class Events:
     """The ring. Used on the event loop only. Ids grow by 1."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._ring: deque[Event] = deque(maxlen=kept)
         self._news = asyncio.Event()
+        self._closed = False
         self.last_id = time.time_ns() // 1000  # above every id of an earlier start of the daemon
 
     def publish(self, kind: EventKind, task: Task | None = None) -> None:
         """Append an event and wake the subscribers."""
         self.last_id += 1
         self._ring.append(Event(self.last_id, kind, task, time.time()))
+        self._wake()
+
+    def close(self) -> None:
+        """End all subscriptions, those that are made later too, so that no client delays a stop."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         self._news.set()
         self._news.clear()  # whoever waits now has been woken; the next wait is for the next event
 
@@ -74,8 +87,10 @@ class Events:
         return Subscription(self, self.last_id if last_id is None else last_id)
 
     async def wait(self, last_id: int) -> None:
-        """Return once there is an event after `last_id`."""
+        """Return once there is an event after `last_id`. Raises EventsEnded if there is none and the daemon stops."""
         while self.last_id == last_id:
+            if self._closed:
+                raise EventsEnded
             await self._news.wait()
 
 
@@ -88,7 +103,8 @@ class Subscription:
     async def read(self) -> Sequence[Event]:
         """Wait for at least one event since the last call, and return all since then.
 
-        Raises EventsLost if some are no longer kept; the next call waits for what is published from now on.
+        Raises EventsLost if some are no longer kept; the next call waits for what is published from now on. Raises
+        EventsEnded once the daemon stops.
         """
         await self._events.wait(self._last_id)
         last_id, self._last_id = self._last_id, self._events.last_id

@@ -1,42 +1,65 @@
 """What is learnt while tasks run, and kept in the journal over restarts: speeds, machines, the model last in use."""
 
 import logging
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+from engine.catalog.models import Catalog
 from engine.job import Job, Phase, Result
 from engine.planning.machine import Machine
+from engine.planning.work import Work
 from engine.queue.journal import Journal
+from engine.queue.tasks import restored
 from engine.workers.lanes import Runner
 
 log = logging.getLogger("wangpd.queue")
+T = TypeVar("T")
+TIMED = (Phase.LOADING, Phase.ENCODING, Phase.DENOISING, Phase.DECODING, Phase.SAVING)
 SLOW_STEPS = 20  # usual denoising steps without progress that make a hang
-WEIGHT = 0.5  # of the newest measurement in the running mean
-COVER_S = 60.0  # length of a sound that is made from another, as long as that one: its job does not know it
+SAME = 1.1  # sizes that differ less are one
+MOST_SIZES = 8  # of a model, that are remembered
+STEPS_COUNT = 4.0  # times all other parts: the steps alone say how long a job takes
+# A step costs between a fixed time and the square of its size (attention), so in proportion it is within a factor of 2
+# up to twice the size. Between two known sizes a power of the size is, if they are no further apart than this.
+NEAR, BETWEEN = 2.0, 8.0
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds for one model: to load it, and for a unit of `extent` of a denoising step and of all the rest."""
+    """The seconds of a job of one model, by their parts."""
 
+    extent: float  # voxels of a run (a call of the pipeline), or tokens of a sound
     load_s: float
-    step_s: float
-    rest_s: float
+    encode_s: float  # of all runs: the same prompt is encoded once
+    step_s: float  # a forward of the denoiser (0: not known); as `Facts.pace` returns it, all of a step
+    rest_s: float  # decoding and saving, of a run
+    cold: bool  # the model had just been loaded: what is done for the first time is slower
+
+    def total_s(self, steps: int, runs: int, warm: bool) -> float:
+        """The whole job, its steps counted over all runs. `warm`: its model is loaded."""
+        return self.encode_s + steps * self.step_s + runs * self.rest_s + (0.0 if warm else self.load_s)
 
 
 class Facts:
-    """Paces are running means. Sizes are assumed to cost in proportion; attention makes large ones dearer than that."""
+    """What is known of models and machines."""
 
-    def __init__(self) -> None:
-        self._paces: dict[str, Pace] = {}  # by model id
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._paces: dict[str, list[Pace]] = {}  # by model id, of several sizes, the newest last
         self.machines: dict[str, Machine] = {}  # device → what was measured there
         self.last_model = ""  # id of the one that was last in use, empty if there was none
 
     async def restore(self, journal: Journal) -> None:
         """Take in what a former life of the daemon has learnt. Raises JournalFault."""
-        self._paces = {model: Pace(**pace) for model, pace in (await journal.fact("speeds", {})).items()}
-        self.machines = {device: Machine(**machine) for device, machine in (await journal.fact("machines", {})).items()}
-        self.last_model = await journal.fact("model", "")
+        paces = await journal.fact("paces")
+        for model, stored in paces.items() if isinstance(paces, dict) else ():
+            sizes = dict(enumerate(stored)) if isinstance(stored, list) else {}
+            self._paces[model] = list(_known(Pace, sizes).values())
+        self.machines = _known(Machine, await journal.fact("machines"))
+        self.last_model = str(await journal.fact("model", ""))
 
     def used(self, engine: Runner, model_id: str) -> dict[str, Any]:
         """Note that `engine` has worked with this model; returns what has changed, for `Journal.save`."""
@@ -51,38 +74,89 @@ class Facts:
     def learn(self, job: Job, result: Result, loaded: bool) -> dict[str, Any]:
         """Take in the times of a finished job; returns what has changed. `loaded`: its model had to be loaded first."""
         try:
-            self._paces[job.model] = _mean(self._paces.get(job.model), job, result, loaded)
+            self._take_in(job, result, loaded)
         except Exception:  # an estimate is no promise: it must not cost a task its end
             log.warning("the times of a job of model %s could not be kept", job.model, exc_info=True)
             return {}
-        return {"speeds": {model: vars(pace) for model, pace in self._paces.items()}}
+        return {"paces": {model: list(map(vars, paces)) for model, paces in self._paces.items()}}
+
+    def _take_in(self, job: Job, result: Result, loaded: bool) -> None:
+        work, known = self.work(job), self._paces.get(job.model, [])
+        if work is None:
+            return
+        load_s, encode_s, denoise_s, decode_s, save_s = (result.timings.get(phase.label, 0.0) for phase in TIMED)
+        # One step, and a process that had just loaded: it was mostly what is done for the first time.
+        step_s = result.step_s or (0.0 if loaded else denoise_s / (job.steps * work.runs))
+        load_s = load_s if loaded or not known else known[-1].load_s
+        rest_s = (decode_s + save_s) / work.runs
+        new = Pace(_extent(work), load_s, encode_s, step_s / work.passes, rest_s, cold=loaded)
+        same = next((pace for pace in known if _ratio(pace.extent, new.extent) <= SAME), None)
+        if same and new.cold and not same.cold:  # says more
+            new = replace(same, load_s=load_s)
+        self._paces[job.model] = [*(pace for pace in known if pace is not same), new][-MOST_SIZES:]
+
+    def work(self, job: Job) -> Work | None:
+        """What `job` asks for; None if its model is gone."""
+        model = self._catalog.get(job.model) if job.model in self._catalog else None
+        return Work.of(model, job) if model and job.task in model.pipelines else None
 
     def patience_s(self, job: Job, floor_s: float) -> float:
         """How long `job` may show no progress: at least `floor_s`, and more if the steps of its model are slow."""
-        pace = self._paces.get(job.model)
-        return max(floor_s, SLOW_STEPS * pace.step_s * extent(job) * job.batch_size) if pace else floor_s
+        work, known = self.work(job), self._paces.get(job.model)
+        if not work or not known:
+            return floor_s
+        near = _nearest(known, _extent(work))
+        return max(floor_s, SLOW_STEPS * near.step_s * work.passes * _extent(work) / near.extent)
+
+    def pace(self, job: Job) -> Pace | None:
+        """What `job` will take, its parts; None if no job of its model and of about its size has run."""
+        work, known = self.work(job), [pace for pace in self._paces.get(job.model, ()) if pace.step_s]
+        if not work or not known:
+            return None
+        near = _nearest(known, _extent(work))
+        around = [pace for pace in known if pace.cold is near.cold]
+        step_s, rest_s = (_at(_extent(work), around, name) for name in ("step_s", "rest_s"))
+        if step_s is None or rest_s is None:
+            return None
+        step_s *= work.passes
+        if near.cold and job.steps * work.runs * step_s < STEPS_COUNT * (near.encode_s + work.runs * rest_s):
+            return None  # too much of it may be what is slow the first time only
+        return replace(near, extent=_extent(work), step_s=step_s, rest_s=rest_s)
 
     def estimate_s(self, job: Job, warm: bool) -> float | None:
-        """Seconds that `job` will take from its start, or None if its model has never run. `warm`: it is loaded."""
-        pace = self._paces.get(job.model)
-        if pace is None:
-            return None
-        work = extent(job) * job.batch_size * job.repeat_generation * (pace.step_s * job.steps + pace.rest_s)
-        return round(work + (0.0 if warm else pace.load_s), 1)
+        """Seconds that `job` will take from its start, or None if that is not known. `warm`: its model is loaded."""
+        pace, work = self.pace(job), self.work(job)
+        return round(pace.total_s(job.steps * work.runs, work.runs, warm), 1) if pace and work else None
 
 
-def extent(job: Job) -> float:
-    """Pixels times frames of one file, or the seconds of a sound."""
-    return job.width * job.height * job.frames or job.duration_s or COVER_S
+def _extent(work: Work) -> float:
+    return work.voxels or work.tokens * work.batch
 
 
-def _mean(old: Pace | None, job: Job, result: Result, loaded: bool) -> Pace:
-    spent, made = result.timings, extent(job) * job.batch_size * job.repeat_generation
-    new = Pace(
-        load_s=spent.get(Phase.LOADING.label, 0.0) if loaded or not old else old.load_s,
-        step_s=spent.get(Phase.DENOISING.label, 0.0) / (made * job.steps),
-        rest_s=sum(spent.get(phase.label, 0.0) for phase in (Phase.ENCODING, Phase.DECODING, Phase.SAVING)) / made,
-    )
-    if old is None:
-        return new
-    return Pace(**{name: (1 - WEIGHT) * value + WEIGHT * getattr(new, name) for name, value in vars(old).items()})
+def _known(cls: type[T], stored: Any) -> dict[str, T]:
+    """The facts of a kind by their names, without those that another version has written in another form."""
+    facts: dict[str, T] = {}
+    for name, values in stored.items() if isinstance(stored, dict) else ():
+        with suppress(TypeError):
+            facts[name] = restored(cls, values)
+    return facts
+
+
+def _ratio(one: float, other: float) -> float:
+    return max(one, other) / min(one, other)
+
+
+def _nearest(known: Sequence[Pace], extent: float) -> Pace:
+    return min(known, key=lambda pace: _ratio(pace.extent, extent))
+
+
+def _at(extent: float, known: Sequence[Pace], name: str) -> float | None:
+    """The time `name` at this extent, from those around it or near it; None if it is too far from all."""
+    near = _nearest(known, extent)
+    below = max((pace for pace in known if pace.extent <= extent), key=lambda pace: pace.extent, default=near)
+    above = min((pace for pace in known if pace.extent >= extent), key=lambda pace: pace.extent, default=near)
+    if below.extent < above.extent <= BETWEEN * below.extent:
+        share = math.log(extent / below.extent) / math.log(above.extent / below.extent)
+        time_s: float = getattr(below, name) ** (1 - share) * getattr(above, name) ** share
+        return time_s
+    return getattr(near, name) * extent / near.extent if _ratio(near.extent, extent) <= NEAR else None

@@ -6,17 +6,22 @@ answer that follows it is a promise that a power cut can't break.
 
 import asyncio
 import json
+import logging
+import re
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from engine.queue.tasks import ENDED, Status, Task
+from engine.clock import Clock
+from engine.files.outputs import OwnFile
+from engine.queue.tasks import ENDED, Status, Task, unreadable
 
+log = logging.getLogger("wangpd.queue")
 # One script a schema version, applied in order: entry i brings a journal from version i to i + 1.
 MIGRATIONS = (
     """
@@ -38,11 +43,29 @@ MIGRATIONS = (
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
 )
+# What versions before it can do without, so that they still open the journal; done at each start.
+ADDITIONS = """
+    CREATE INDEX IF NOT EXISTS tasks_by_end ON tasks (finished_at);  -- the first journals had none
+    CREATE TABLE IF NOT EXISTS files (  -- the daemon's own in the output folder, whether their task is kept or not
+        name TEXT PRIMARY KEY,
+        task_id INTEGER NOT NULL,
+        size_bytes INTEGER NOT NULL,
+        mtime_ns INTEGER NOT NULL,
+        made_at REAL NOT NULL  -- as finished_at, by the Clock
+    );
+    INSERT OR IGNORE INTO files (name, task_id, size_bytes, mtime_ns, made_at)  -- what a version without it has made
+        SELECT json_extract(file.value, '$.filename'), tasks.id, json_extract(file.value, '$.size_bytes'),
+            CAST(finished_at * 1e9 AS INTEGER), finished_at
+        FROM tasks, json_each(CASE WHEN json_valid(record) THEN record ELSE '{}' END, '$.files') AS file
+        WHERE file.type = 'object' AND tasks.id > (SELECT coalesce(max(task_id), 0) FROM files);
+"""
 KEY_LIFETIME_S = 24 * 3600
 # Errors of what is in the file; any other is of the disk, the folder or the lock, and says nothing against the file.
 FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 UPDATE = "UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?"
-UNFINISHED = f"WHERE status NOT IN ({', '.join(repr(str(status)) for status in sorted(ENDED))}) ORDER BY rank, id"
+ENDS = ", ".join(repr(str(status)) for status in sorted(ENDED))
+UNFINISHED = f"WHERE status NOT IN ({ENDS}) AND finished_at IS NULL ORDER BY rank, id"
+FILE = "name, task_id, size_bytes, mtime_ns, made_at"  # as OwnFile
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -53,6 +76,10 @@ class KeyReused(Exception):
 
 class JournalFault(Exception):
     """The journal can't be written or read now, most often because its disk is full: one sentence."""
+
+
+class NewerJournal(Exception):
+    """The journal is of a newer version of wangpd: one sentence."""
 
 
 def _in_thread(method: "Callable[Concatenate[Journal, P], T]") -> "Callable[Concatenate[Journal, P], Awaitable[T]]":
@@ -66,10 +93,14 @@ def _in_thread(method: "Callable[Concatenate[Journal, P], T]") -> "Callable[Conc
 
 
 class Journal:
-    """The rows. `set_aside` is where an unreadable journal was moved at `open`, or None."""
+    """The rows. `set_aside` is where an unreadable journal was moved at `open`, or None.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    `clock` goes on from what the journal has of it. Times in columns are by it, those in records by the wall clock.
+    """
+
+    def __init__(self, path: Path, clock: Clock | None = None) -> None:
+        self._path, self._clock = path, clock or Clock()
+        self._reported: set[int] = set()  # ids of rows that can't be read
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._db: sqlite3.Connection
         self.set_aside: Path | None = None
@@ -87,12 +118,13 @@ class Journal:
         """Open or create the file; one that can't be read is moved aside, and an empty one takes its place.
 
         The next id is above `id_floor` in any case, so that a lost journal does not make ids start again.
-        Raises OSError or JournalFault if there is no place to write.
+        Raises OSError or JournalFault if there is no place to write, and NewerJournal having changed nothing.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            _refuse_newer(self._path)
             self._db = _connect(self._path)
-        except (sqlite3.DatabaseError, TypeError, ValueError, LookupError) as error:
+        except sqlite3.DatabaseError as error:
             if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in FILE_FAULTS:
                 raise
             self.set_aside = _move_aside(self._path)
@@ -104,6 +136,16 @@ class Journal:
                 " WHERE NOT EXISTS (SELECT * FROM sqlite_sequence WHERE name = 'tasks')",
                 (id_floor,),
             )
+        self._resume_clock()
+
+    def _resume_clock(self) -> None:
+        """An older journal has no reading of it: its newest end or key is the last that is known of the time."""
+        reading = self._fact("clock", None)
+        if not reading:
+            query = "SELECT max(at) FROM (SELECT finished_at AS at FROM tasks UNION SELECT created_at FROM replies)"
+            reading = self._db.execute(query).fetchone() * 2
+        with suppress(TypeError, ValueError):
+            self._clock.resume(*map(float, reading))
 
     async def close(self) -> None:
         """Close the file. Nothing is lost without it."""
@@ -124,15 +166,18 @@ class Journal:
             assert row.lastrowid is not None
             task.id = row.lastrowid
             self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
-            self._db.execute(UPDATE, _row(task))
+            self._db.execute(UPDATE, self._row(task))
             if key is not None:
-                values = key, request, json.dumps({**answer, "task_id": task.id}), time.time()
-                self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", values)
+                values = key, request, json.dumps({**answer, "task_id": task.id}), self._clock.now()
+                self._db.execute(
+                    "INSERT OR REPLACE INTO replies (key, request, answer, created_at) VALUES (?, ?, ?, ?)", values
+                )
         return None
 
     def _answer(self, key: str, request: str) -> Mapping[str, Any] | None:
         row = self._db.execute(
-            "SELECT request, answer FROM replies WHERE key = ? AND created_at >= ?", (key, time.time() - KEY_LIFETIME_S)
+            "SELECT request, answer FROM replies WHERE key = ? AND created_at >= ?",
+            (key, self._clock.now() - KEY_LIFETIME_S),
         ).fetchone()
         if row and row[0] != request:
             raise KeyReused("Idempotency-Key: it was used for another request; take a new key")
@@ -144,33 +189,47 @@ class Journal:
         return self._answer(key, request)
 
     @_in_thread
-    def save(self, /, *tasks: Task, ranks: Mapping[int, float] | None = None, **facts: Any) -> None:
-        """Commit these versions of tasks, ranks by task id, and JSON values under the names of `facts`, together."""
+    def save(
+        self, /, *tasks: Task, ranks: Mapping[int, float] | None = None, made: Iterable[OwnFile] = (), **facts: Any
+    ) -> None:
+        """Commit, together: these versions of tasks, ranks by task id, files that were made, JSON values by name."""
         with self._db:
-            self._db.executemany(UPDATE, map(_row, tasks))
+            self._db.executemany(UPDATE, map(self._row, tasks))
+            self._db.executemany(f"INSERT OR REPLACE INTO files ({FILE}) VALUES (?, ?, ?, ?, ?)", made)
             ranked = ((rank, task_id) for task_id, rank in (ranks or {}).items())
             self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
-            values = ((name, json.dumps(value)) for name, value in facts.items())
-            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", values)
+            self._save_facts({**facts, "clock": self._clock.reading()})
+
+    def _save_facts(self, facts: Mapping[str, Any]) -> None:
+        values = ((name, json.dumps(value)) for name, value in facts.items())
+        self._db.executemany("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", values)
 
     @_in_thread
     def unfinished(self) -> list[Task]:
-        """The tasks that have not ended, in the order in which they wait."""
-        return _tasks(self._db, UNFINISHED)
+        """The tasks that have not ended, in the order in which they wait. Those that can't be read end as failed."""
+        tasks = []
+        with self._db:
+            for task_id, record, task in self._read(UNFINISHED):
+                if task:
+                    tasks.append(task)
+                    continue
+                self._save_facts({f"unreadable {task_id}": record})
+                self._db.execute(UPDATE, self._row(unreadable(task_id, record)))
+        return tasks
 
     @_in_thread
     def get(self, task_id: int) -> Task | None:
         """The task with this id, or None if there is no such row (any more)."""
         if abs(task_id) >= 2**63:
             return None  # beyond what SQLite can hold
-        return next(iter(_tasks(self._db, "WHERE id = ?", task_id)), None)
+        return next(iter(self._tasks("WHERE id = ?", task_id)), None)
 
     @_in_thread
     def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
         """A page of all tasks, newest first, and how many there are."""
         where, values = ("WHERE status = ?", (status,)) if status else ("", ())
         total = self._db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
-        return _tasks(self._db, f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", *values, limit, offset), total
+        return self._tasks(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", *values, limit, offset), total
 
     @_in_thread
     def prune(self, keep_count: int, keep_s: float) -> None:
@@ -180,36 +239,80 @@ class Journal:
             " ORDER BY finished_at DESC, id DESC LIMIT 1 OFFSET ?"
         )
         with self._db:
-            self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (time.time() - keep_s,))
+            self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (self._clock.now() - keep_s,))
             self._db.execute(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
-            self._db.execute("DELETE FROM replies WHERE created_at < ?", (time.time() - KEY_LIFETIME_S,))
+            self._db.execute("DELETE FROM replies WHERE created_at < ?", (self._clock.now() - KEY_LIFETIME_S,))
 
     @_in_thread
     def inputs(self) -> set[str]:
-        """The names of all stored input files that some row still needs."""
-        tasks = _tasks(self._db, "WHERE json_extract(record, '$.job.inputs') != '{}'")
-        return {path.name for task in tasks for paths in task.job.inputs.values() for path in paths}
+        """The names of all stored input files that some row still needs: the last parts of whatever paths it has."""
+        rows = self._db.execute("SELECT record FROM tasks UNION ALL SELECT value FROM facts")
+        return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
+
+    @_in_thread
+    def files(self) -> list[OwnFile]:
+        """The files that are the daemon's own."""
+        return [OwnFile(*row) for row in self._db.execute(f"SELECT {FILE} FROM files")]
+
+    @_in_thread
+    def disown(self, names: Iterable[str]) -> None:
+        """Forget files: they are deleted, or a user's by now."""
+        with self._db:
+            self._db.executemany("DELETE FROM files WHERE name = ?", ((name,) for name in names))
 
     @_in_thread
     def fact(self, name: str, default: Any = None) -> Any:
-        """The JSON value last stored under `name`."""
+        """The JSON value last stored under `name`; the default if there is none that can be read."""
+        return self._fact(name, default)
+
+    def _fact(self, name: str, default: Any) -> Any:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return json.loads(row[0]) if row else default
+        try:
+            return json.loads(row[0]) if row else default
+        except ValueError:
+            log.warning("the fact %s of the journal can't be read and is ignored", name)
+            return default
+
+    def _row(self, task: Task) -> tuple[Any, ...]:
+        at = task.finished_at
+        return task.status, at and self._clock.dated(at), task.record(), task.id
+
+    def _read(self, rest: str, *values: Any) -> Iterator[tuple[int, str, Task | None]]:
+        """Id, record and task of rows; None and a line in the log for one that can't be read."""
+        for task_id, record in self._db.execute(f"SELECT id, record FROM tasks {rest}", values).fetchall():
+            try:
+                yield task_id, record, Task.restore(record, self._path.parent / "inputs")
+            except Exception as fault:  # whatever another version, or a person, has written there
+                if task_id not in self._reported:
+                    self._reported.add(task_id)
+                    log.error("the record of task %d can't be read: %s: %s", task_id, type(fault).__name__, fault)
+                yield task_id, record, None
+
+    def _tasks(self, rest: str, *values: Any) -> list[Task]:
+        return [task for _, _, task in self._read(rest, *values) if task]
 
 
-def _row(task: Task) -> tuple[Any, ...]:
-    return task.status, task.finished_at, task.record(), task.id
-
-
-def _tasks(db: sqlite3.Connection, rest: str, *values: Any) -> list[Task]:
-    return [Task.restore(record) for (record,) in db.execute(f"SELECT record FROM tasks {rest}", values)]
+def _refuse_newer(path: Path) -> None:
+    """Raises NewerJournal, and leaves no trace: what SQLite writes to look into a WAL is removed."""
+    if not path.exists():
+        return
+    wal, shm = (path.with_name(f"{path.name}-{suffix}") for suffix in ("wal", "shm"))
+    mode, leave = ("mode=ro", shm.exists()) if wal.exists() else ("immutable=1", True)
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as db:
+            version, newest = db.execute("PRAGMA user_version").fetchone()[0], len(MIGRATIONS)
+    finally:
+        if not leave:
+            shm.unlink(missing_ok=True)
+    if version > newest:
+        raise NewerJournal(
+            f"state_path: {path} has version {version}, of a newer wangpd, and this one reads up to version {newest};"
+            " start the newer one again, or choose another state_path"
+        )
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """An open, checked and up-to-date journal. Raises sqlite3.DatabaseError if the file is not one.
-
-    A row that waits and can't be read raises what `Task.restore` raises: better now than when its turn comes.
-    """
+    """An open, checked and up-to-date journal. Raises sqlite3.DatabaseError if the file is not one."""
     db = sqlite3.connect(path)
     try:
         db.execute("PRAGMA journal_mode = WAL")
@@ -217,11 +320,9 @@ def _connect(path: Path) -> sqlite3.Connection:
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise sqlite3.DatabaseError(f"schema version {version} is newer than this wangpd")
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
-        _tasks(db, UNFINISHED)
+        db.executescript(f"BEGIN; {ADDITIONS} COMMIT;")
     except BaseException:
         db.close()
         raise

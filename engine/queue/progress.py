@@ -1,9 +1,11 @@
-"""How far a running task is: from the numbers on its engine's board to percent and steps."""
+"""How far a running task is: from the numbers on its engine's board to percent, steps and the time that is left."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
 from engine.job import Phase
+from engine.queue.facts import Pace
 from engine.queue.tasks import Task
 from engine.workers.lanes import Progress
 
@@ -40,3 +42,55 @@ def advanced(task: Task, progress: Progress | None) -> Task:
     if (reached, steps, phase) == (task.progress, task.steps_done, task.phase):
         return task
     return replace(task, progress=reached, steps_done=steps, phase=phase)
+
+
+SEEN_STEPS = 3  # from here on, a task's own steps say more than those of earlier tasks
+OWN_SLEEP_S = 1.0  # between two looks: the daemon did not run, or waited for its disk
+UNKNOWN_REST = 1.1  # what follows the steps of a model that has not run yet, as a share of all
+LEAST_UNKNOWN_S = 5.0  # below that, what follows them may well be more
+
+
+class TaskClock:
+    """The time that a running task takes, as its engine shows it. `warm`: its model was loaded when it started."""
+
+    def __init__(self, warm: bool) -> None:
+        self._shown: Progress | None = None
+        self._warm, self._began = warm, time.monotonic()
+        self._part_began = self._looked = self._began  # of what is under way: loading, encoding, denoising, the rest
+        self._first, self._first_at = 0, 0.0  # the first step that was seen in this run, and when
+        self._step_s: float | None = None
+
+    def look(self, shown: Progress | None) -> None:
+        """Take in what the engine shows now; None: its process is being started."""
+        before, now = self._shown, time.monotonic()
+        late, self._looked, self._shown = now - self._looked > OWN_SLEEP_S, now, shown
+        if shown is None or before is None or (_part(shown), shown.run) != (_part(before), before.run):
+            self._part_began, self._first = now, 0
+        elif late or not self._first:
+            self._first, self._first_at = shown.step, now
+        elif shown.step != before.step and shown.step - self._first >= SEEN_STEPS:
+            self._step_s = (now - self._first_at) / (shown.step - self._first)
+
+    def left_s(self, pace: Pace | None, work_s: float | None) -> float | None:
+        """Seconds of work still ahead, None if that can't be known.
+
+        `pace` and `work_s` are what such a job takes, and all of it once its model is loaded, if that is known.
+        """
+        shown, now = self._shown, time.monotonic()
+        if shown is None or not (shown.run or shown.step):  # it loads, encodes, or takes its first step
+            if pace is None or work_s is None:
+                return None
+            loads = not self._warm and (shown is None or shown.phase <= Phase.LOADING)
+            return work_s + (max(0.0, pace.load_s - (now - self._began)) if loads else 0.0)
+        runs = shown.runs - shown.run
+        steps, step_s = runs * shown.steps - shown.step, self._step_s or (pace and pace.step_s)
+        if pace and step_s:
+            done_s = min(now - self._part_began, pace.rest_s) if shown.phase > Phase.DENOISING else 0.0
+            return steps * step_s + runs * pace.rest_s - done_s
+        left_s = UNKNOWN_REST * steps * (self._step_s or 0.0)
+        first_half = shown.phase is Phase.DENOISING and 2 * steps >= shown.runs * shown.steps
+        return left_s if first_half and left_s >= LEAST_UNKNOWN_S else None
+
+
+def _part(shown: Progress) -> Phase:
+    return min(shown.phase, Phase.DECODING)  # what was learnt of decoding and saving is one number

@@ -5,16 +5,16 @@ import contextlib
 import heapq
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine import awake
 from engine.catalog.models import Catalog, Model
 from engine.files.outputs import Outputs
 from engine.files.place import Place
 from engine.job import Job
 from engine.planning.machine import Machine
-from engine.planning.work import Work
 from engine.queue.endings import Limits
 from engine.queue.events import EventKind, EventsLost
 from engine.queue.facts import Facts
@@ -25,7 +25,6 @@ from engine.queue.tasks import Status, Task, WrongState
 from engine.workers.lanes import Lanes, Runner
 
 ADDED_UP_S = 1.0  # how old the sum of all that waits may be
-KNOWN_PERCENT = 5  # from here on, a task's own pace says more than those of earlier ones
 
 
 class Unavailable(Exception):
@@ -54,8 +53,8 @@ class TaskQueue(TaskStore):
         limits: Limits,
     ) -> None:
         super().__init__(journal)
-        self.lanes, self.facts, self.place = Lanes(engines), Facts(), place
-        self._catalog, self._max_queue = catalog, limits.max_queue
+        self.lanes, self.facts, self.place = Lanes(engines), Facts(catalog), place
+        self._max_queue = limits.max_queue
         self.runner = QueueRunner(self, self.lanes, self.facts, place, catalog=catalog, outputs=outputs, limits=limits)
         self._submitting = 0
         self._free_at: list[float] = []  # seconds until each lane is free, a heap
@@ -68,7 +67,7 @@ class TaskQueue(TaskStore):
     async def running(self, stop_s: float) -> AsyncIterator[None]:
         """Take up what the journal holds, run it and whatever is submitted, until the block ends; then `stop`."""
         await self.facts.restore(self.journal)
-        self.paused = await self.journal.fact("paused", False)
+        self.paused = await self.journal.fact("paused", False) is True
         await self.runner.restore()
         self._work = asyncio.create_task(self.runner.run(), name="queue runner")
         try:
@@ -77,9 +76,15 @@ class TaskQueue(TaskStore):
             await self.stop(stop_s)
 
     async def stop(self, stop_s: float) -> None:
-        """Take no new work, and within `stop_s` seconds put the running tasks back, as if they had never started."""
+        """Take no new work, answer who waits, and within `stop_s` seconds put the running tasks back.
+
+        A task that was put back is as if it had never started.
+        """
+        self.events.close()
         self.runner.interrupt()
-        await asyncio.wait([self._work], timeout=stop_s)
+        with contextlib.suppress(TimeoutError):
+            async with awake.timeout(stop_s):
+                await asyncio.wait([self._work])
         self._work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._work
@@ -135,15 +140,16 @@ class TaskQueue(TaskStore):
         for sentence in self.faults.values():
             raise Unavailable(sentence)
 
-    async def retry(self, task_id: int) -> Receipt:
+    async def retry(self, task_id: int, require: Callable[[Job], object] = lambda _: None) -> Receipt:
         """Queue the job of an ended task again, with its settings, seed and pictures.
 
-        Raises NoSuchTask, or WrongState if it has not ended; and what `submit` raises.
+        Raises NoSuchTask, or WrongState if it has not ended; and what `submit` and, in a thread, `require` raise.
         """
         task = await self.get(task_id)
         if not task.status.ended:
             raise WrongState(f"Task {task_id} is {task.status}; only an ended task can be retried")
         await self.place.look()
+        await asyncio.to_thread(require, task.job)
         return await self.submit(task.job, task.warnings)
 
     # -- changes that concern the engines
@@ -194,24 +200,22 @@ class TaskQueue(TaskStore):
 
     def steps_done(self, task: Task) -> tuple[int, int]:
         """Denoising steps done and to do, over all runs of the task; the first only grows."""
-        job = task.job
-        model = self._catalog.get(job.model) if job.model in self._catalog else None
-        known = Work.of(model, job).runs if model and job.task in model.pipelines else None
-        total = job.steps * (known or job.repeat_generation * job.batch_size)
+        job, work = task.job, self.facts.work(task.job)
+        total = job.steps * (work.runs if work else job.repeat_generation * job.batch_size)
         return total if task.status is Status.COMPLETED else task.steps_done, total
 
     def estimate_s(self, job: Job) -> float | None:
-        """Seconds of its own work that `job` will take; None if its model has never run."""
+        """Seconds of its own work that `job` will take; None if no such job of its model has run."""
         return self.facts.estimate_s(job, self.lanes.loaded(job.model))
 
     def eta_s(self, task: Task) -> float | None:
         """Seconds of work still ahead of this task, none of them spent in the queue; None if nothing is known."""
         if task.status.ended:
             return None
-        if task.started_at and task.progress >= KNOWN_PERCENT:
-            return round((time.time() - task.started_at) * (100 - task.progress) / task.progress, 1)
-        estimate_s = self.estimate_s(task.job)
-        return None if estimate_s is None else round(estimate_s * (1 - task.progress / 100), 1)
+        if clock := self.runner.clocks.get(task.id):
+            left_s = clock.left_s(self.facts.pace(task.job), self.facts.estimate_s(task.job, warm=True))
+            return None if left_s is None else round(left_s, 1)
+        return self.estimate_s(task.job)
 
     def estimated_wait_s(self) -> float | None:
         """Seconds until a task that is submitted now would start; None if a task without history decides it."""

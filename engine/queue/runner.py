@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
+from engine.admission import BadRequest, require_files
 from engine.catalog.models import Catalog, Model, UnknownModel
 from engine.files.outputs import Outputs
 from engine.files.place import Place
@@ -14,7 +15,7 @@ from engine.job import ENGINE_FAULTS, NO_TASK, Cancelled, EngineError
 from engine.queue.endings import PLACE_S, Endings, Limits
 from engine.queue.facts import Facts
 from engine.queue.journal import JournalFault
-from engine.queue.progress import advanced
+from engine.queue.progress import TaskClock, advanced
 from engine.queue.store import TaskStore
 from engine.queue.tasks import Status, Task
 from engine.workers.lanes import Lane, Lanes
@@ -40,10 +41,11 @@ class QueueRunner:
         self._store, self._lanes, self._facts, self._place = store, lanes, facts, place
         self._catalog, self._outputs, self._limits = catalog, outputs, limits
         self._endings = Endings(store, outputs, place, limits)
-        self.closed = False  # no new work is taken
+        self.closed = False  # shutting down: no new work is taken, and running tasks are to wait again
         self.wake = asyncio.Event()  # set when there may be something to do
         self.to_load: list[Model] = []  # one for each lane that is to load it
         self._at_work = asyncio.Event()  # set while tasks run
+        self.clocks: dict[int, TaskClock] = {}  # of the tasks that run
 
     # -- life
 
@@ -61,7 +63,7 @@ class QueueRunner:
         await self._store.restore([task for task in (*taken_up, *waiting) if not task.status.ended], started=made)
 
     async def run(self) -> None:
-        """Work until `close`, then wait for the tasks that still run."""
+        """Work until `interrupt`, then wait for the tasks that still run."""
         reading = asyncio.create_task(self._read_boards(), name="board reader")
         try:
             async with asyncio.TaskGroup() as group:  # at its end it waits for those that still run
@@ -76,15 +78,11 @@ class QueueRunner:
         finally:
             reading.cancel()
 
-    def close(self) -> None:
-        """Take no new work and start none."""
-        self.closed = True
-        self.wake.set()
-
     def interrupt(self) -> None:
-        """Take no new work, and begin to stop the running tasks, which will be put back."""
-        self.close()
-        if not self._endings.stopping.is_set():
+        """Take no new work, start none, and begin to stop the running tasks, which will be put back."""
+        if not self.closed:
+            self.closed = True
+            self.wake.set()
             self._endings.stopping.set()
             for task_id in (*self._store.started, NO_TASK):
                 self._lanes.cancel(task_id)
@@ -117,11 +115,15 @@ class QueueRunner:
         return not self._place.fault
 
     async def _retire(self) -> None:
-        """Remove the oldest results beyond what is to be kept."""
+        """Delete the files that are no longer to be kept; what can't be deleted now waits for the next task."""
+        if self._outputs.keeps_all:
+            return
+        journal = self._store.journal
         try:
-            await asyncio.to_thread(self._outputs.prepare)
-        except OSError as error:
-            log.warning("old files can't be removed now: %s", error)
+            gone = await asyncio.to_thread(self._outputs.prepare, await journal.files())
+            await journal.disown(gone)
+        except (OSError, JournalFault) as fault:
+            log.warning("old files can't be deleted now: %s", fault)
 
     async def _idle(self) -> None:
         """Wait for something to do; give the memory of a lane back when it takes too long."""
@@ -153,7 +155,13 @@ class QueueRunner:
                 self._at_work.clear()
             await self._at_work.wait()
             await asyncio.sleep(READ_S)
-            await self._store.advance(lambda task: advanced(task, self._lanes.progress(task.id)))
+            await self._store.advance(self._looked_at)
+
+    def _looked_at(self, task: Task) -> Task:
+        shown = self._lanes.progress(task.id)
+        if clock := self.clocks.get(task.id):
+            clock.look(shown)
+        return advanced(task, shown)
 
     async def _load(self, lane: Lane, model: Model) -> None:
         try:
@@ -178,6 +186,7 @@ class QueueRunner:
             log.exception("task %d could not be brought to its end", task.id)
             self._store.forget(task.id)
         finally:
+            self.clocks.pop(task.id, None)
             self._release(lane, task)
         try:  # only now: who waits for the task need not wait for this
             await self._store.journal.prune(self._limits.history_count, self._limits.history_s)
@@ -191,17 +200,22 @@ class QueueRunner:
 
     async def _process(self, lane: Lane, task: Task) -> None:
         warm = lane.engine.loaded(task.job.model)
+        self.clocks[task.id] = TaskClock(warm)
         try:
             await self._retire()
             model = self._catalog.get(task.job.model)
+            await asyncio.to_thread(require_files, task.job)
             if self._endings.stopping.is_set() or self._endings.cancelling(task.id):  # before the engine knew of it
                 raise Cancelled
             patience_s = self._facts.patience_s(task.job, self._limits.step_timeout_s)
             result = await lane.engine.run(task.id, task.job, model, patience_s, partial(self._release, lane, task))
         except Cancelled:
             await self._endings.stopped(lane, task.id)
-        except (EngineError, UnknownModel) as error:
-            await self._endings.failed(lane, task.id, getattr(error, "code", "unknown_model"), str(error))
+        except (EngineError, UnknownModel, BadRequest) as error:
+            code = getattr(error, "code", "unknown_model" if isinstance(error, UnknownModel) else "file_gone")
+            if self.closed and code == "worker_died":  # what ends the daemon may end all processes
+                return await self._endings.stopped(lane, task.id)
+            await self._endings.failed(lane, task.id, code, str(error))
         except Exception as error:
             log.exception("task %d: fault in the daemon", task.id)
             sentence = f"{type(error).__name__} in the daemon; its log says more."

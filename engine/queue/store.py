@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from engine.queue.events import EventKind, Events, EventsLost
+from engine.queue.events import EventKind, Events, EventsEnded, EventsLost
 from engine.queue.journal import Journal, JournalFault
 from engine.queue.order import Order, ranks_of
 from engine.queue.tasks import NoSuchTask, Status, Task, WrongState, ended
@@ -65,10 +65,10 @@ class TaskStore:
         return task
 
     async def wait(self, task_id: int, timeout_s: float) -> Task:
-        """The task once it has ended, or as it is after `timeout_s`. Raises NoSuchTask."""
+        """The task once it has ended, or as it is after `timeout_s` or at a stop of the daemon. Raises NoSuchTask."""
         subscription = self.events.subscribe()  # first: an end that comes while `get` asks the journal is not missed
         task = await self.get(task_id)
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, EventsEnded):
             async with asyncio.timeout(timeout_s):
                 while not task.status.ended:
                     try:
@@ -151,8 +151,8 @@ class TaskStore:
         async with self._changing:
             if self.waiting.first is not task or self.paused:
                 return False
-            attempts = task.attempts + 1
-            await self._commit(replace(task, status=Status.PROCESSING, started_at=time.time(), attempts=attempts))
+            attempts, now = task.attempts + 1, max(time.time(), task.created_at)  # the clock may have been set back
+            await self._commit(replace(task, status=Status.PROCESSING, started_at=now, attempts=attempts))
             return True
 
     async def settle(self, task_id: int, outcome: Callable[[Task], Task], **facts: Any) -> Task:
@@ -188,10 +188,13 @@ class TaskStore:
             try:
                 done = await change()
             except JournalFault as fault:
+                if not self.journal_fault:  # once, not at every try
+                    log.error("%s", fault)
                 self.journal_fault = str(fault)
-                log.error("%s", fault)
                 await asyncio.sleep(SAVE_AGAIN_S)
             else:
+                if self.journal_fault:
+                    log.info("the journal can be used again")
                 self.journal_fault = ""
                 return done
 

@@ -6,19 +6,22 @@ import math
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
+from engine import awake
 from engine.catalog.models import Model
 from engine.files.publish import KEPT
 from engine.gpu import worker
 from engine.job import (
     DEVICE_FAULT,
+    GROUP_SIGNALS,
     NO_TASK,
     STALE_PROCESS,
     Board,
@@ -54,6 +57,16 @@ class _Spawn(SpawnContext):
         return self.child
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Start processes within this: signals to the daemon's whole group reach them once they have left it, or never."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Worker:
     """A generation process with all that is its own: executor, board and reports, never shared with another one."""
 
@@ -64,11 +77,13 @@ class _Worker:
         ours, self._theirs = self._context.Pipe(duplex=False)
         self.reports = Reports(ours, made)
         arguments = self.board, self._theirs, config
-        self._executor = ProcessPoolExecutor(1, self._context, worker.start, arguments)
+        with _signals_held():  # multiprocessing's resource tracker is started here
+            self._executor = ProcessPoolExecutor(1, self._context, worker.start, arguments)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
         """Run `function` in the process, which is started by the first call. Raises BrokenProcessPool if it died."""
-        called = asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+        with _signals_held():
+            called = asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
         self._theirs.close()  # the process has it now, and so the pipe ends with the process
         return called
 
@@ -107,6 +122,7 @@ class Engine:
         self._task: int | None = None
         self._saving: dict[int, _Saving] = {}
         self._made: dict[int, list[OutputFile]] = {}  # whole files by task
+        self._graces: set[asyncio.Task[None]] = set()
         self._hung_s: float | None = None  # how long the process that was ended had made no progress
 
     @property
@@ -147,11 +163,11 @@ class Engine:
         """The result once its files are whole. A cancel removes the last of them."""
         since = time.monotonic()
         try:
-            async with asyncio.timeout(patience_s):
+            async with awake.timeout(patience_s):
                 await saving.worker.reports.settled(saving.result.pending)
         except TimeoutError:
             saving.worker.kill()
-            raise _hung(time.monotonic() - since, "while saving") from None
+            raise _hung(patience_s, "while saving") from None
         except EOFError:
             raise Cancelled if saving.cancelled else _died("while saving") from None
         made = self.made(task_id)
@@ -215,16 +231,13 @@ class Engine:
 
     async def _watch(self, watched: _Worker, patience_s: float) -> None:
         """End the process if its board stays as it is for `patience_s` seconds."""
-        seen, since = bytes(watched.board), time.monotonic()
-        while True:
-            await asyncio.sleep(min(WATCH_S, patience_s / 4))
-            board, now = bytes(watched.board), time.monotonic()
-            if board != seen:
-                seen, since = board, now
-            elif now - since > self._patience_s(watched.board, patience_s):
-                self._hung_s = now - since
-                self._kill()
-                return
+        seen, still = bytes(watched.board), awake.Wait()
+        while still.spent_s <= self._patience_s(watched.board, patience_s):
+            await still.go_on(min(WATCH_S, patience_s / 4))
+            if (board := bytes(watched.board)) != seen:
+                seen, still = board, awake.Wait()
+        self._hung_s = still.spent_s
+        self._kill()
 
     def _patience_s(self, board: Board, patience_s: float) -> float:
         """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them.
@@ -278,9 +291,12 @@ class Engine:
             self._board.cancel = task_id
         else:
             return  # asked twice, the grace does not begin again
-        asyncio.get_running_loop().call_later(self._grace_s, self._kill_late, task_id)
+        grace = asyncio.create_task(self._kill_late(task_id))
+        self._graces.add(grace)  # the event loop holds tasks by weak references only
+        grace.add_done_callback(self._graces.discard)
 
-    def _kill_late(self, task_id: int) -> None:
+    async def _kill_late(self, task_id: int) -> None:
+        await awake.sleep(self._grace_s)
         if self._task == task_id or (task_id in self._saving and self._task is None):
             self._kill()
 

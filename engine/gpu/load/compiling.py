@@ -61,4 +61,4 @@ def suit(pipe: Any, job: Job) -> None:
     for block in blocks:
         block.plain = bool(job.loras) or inside
     if blocks and blocks[0].plain:
-        log.info("compile: not for this task, with %s", "layers hooked one by one" if inside else "LoRAs")
+        log.debug("compile: not for this task, with %s", "layers hooked one by one" if inside else "LoRAs")

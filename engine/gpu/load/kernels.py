@@ -54,7 +54,7 @@ def _heads(denoiser: Any) -> tuple[int, int] | None:
 def _measured(count: int, width: int, length: int, device: torch.device, names: tuple[str, ...]) -> str:
     query = torch.randn(1, length, count, width, device=device, dtype=torch.bfloat16)
     name = fastest(query, seconds, names)
-    log.info("attention: %s is the fastest of those here, at %d tokens", name, length)
+    log.debug("attention: %s is the fastest of those here, at %d tokens", name, length)
     return name
 
 

@@ -13,6 +13,7 @@ class Meter:
         self._board, self._task_id = board, task_id
         self._seconds: dict[str, float] = defaultdict(float)
         self._entered = time.perf_counter()
+        self._stepped, self._steps, self._steps_s, self._longest_s = 0.0, 0, 0.0, 0.0
         board.phase, board.run, board.runs, board.step, board.total = Phase.IDLE, 0, 0, 0, 0
         board.task = task_id  # last, so that the numbers above are never another task's
 
@@ -40,13 +41,25 @@ class Meter:
 
     def step_done(self, step: int) -> None:
         """Report that `step` denoising steps of this run are done. Raises Cancelled."""
-        self._board.step = step
+        now, before = time.perf_counter(), self._board.step
+        if before:  # not the first step of a run, in which kernels are chosen and compiled
+            self._steps += step - before
+            self._steps_s += now - self._stepped
+            self._longest_s = max(self._longest_s, now - self._stepped)
+        self._stepped, self._board.step = now, step
         self.check()
 
     @property
     def where(self) -> str:
         """The phase in words, for an error sentence."""
         return Phase(self._board.phase).label
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a usual step, 0 if too few were made: without the first ones, and the longest, which may have
+        been slept through.
+        """
+        return (self._steps_s - self._longest_s) / (self._steps - 1) if self._steps > 1 else 0.0
 
     def done(self) -> dict[str, float]:
         """The job is over, however it ended; returns the seconds of each phase."""

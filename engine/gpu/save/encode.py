@@ -29,7 +29,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from engine.files.publish import published
 from engine.job import STORAGE_FAULT, EngineError, Job
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("wangpd.worker")
 
 Pixels = NDArray[np.uint8]
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -77,11 +77,11 @@ class Sound(NamedTuple):
     sample_rate: int
 
 
-def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: str) -> str:
-    """Return e.g. "20261122-210533_t000123_a-cat-playing-piano_s42.mp4", which no shell needs to quote."""
+def output_name(job: Job, seed: int, task_id: int, started: datetime, suffix: str, *, instance: str) -> str:
+    """Return e.g. "20261122-210533_t000123-1f3a9c_a-cat-playing-piano_s42.mp4", which no shell needs to quote."""
     plain = unicodedata.normalize("NFKD", job.prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].rstrip("-") or "untitled"
-    return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}_{slug}_s{seed}{suffix}"
+    return f"{started:%Y%m%d-%H%M%S}_t{task_id:06d}-{instance}_{slug}_s{seed}{suffix}"
 
 
 def write_video(

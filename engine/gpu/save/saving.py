@@ -66,7 +66,8 @@ class Saver:
         kind = "audio" if clip.frames is None else "video" if job.frames > 1 else "image"
         config, layer = self._config, f"_{clip.layer}" if clip.layer else ""
         suffix = {"audio": config.audio_format, "video": "mp4", "image": config.image_format.replace("jpeg", "jpg")}
-        name = encode.output_name(job, clip.seed, task_id, started, f"{layer}.{suffix[kind]}")
+        ending = f"{layer}.{suffix[kind]}"
+        name = encode.output_name(job, clip.seed, task_id, started, ending, instance=config.instance)
         height = width = count = 0
 
         def pieces() -> Iterator[torch.Tensor]:
@@ -80,13 +81,13 @@ class Saver:
             return OutputFile(name, kind, size_bytes, width, height, count, job.fps, clip.seed)
 
         def write(coming: Iterator[torch.Tensor]) -> None:
-            self._kept.mkdir(parents=True, exist_ok=True)
+            self._kept.mkdir(exist_ok=True)  # no parents: a state_path that is away is not made anew
             self._write(self._kept / name, kind, clip, job, coming)
             size_bytes = (self._kept / name).stat().st_size
+            self._made(task_id, about(size_bytes))  # first: of a process that is killed, nothing is visible but this
             with suppress(OSError):  # then it is kept
                 if not self._disk.away():
                     move(self._kept / name, config.save_path / name)
-            self._made(task_id, about(size_bytes))
 
         written = background.feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
         return Saved(about(0), written)
