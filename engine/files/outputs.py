@@ -19,7 +19,7 @@ from engine.files import media
 from engine.files.folders import stats
 from engine.files.owner import FolderLock
 from engine.files.place import Folder
-from engine.files.publish import KEPT, move
+from engine.files.publish import KEPT
 from engine.files.thumbnails import ThumbnailCache, key_of
 from engine.job import EngineConfig
 
@@ -193,16 +193,13 @@ class Outputs:
 
         Returns why one still can't be, a sentence, else "".
         """
-        if away := self._disk.away():
-            return away
+        if not self._kept.parent.is_dir():
+            return "state_path can't be used now; bring the folder back"
         if names is None:
             names = [name for name, _ in stats(self._kept) if not name.startswith(".")]
         for path in (self._kept / name for name in names if (self._kept / name).exists()):
-            try:
-                move(path, self._folder / path.name)
-            except OSError as error:
-                if path.exists():  # else the worker has just published it
-                    return f"'{path.name}' can't be saved in save_path now ({error.strerror}); it is kept until it can"
+            if (fault := self._disk.take(path)) and path.exists():  # else the worker has just published it
+                return fault
         return ""
 
     def made(self, task_id: int, names: Iterable[str]) -> list[OwnFile]:

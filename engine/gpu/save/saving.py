@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from itertools import chain
@@ -16,11 +15,11 @@ from PIL import Image
 from engine import settings
 from engine.files import media
 from engine.files.place import Folder
-from engine.files.publish import KEPT, move
+from engine.files.publish import KEPT
 from engine.files.thumbnails import PREVIEW_WIDTH, ThumbnailCache, key_of
 from engine.gpu.run.results import Clip
 from engine.gpu.save import background, encode
-from engine.job import EngineConfig, Job, OutputFile
+from engine.job import STORAGE_FAULT, EngineConfig, EngineError, Job, OutputFile
 
 log = logging.getLogger("wangpd.worker")
 RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
@@ -81,13 +80,17 @@ class Saver:
             return OutputFile(name, kind, size_bytes, width, height, count, job.fps, clip.seed)
 
         def write(coming: Iterator[torch.Tensor]) -> None:
-            self._kept.mkdir(exist_ok=True)  # no parents: a state_path that is away is not made anew
-            self._write(self._kept / name, kind, clip, job, coming)
-            size_bytes = (self._kept / name).stat().st_size
+            try:
+                self._kept.mkdir(exist_ok=True)  # no parents: a state_path that is away is not made anew
+                self._write(self._kept / name, kind, clip, job, coming)
+                size_bytes = (self._kept / name).stat().st_size
+            except (EngineError, OSError) as error:
+                if isinstance(error, EngineError) and self._kept.is_dir():
+                    raise
+                sentence = f"'{name}' could not be saved: state_path can't be used; bring the folder back"
+                raise EngineError(sentence, STORAGE_FAULT) from error
             self._made(task_id, about(size_bytes))  # first: of a process that is killed, nothing is visible but this
-            with suppress(OSError):  # then it is kept
-                if not self._disk.away():
-                    move(self._kept / name, config.save_path / name)
+            self._disk.take(self._kept / name)  # or it is kept
 
         written = background.feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
         return Saved(about(0), written)
