@@ -217,7 +217,8 @@ def fail(task_id: int, job: Job, model: Model) -> Result:
 
 
 def config(folder: Path, device: str = "auto", team: tuple[str, ...] = ()) -> EngineConfig:
-    """A configuration for an engine that makes no files."""
+    """A configuration for an engine without a daemon, which makes the state folder."""
+    (folder / "state").mkdir(exist_ok=True)
     return EngineConfig(save_path=folder, models_dir=folder, state_path=folder / "state", device=device, team=team)
 
 

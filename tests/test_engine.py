@@ -444,7 +444,7 @@ def lived(daemon: Daemon, signal_number: int) -> Life:
 
 def offspring(pid: int) -> set[int]:
     """The live descendants of a process, less the one that only tracks shared memory."""
-    own = {child for child in children(pid) if "resource_tracker" not in command(child)}
+    own = {child for child in children(pid) if "resource_tracker import main" not in command(child)}
     return own.union(*(offspring(child) for child in own))
 
 

@@ -286,7 +286,7 @@ def test_tasks_wait_while_no_file_is_left_to_open(own_daemon: Daemon) -> None:
     resource.prlimit(own_daemon.process.pid, resource.RLIMIT_NOFILE, (open_files + 3, most))
     own_daemon.post("/queue/resume")
     assert eventually(lambda: own_daemon.get("/health/ready").status_code == 503)
-    assert [own_daemon.status(task_id)["status"] for task_id in ids] == ["queued"] * 3
+    assert eventually(lambda: {own_daemon.status(task_id)["status"] for task_id in ids} == {"queued"})
     resource.prlimit(own_daemon.process.pid, resource.RLIMIT_NOFILE, (most, most))
     all_done(own_daemon, ids)
 
