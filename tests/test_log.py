@@ -78,6 +78,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
     yield seen
 
 
+DONE = r"wangpd.queue: task \d completed: wan_demo, 64x64, 5 frames, 1 steps"
 LINES = [
     r"wangpd: wangpd \S+ listens on http://\S+",
     *[
