@@ -166,21 +166,19 @@ def byte_range(header: str, size: int) -> range | None:
     range has a byte of the file.
     """
     unit, _, rest = header.partition("=")
-    pairs = [re.fullmatch(r"(?=.*[0-9])([0-9]*)-([0-9]*)", text) for text in re.split(r"[ \t]*,[ \t]*", rest) if text]
-    if unit.lower() != "bytes" or not pairs or not size:
+    texts = [text for text in re.split(r"[ \t]*,[ \t]*", rest) if text]
+    well_formed = all(re.fullmatch("[0-9]+-[0-9]*|-[0-9]+", text) for text in texts)
+    if unit.lower() != "bytes" or not texts or not well_formed or not size:
         return None
     ranges = []
-    for pair in pairs:
-        if pair is None or (all(pair.groups()) and _number(pair[2]) < _number(pair[1])):
+    for text in texts:
+        first, last = (float(digits or "inf") for digits in text.split("-"))  # not int, which limits the digits
+        if text.startswith("-"):
+            first, last = max(size - last, 0), size
+        if last < first:
             return None
-        start = _number(pair[1]) if pair[1] else max(size - _number(pair[2]), 0)
-        ranges.append(range(start, min(_number(pair[2]) + 1, size) if all(pair.groups()) else size))
+        ranges.append(range(int(min(first, size)), int(min(last + 1, size))))
     if not any(ranges):
         sentence = f"Range: the file has {size} bytes, no such range in it"
         raise web.HTTPRequestRangeNotSatisfiable(text=sentence, headers={hdrs.CONTENT_RANGE: f"bytes */{size}"})
     return ranges[0] if len(ranges) == 1 else None
-
-
-def _number(digits: str) -> int:
-    """A position. 20 digits are beyond any file, and Python refuses to read thousands."""
-    return int(digits.lstrip("0")[:20] or 0)
