@@ -23,16 +23,6 @@ UNIX = "unix:"  # before the path of a Unix socket
 SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
 LEAST_STATE_MB = 16  # free on the disk of state_path, if min_free_mb is not less
 FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
-# The headings of `wangpd.toml`, by the first key of each group.
-HEADINGS: Mapping[str, str] = {
-    "host": "where it listens, and its folders",
-    "allowed_hosts": "who may ask",
-    "allow_download": "the models and the GPU",
-    "image_format": "the files it makes",
-    "max_queue": "limits",
-    "max_attempts": "the queue, in time and over restarts",
-    "log_level": "the rest",
-}
 
 
 def key(default: Any, rule: Callable[[Any], Any] | None = None, *, why: str) -> Any:
@@ -185,9 +175,8 @@ class Config:
 
     def engines(self) -> list[EngineConfig]:
         """The part that a generation process needs, for each of them."""
-        common = self.part(EngineConfig)
         leads = self.devices[:1] if self.context_parallel else self.devices
-        return [dataclasses.replace(common, device=device) for device in leads or (self.device,)]
+        return [dataclasses.replace(self, device=device).part(EngineConfig) for device in leads or (self.device,)]
 
     @property
     def team(self) -> tuple[str, ...]:

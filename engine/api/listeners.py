@@ -153,12 +153,11 @@ def url_of(channel: socket.socket) -> str:
     """Return the address for people: one that can be opened, also for a wildcard; of a Unix socket its path."""
     if channel.family == socket.AF_UNIX:
         return UNIX + os.fsdecode(channel.getsockname()).replace("\0", "@")
-    host, port, *further = channel.getsockname()
+    host, port = socket.getnameinfo(channel.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
     if host in WILDCARDS:
         only_6 = channel.family == socket.AF_INET6 and channel.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
         host = "::1" if only_6 else _lan_address()
-    zone = f"%25{socket.if_indextoname(further[1])}" if further[1:] and further[1] else ""
-    return f"http://[{host}{zone}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://[{host.replace('%', '%25')}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _lan_address() -> str:
