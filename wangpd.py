@@ -42,7 +42,7 @@ from engine.api.app_keys import (
     TOKEN,
 )
 from engine.api.body import validation_middleware
-from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config
+from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
 from engine.api.connection import Connection, forgive_slashes
 from engine.api.errors import errors_middleware
 from engine.api.files import folder_away, inline, open_output, open_preview, send_file
@@ -57,7 +57,7 @@ from engine.cli import parse_arguments, run_command
 from engine.clock import Clock
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES
-from engine.files.outputs import Outputs
+from engine.files.outputs import Outputs, Retention
 from engine.files.owner import FolderLock, instance_id
 from engine.files.place import Place
 from engine.job import GROUP_SIGNALS
@@ -398,12 +398,9 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[CATALOG] = read_catalog(config) if catalog is None else catalog
     app[HEAVY] = asyncio.Semaphore(HEAVY_AT_ONCE)
     clock = Clock()
-    app[OUTPUTS] = Outputs(
-        *(config.save_path, config.state_path, config.retention()),
-        instance=config.instance,
-        clock=clock,
-        holder=holder(config),
-    )
+    keep = Retention(config.keep_outputs_days * 86400, config.keep_outputs_mb * 2**20)
+    folders = config.save_path, config.state_path
+    app[OUTPUTS] = Outputs(*folders, keep, instance=config.instance, clock=clock, holder=holder(config))
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
@@ -571,7 +568,7 @@ async def bind(runner: web.AppRunner, config: Config) -> Listeners:
         lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options)
     )
     try:
-        await asyncio.to_thread(listeners.take, config.hosts, config.port)
+        await asyncio.to_thread(listeners.take, split_hosts(config.host), config.port)
     except CantStart:
         listeners.close()
         raise

@@ -115,20 +115,15 @@ def _form_body(received: Iterable[tuple[str, Any]], schema: Schema) -> Body:
         digest.update(b"%d %s %d " % (len(name), name.encode(), len(data)))
         digest.update(data)
         field = schema.fields.get(name)
-        value = _form_value(field, sent, data) if field else None
-        if isinstance(field, fields.List):
+        inner = field.inner if isinstance(field, fields.List) else field
+        # A file input without a file is an empty text.
+        is_file = isinstance(inner, File) and (isinstance(sent, web.FileField) or (data and not isinstance(sent, str)))
+        try:
+            value = data if is_file or not field else data.decode()
+        except UnicodeDecodeError:
+            raise BadRequest(NO_TEXT) from None
+        if inner is not field:
             values.setdefault(name, []).append(value)
         else:
             values[name] = value
     return values, digest
-
-
-def _form_value(field: fields.Field[Any], sent: Any, data: bytes) -> bytes | str:
-    """A file, or a text as JSON would have it; a file input without a file is an empty text. Raises BadRequest."""
-    inner = field.inner if isinstance(field, fields.List) else field
-    if isinstance(inner, File) and (isinstance(sent, web.FileField) or (data and not isinstance(sent, str))):
-        return data
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise BadRequest(NO_TEXT) from None

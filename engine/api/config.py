@@ -13,7 +13,6 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
 from engine import capabilities
 from engine.api.fields import FIELD_OF, Text, between, each, first_fault, matches, one_of
-from engine.files.outputs import Retention
 from engine.files.place import Folder
 from engine.job import EngineConfig
 from engine.queue.endings import Limits
@@ -168,11 +167,6 @@ class Config:
         """The part of the configuration that a component needs: a `cls`, whose fields are named like keys."""
         return cls(**{field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, cls))})
 
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """Every address of `host`, without brackets."""
-        return split_hosts(self.host)
-
     def engines(self) -> list[EngineConfig]:
         """The part that a generation process needs, for each of them."""
         leads = self.devices[:1] if self.context_parallel else self.devices
@@ -187,10 +181,6 @@ class Config:
     def history_s(self) -> float:
         """`history_days` in seconds."""
         return self.history_days * 86400.0
-
-    def retention(self) -> Retention:
-        """The part that the output folder needs."""
-        return Retention(self.keep_outputs_days * 86400, self.keep_outputs_mb * 2**20)
 
     def folders(self) -> tuple[Folder, ...]:
         """The folders that must take files for a task to start, and how much room each must have."""
