@@ -53,8 +53,11 @@ class Folder:
 
     def away(self) -> str:
         """A sentence where only an empty mount point is left of the folder, else "": a file in it would be hidden."""
-        mounted = self._path.is_mount()
-        if self._mounted and not mounted and self._path.is_dir():
+        try:
+            mounted = self._path.is_mount()
+        except OSError:  # who goes on to use the folder says what is wrong with it
+            return ""
+        if self._mounted and not mounted and os.path.isdir(self._path):  # noqa: PTH112 - raises nothing
             return f"{self._key}: its disk is not mounted any more; mount it again, or restart wangpd"
         self._mounted |= mounted
         return ""
