@@ -84,7 +84,7 @@ class Lane:
         """Note that its engine can't work on this machine as it is."""
         if self.fault != sentence:
             log.error("%s takes no tasks until it works: %s", self.engine.device, sentence)
-        self.fault, self.check_at = sentence, time.monotonic() + self.check_s
+        self.fault, self.suspect, self.check_at = sentence, False, time.monotonic() + self.check_s
         self.check_s = min(2 * self.check_s, MOST_CHECK_S)
 
     def recover(self) -> None:
