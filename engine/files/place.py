@@ -40,7 +40,10 @@ class Folder:
             with os.scandir(self._path):
                 pass
             if self.suspect:
-                self._probe()
+                with TemporaryFile(dir=self._path) as file:
+                    file.write(bytes(PROBE_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             return f"{self._key} can't be used now ({error.strerror}); bring the folder back"
         if not os.access(self._path, os.W_OK | os.X_OK):
@@ -57,13 +60,6 @@ class Folder:
             return f"{self._key}: its disk is not mounted any more; mount it again, or restart wangpd"
         self._mounted |= mounted
         return ""
-
-    def _probe(self) -> None:
-        """Write a file and remove it. Raises OSError."""
-        with TemporaryFile(dir=self._path) as file:
-            file.write(bytes(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class Place:

@@ -40,9 +40,9 @@ def move(whole: Path, final: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        with published(final) as part:
+        with published(final, rivals=True) as part:  # the daemon and its worker may both be at it
             shutil.copy2(whole, part)
-        whole.unlink()
+        whole.unlink(missing_ok=True)
     else:
         _sync(final.parent)
 

@@ -129,18 +129,12 @@ class Engine:
         return self._worker.board if self._worker else Board()
 
     async def run(
-        self,
-        task_id: int,
-        job: Job,
-        model: Model,
-        patience_s: float = math.inf,
-        free: Callable[[], object] = lambda: None,
+        self, task_id: int, job: Job, model: Model, patience_s: float = math.inf, free: Callable[[], object] = bool
     ) -> Result:
         """Run `job` to its end. `free` is called when the next one may be run: the files are still being written then.
 
-        Raises EngineError with a sentence, or Cancelled once the work has really stopped. A process that died, or that
-        made no progress for `patience_s` seconds and was ended, costs this task only, and one whose files it was still
-        writing: the next run gets a fresh one.
+        Raises EngineError, or Cancelled once the work has really stopped. A process that died, or made no progress for
+        `patience_s` seconds and was ended, costs only this task, and one whose files it was still writing.
         """
         self.made(task_id)  # an earlier run's, which will be made once more
         result = await self._call(task_id, patience_s, worker.generate, task_id, job, model)
@@ -231,10 +225,7 @@ class Engine:
         self._kill(watched)
 
     def _patience_s(self, board: Board, patience_s: float) -> float:
-        """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them.
-
-        The start of the process counts as loading. In the first step, blocks may be compiled.
-        """
+        """More for what takes long and shows no progress: the start, loading, and a first step that compiles blocks."""
         if self._config.compile and board.phase == Phase.DENOISING and not board.step:
             return LOADING_PATIENCE * patience_s
         if board.phase not in (Phase.IDLE, Phase.LOADING):

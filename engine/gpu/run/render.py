@@ -126,10 +126,7 @@ def _plain_roles(model: Model, job: Job) -> dict[str, Any]:
 
 @contextmanager
 def _reported(pipe: Any, meter: Meter, *, alone: bool) -> Iterator[None]:
-    """Within the block, each call of a denoiser or VAE decoder enters its phase in `meter`, and can be cancelled there.
-
-    A process that works `alone` can be stopped at some blocks of a denoiser too: no other waits for it.
-    """
+    """Within, each call of a denoiser or VAE decoder enters its phase, and can be cancelled; `alone`, in it too."""
     watched: dict[Phase, list[Any]] = {Phase.DENOISING: [], Phase.DECODING: []}
     for denoiser in offloading.denoisers(pipe).values():
         blocks = list(getattr(denoiser, "blocks", ())) if alone else []

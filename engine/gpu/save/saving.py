@@ -24,6 +24,8 @@ from engine.job import EngineConfig, Job, OutputFile
 
 log = logging.getLogger("wangpd.worker")
 RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
+Settled = Callable[[BaseException | None], None]  # called for each `finish`, with the reason if a file is not written
+Made = Callable[[int, OutputFile], None]  # called with the task's id for each whole file, in the same thread
 
 
 class Saved(NamedTuple):
@@ -44,16 +46,7 @@ class Saver:
     One that can't be, because the output folder is away or its disk full, stays there for the daemon to publish.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        settled: Callable[[BaseException | None], None],
-        made: Callable[[int, OutputFile], None],
-    ) -> None:
-        """`settled` is called for each `finish`, with the reason if a file could not be written.
-
-        `made` is called with the task's id for each file that is whole. Both are called in the same thread.
-        """
+    def __init__(self, config: EngineConfig, settled: Settled, made: Made) -> None:
         self._config, self._settled, self._made = config, settled, made
         self._kept, self._disk = config.state_path / KEPT, Folder(config.save_path, "save_path", 0, "")
         self._disk.away()  # the first call only learns whether it is a mount point
@@ -82,12 +75,13 @@ class Saver:
 
         def write(coming: Iterator[torch.Tensor]) -> None:
             self._kept.mkdir(exist_ok=True)  # no parents: a state_path that is away is not made anew
-            self._write(self._kept / name, kind, clip, job, coming)
-            size_bytes = (self._kept / name).stat().st_size
-            self._made(task_id, about(size_bytes))  # first: of a process that is killed, nothing is visible but this
+            whole, final = self._kept / name, config.save_path / name
+            self._write(whole, kind, clip, job, coming)
+            place = whole if whole.exists() else final  # the daemon may have published it already
+            self._made(task_id, about(place.stat().st_size))  # first: of a process that is killed, only this is known
             with suppress(OSError):  # then it is kept
                 if not self._disk.away():
-                    move(self._kept / name, config.save_path / name)
+                    move(whole, final)
 
         written = background.feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
         return Saved(about(0), written)
@@ -119,7 +113,8 @@ class Saver:
         elif sound:
             encode.write_sound(path, sound, embedded)
         if kind != "audio" and first.shape[-1] == RGB:
-            self._posters.put(key_of(path, PREVIEW_WIDTH), media.reduced(Image.fromarray(first), PREVIEW_WIDTH))
+            with suppress(OSError):  # it is published already
+                self._posters.put(key_of(path, PREVIEW_WIDTH), media.reduced(Image.fromarray(first), PREVIEW_WIDTH))
 
 
 @cache
