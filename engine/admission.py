@@ -159,8 +159,7 @@ def _readable(path: Path) -> bool:
 def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapping[str, Media]) -> Resolved:
     """Decide everything that `sent` leaves open. `given` are the stored inputs by field name.
 
-    A field in `sent` always wins; else the model's default holds, or with `use_model_defaults` false the contract's.
-    Raises BadRequest for what the model can't do.
+    What was sent wins over the defaults of the model, or of the contract. Raises BadRequest for what can't be done.
     """
     _check_inputs(catalog, model, given)
     task = _choose_task(model, frozenset(given), sent.get("task"))

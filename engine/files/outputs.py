@@ -68,8 +68,6 @@ class Retention(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
-    """One reading of the folder."""
-
     folder_times: tuple[int, int] | None  # None: never read
     read_at: float  # time.monotonic() before the reading
     settled: bool  # nothing was touched so recently that its time stamp could hide a change
@@ -95,6 +93,7 @@ class Outputs:
         self._instance, self._clock = instance, clock or Clock()
         self._disk = Folder(folder, "save_path", 0, "")
         self._retention = retention or Retention()
+        self.keeps_all = not any(self._retention)  # `prepare` has nothing to do
         self._thumbnails = ThumbnailCache(state / "thumbnails")
         self._snapshot = _Snapshot(None, -math.inf, False, {})
         self._reading = threading.Lock()
@@ -196,15 +195,9 @@ class Outputs:
         found = ((name, about) for name in names if (about := self._about(name)))
         return [OwnFile(name, task_id, about.st_size, about.st_mtime_ns, now) for name, about in found]
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether `prepare` has nothing to do."""
-        return not (self._retention.keep_s or self._retention.keep_bytes)
-
     def prepare(self, own: Iterable[OwnFile]) -> list[str]:
         """Delete the oldest files beyond what is to be kept; returns the names of those that are no longer `own`."""
-        keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
-        there, gone = self._still_there(own)
+        (keep_s, keep_bytes), (there, gone) = self._retention, self._still_there(own)
         total_bytes = sum(file.size_bytes for file, _ in there)
         for file, age_s in sorted(there, key=lambda pair: -pair[1]):
             if not (keep_s and age_s > keep_s) and not (keep_bytes and total_bytes > keep_bytes):

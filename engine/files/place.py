@@ -63,15 +63,12 @@ class Folder:
 
 
 class Place:
-    """All that must be well for results to be stored. Used on the event loop only.
-
-    One look at a time, in a thread of its own, so that a disk that hangs takes no other thread with it.
-    """
+    """All that must be well for results to be stored. Used on the event loop only."""
 
     def __init__(self, folders: Sequence[Folder]) -> None:
         self._folders = folders
         self._held, self._held_until = "", 0.0
-        self._thread = ThreadPoolExecutor(1, "place")
+        self._thread = ThreadPoolExecutor(1, "place")  # a disk that hangs takes no other thread with it
         self._looking: asyncio.Future[str] | None = None
         self.fault = ""  # what the last look has found
 

@@ -51,8 +51,7 @@ class ModelSession:
     def make(self, task_id: int, job: Job, model: Model, meter: Meter) -> Result:
         """Load what is not loaded, generate, and return the files, which are still being written.
 
-        Out of memory, it unloads and tries once more with the next more frugal profile and the VAE in its smallest
-        tiles. Raises EngineError or Cancelled.
+        Out of memory, it tries once more, as frugal as it can be. Raises EngineError or Cancelled.
         """
         started = datetime.now(UTC)
         try:

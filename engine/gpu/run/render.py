@@ -32,8 +32,7 @@ def render(
 ) -> Iterator[Clip]:
     """Run `job` and yield its clips as they are ready, file i with the seed `job.seed + i`.
 
-    Reports encoding, each denoising step and decoding to `meter`, which raises Cancelled on a cancel. Within `together`
-    other devices compute each call of a denoiser too.
+    Reports its phases and steps to `meter`, which raises Cancelled. Within `together`, other devices compute too.
     """
     work, numbers, adapters = Work.of(model, job), count(), loras or Adapters()
     seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]

@@ -41,10 +41,7 @@ class Saved(NamedTuple):
 
 
 class Saver:
-    """Writes the files of a job into `KEPT`; each is published when it is whole (see `engine.files.publish`).
-
-    One that can't be, because the output folder is away or its disk full, stays there for the daemon to publish.
-    """
+    """Writes the files of a job into `KEPT`, and publishes each when it is whole, or leaves that to the daemon."""
 
     def __init__(self, config: EngineConfig, settled: Settled, made: Made) -> None:
         self._config, self._settled, self._made = config, settled, made
