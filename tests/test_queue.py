@@ -207,6 +207,20 @@ async def test_files_that_can_not_be_saved_are_kept_until_they_can(
         assert second in harness.waiting()
 
 
+@pytest.mark.parametrize("code", [STORAGE_FAULT, DEVICE_FAULT, "engine_unavailable", "save_failed"])
+async def test_a_task_that_is_being_cancelled_is_cancelled_whatever_it_ends_in(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    async with harness.open() as queue:
+        (task_id,) = await harness.submit()
+        await harness.started(task_id)
+        monkeypatch.setattr(harness.engine, "cancel", lambda _: None)
+        assert await queue.remove(task_id) is Status.CANCELLING
+        harness.engine.finish(EngineError("Out of ideas.", code))
+        task = await harness.end(task_id)
+        assert (task.status, task.error) == (Status.CANCELLED, None)
+
+
 @pytest.mark.parametrize("die", [True, False])
 async def test_what_is_made_and_not_saved_outlives_the_daemon(harness: Harness, die: bool) -> None:
     async with harness.open(die=die) as queue:

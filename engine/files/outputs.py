@@ -19,7 +19,7 @@ from engine.files import media
 from engine.files.folders import stats
 from engine.files.owner import FolderLock
 from engine.files.place import Folder
-from engine.files.publish import KEPT, move
+from engine.files.publish import KEPT
 from engine.files.thumbnails import ThumbnailCache, key_of
 from engine.job import EngineConfig
 
@@ -173,18 +173,14 @@ class Outputs:
 
     def publish_kept(self, names: Iterable[str] | None = None) -> str:
         """Publish whole files that could not be before: these, or all. Returns why one can't be, a sentence, or ""."""
-        if away := self._disk.away():
-            return away
         try:
+            self._kept.parent.stat()
             kept = {name for name, _ in stats(self._kept) if not name.startswith(".")}
-        except OSError as error:
-            return f"state_path can't be read now ({error.strerror}); bring the folder back"
+        except OSError:
+            return "state_path can't be used now; bring the folder back"
         for path in (self._kept / name for name in kept.intersection(kept if names is None else names)):
-            try:
-                move(path, self._folder / path.name)
-            except OSError as error:
-                if os.path.lexists(path):  # else the worker has just published it
-                    return f"'{path.name}' can't be saved in save_path now ({error.strerror}); it is kept until it can"
+            if (fault := self._disk.take(path)) and os.path.lexists(path):  # else the worker has just published it
+                return fault
         return ""
 
     def made(self, task_id: int, names: Iterable[str]) -> list[OwnFile]:

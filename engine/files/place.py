@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from engine import awake
+from engine.files.publish import move
 
 log = logging.getLogger("wangpd.queue")
 PATIENCE_S = 2.0  # a network share whose server is gone blocks whoever looks at it
@@ -60,6 +61,19 @@ class Folder:
             return f"{self._key}: its disk is not mounted any more; mount it again, or restart wangpd"
         self._mounted |= mounted
         return ""
+
+    def take(self, whole: Path) -> str:
+        """Give a whole file its place in the folder, or return why that can't be done now; it is where it was then."""
+        final = self._path / whole.name
+        try:
+            if away := self.away():
+                return away
+            move(whole, final)
+            if (away := self.away()) and final.exists():  # unmounted in between
+                move(final, whole)
+        except OSError as error:
+            return f"'{whole.name}' can't be saved in {self._key} now ({error.strerror}); it is kept until it can"
+        return away
 
 
 class Place:

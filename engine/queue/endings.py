@@ -137,15 +137,17 @@ class Endings:
 
         One that waits again will make all of its files once more. `counted`: the attempt counts all the same.
         """
+        back = back and not self.cancelling(task_id)
         files = () if back else tuple(lane.engine.made(task_id))
         names = [file.filename for file in files]
         await self._tidy(task_id, names)
         if files:
             self.kept |= bool(await asyncio.to_thread(self._outputs.publish_kept, names))
-        status = Status.FAILED if code else Status.CANCELLED
 
         def end(now: Task) -> Task:
-            return ended(now, status, code, sentence, files=files)
+            if not code or now.status is Status.CANCELLING:  # it was shown as such, so `cancelled` must follow
+                return ended(now, Status.CANCELLED, files=files)
+            return ended(now, Status.FAILED, code, sentence, files=files)
 
         await self._settle(task_id, end, names, back=back, counted=counted)
 

@@ -16,11 +16,11 @@ from PIL import Image
 from engine import settings
 from engine.files import media
 from engine.files.place import Folder
-from engine.files.publish import KEPT, move
+from engine.files.publish import KEPT
 from engine.files.thumbnails import PREVIEW_WIDTH, ThumbnailCache, key_of
 from engine.gpu.run.results import Clip
 from engine.gpu.save import background, encode
-from engine.job import EngineConfig, Job, OutputFile
+from engine.job import STORAGE_FAULT, EngineConfig, EngineError, Job, OutputFile
 
 log = logging.getLogger("wangpd.worker")
 RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
@@ -71,14 +71,19 @@ class Saver:
             return OutputFile(name, kind, size_bytes, width, height, count, job.fps, clip.seed)
 
         def write(coming: Iterator[torch.Tensor]) -> None:
-            self._kept.mkdir(exist_ok=True)  # no parents: a state_path that is away is not made anew
-            whole, final = self._kept / name, config.save_path / name
-            self._write(whole, kind, clip, job, coming)
-            place = whole if whole.exists() else final  # the daemon may have published it already
-            self._made(task_id, about(place.stat().st_size))  # first: of a process that is killed, only this is known
-            with suppress(OSError):  # then it is kept
-                if not self._disk.away():
-                    move(whole, final)
+            whole = self._kept / name
+            try:
+                self._kept.mkdir(exist_ok=True)  # no parents: a state_path that is away is not made anew
+                self._write(whole, kind, clip, job, coming)
+                place = whole if whole.exists() else config.save_path / name  # the daemon may have published it already
+                size_bytes = place.stat().st_size
+            except (EngineError, OSError) as error:
+                if isinstance(error, EngineError) and self._kept.is_dir():
+                    raise
+                sentence = f"'{name}' could not be saved: state_path can't be used; bring the folder back"
+                raise EngineError(sentence, STORAGE_FAULT) from error
+            self._made(task_id, about(size_bytes))  # first: of a process that is killed, nothing is visible but this
+            self._disk.take(whole)  # or it is kept
 
         written = background.feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
         return Saved(about(0), written)
