@@ -699,6 +699,7 @@ def make(tmp_path: Path) -> Callable[[int], Result]:
     from engine.gpu.session import ModelSession
     from engine.job import Board
 
+    (tmp_path / "state").mkdir()
     written = threading.Event()
     session = ModelSession(stand_ins.config(tmp_path), lambda _: written.set(), lambda *_: None)
 

@@ -308,6 +308,18 @@ async def test_after_a_fault_of_the_device_it_is_checked_before_the_next_task(ha
         assert (harness.engine.checks, queue.faults) == (2, {})
 
 
+async def test_a_device_that_fails_its_check_after_a_task_is_checked_again_only_after_a_while(harness: Harness) -> None:
+    async with harness.open() as queue:
+        (first,) = await harness.submit(1)
+        await harness.started(first)
+        harness.engine.broken = EngineError("There is no GPU.", "no_device")
+        harness.engine.finish(EngineError("The device failed.", DEVICE_FAULT))
+        await until(lambda: queue.faults == {"engine": "There is no GPU."})
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert (harness.engine.checks, queue.lanes.take_to_check()) == (1, None)
+
+
 async def test_a_fault_of_the_engine_that_only_one_task_meets_ends_that_task(harness: Harness) -> None:
     """Such as a package that is missing for one model: the engine passes each check."""
     async with harness.open() as queue:

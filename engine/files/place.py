@@ -41,7 +41,10 @@ class Folder:
             with os.scandir(self._path):
                 pass
             if self.suspect:
-                self._probe()
+                with TemporaryFile(dir=self._path) as file:
+                    file.write(bytes(PROBE_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             return f"{self._key} can't be used now ({error.strerror}); bring the folder back"
         if not os.access(self._path, os.W_OK | os.X_OK):
@@ -75,24 +78,14 @@ class Folder:
             return f"'{whole.name}' can't be saved in {self._key} now ({error.strerror}); it is kept until it can"
         return away
 
-    def _probe(self) -> None:
-        """Write a file and remove it. Raises OSError."""
-        with TemporaryFile(dir=self._path) as file:
-            file.write(bytes(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-
 
 class Place:
-    """All that must be well for results to be stored. Used on the event loop only.
-
-    One look at a time, in a thread of its own, so that a disk that hangs takes no other thread with it.
-    """
+    """All that must be well for results to be stored. Used on the event loop only."""
 
     def __init__(self, folders: Sequence[Folder]) -> None:
         self._folders = folders
         self._held, self._held_until = "", 0.0
-        self._thread = ThreadPoolExecutor(1, "place")
+        self._thread = ThreadPoolExecutor(1, "place")  # a disk that hangs takes no other thread with it
         self._looking: asyncio.Future[str] | None = None
         self.fault = ""  # what the last look has found
 

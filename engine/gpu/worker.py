@@ -80,10 +80,7 @@ def check() -> None:
 
 
 def _guarded(task_id: int, work: "Callable[[ModelSession, Meter], T]") -> T:
-    """Do `work`; what it raises becomes one of the two exceptions that may cross the border.
-
-    To unpickle an exception of torch, the daemon would have to import torch.
-    """
+    """Do `work`. Raises EngineError and Cancelled only: to unpickle one of torch's, the daemon would import torch."""
     global _unfit
     if _unfit:
         raise EngineError("The device failed after the task before.", STALE_PROCESS)
