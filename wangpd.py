@@ -405,7 +405,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     journal = Journal(config.state_path / "journal.sqlite", clock)
-    place, limits = Place(config.folders()), config.part(Limits)
+    place, limits = Place(config.folders(), app[OUTPUTS].lock.take), config.part(Limits)
     app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
     app.add_routes(routes)

@@ -53,6 +53,10 @@ class Disk:
         cover = f"mount --bind {self._path} {self._path} && mount -o remount,bind,ro {self._path}"
         self._run(cover if on else f"umount --lazy {self._path}")
 
+    def remount(self, how: str) -> None:
+        """Make the disk itself "ro" or "rw", which fails while a file on it is open for writing."""
+        self._run(f"mount -o remount,{how} {self._path}")
+
     def take_away(self) -> None:
         """Unmount it: an empty folder is left in its place."""
         self._run(f"umount --lazy {self._path}")

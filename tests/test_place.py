@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import fcntl
 import io
 import os
 import resource
@@ -101,6 +102,22 @@ def test_tasks_wait_while_the_disk_is_not_mounted(disks: DaemonWithDisks) -> Non
     assert "not mounted any more" in held(disks, ids)
     disks.outputs_disk.bring_back()
     all_done(disks, ids)
+
+
+def test_the_lock_is_taken_in_another_folder_that_is_there_now(disks: DaemonWithDisks) -> None:
+    disks.outputs_disk.take_away()
+    disks.outputs_disk.bring_back()
+    assert eventually(lambda: disks.get("/health/ready").status_code == 200)
+    with (disks.outputs_disk.seen / ".wangpd.lock").open() as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_lock_does_not_keep_the_disk_from_being_remounted_read_only(disks: DaemonWithDisks) -> None:
+    disks.run(**QUICK)
+    disks.outputs_disk.remount("ro")
+    assert "save_path can't be written to now" in refused(disks)
+    disks.outputs_disk.remount("rw")
+    assert eventually(lambda: disks.get("/health/ready").status_code == 200)
 
 
 @pytest.mark.parametrize("fault", ["read-only", "full", "away"])

@@ -43,17 +43,14 @@ class FolderLock:
 
     def _taken(self) -> str:
         """As `take`. Raises OSError where nothing can be locked. A link in the place of the file is not followed."""
+        # Not open for writing, which would keep its disk from being remounted read-only.
+        handle = os.open(self._file, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except PermissionError:  # it is another user's
-            handle = os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(handle)
             self._handle, handle = handle, self._handle or -1
-            with suppress(OSError):  # the disk may be full
+            with suppress(OSError):  # the disk may be full, or the file another user's
                 os.fchmod(self._handle, 0o644)  # another user's daemon must be able to look
-                os.truncate(self._handle, 0)
-                os.write(self._handle, f"{self._holder}\n".encode())
+                self._file.write_text(f"{self._holder}\n")
             return ""
         except BlockingIOError:
             other = os.read(handle, 1000).decode(errors="replace").strip() or "unknown"
@@ -61,6 +58,17 @@ class FolderLock:
         finally:
             if handle >= 0:
                 os.close(handle)
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            writable = os.open(self._file, os.O_RDWR | os.O_NOFOLLOW)  # NFS locks nothing else
+            os.dup2(writable, handle, inheritable=False)
+            os.close(writable)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def instance_id(state_path: Path) -> str:

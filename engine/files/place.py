@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -82,8 +82,9 @@ class Folder:
 class Place:
     """All that must be well for results to be stored. Used on the event loop only."""
 
-    def __init__(self, folders: Sequence[Folder]) -> None:
-        self._folders = folders
+    def __init__(self, folders: Sequence[Folder], lock: Callable[[], str] = str) -> None:
+        """`lock` holds the lock of the output folder, of another one too that is there now: "" or who has it."""
+        self._folders, self._lock = folders, lock
         self._held, self._held_until = "", 0.0
         self._thread = ThreadPoolExecutor(1, "place")  # a disk that hangs takes no other thread with it
         self._looking: asyncio.Future[str] | None = None
@@ -111,7 +112,7 @@ class Place:
             return "The disk of save_path or state_path does not answer; see whether its server is up"
 
     def _first_fault(self) -> str:
-        return next(filter(None, (folder.fault() for folder in self._folders)), "")
+        return next(filter(None, (folder.fault() for folder in self._folders)), "") or self._lock()
 
     async def doubt(self) -> str:
         """Look with a trial write, since one has failed."""
