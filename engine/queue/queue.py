@@ -55,7 +55,7 @@ class TaskQueue(TaskStore):
         super().__init__(journal)
         self.lanes, self.facts, self.place = Lanes(engines), Facts(catalog), place
         self._max_queue = limits.max_queue
-        self.runner = QueueRunner(self, self.lanes, self.facts, place, catalog=catalog, outputs=outputs, limits=limits)
+        self.runner = QueueRunner(self, self.lanes, self.facts, place=place, outputs=outputs, limits=limits)
         self._submitting = 0
         self._free_at: list[float] = []  # seconds until each lane is free, a heap
         self._added_up_at, self._seen_id = -math.inf, 0

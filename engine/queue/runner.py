@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from engine.admission import BadRequest, require_files
-from engine.catalog.models import Catalog, Model, UnknownModel
+from engine.catalog.models import Model, UnknownModel
 from engine.files.outputs import Outputs
 from engine.files.place import Place
 from engine.job import ENGINE_FAULTS, NO_TASK, Cancelled, EngineError
@@ -28,18 +28,10 @@ class QueueRunner:
     """One asyncio task that hands out work, one for each lane that does it, and one that reads the progress."""
 
     def __init__(
-        self,
-        store: TaskStore,
-        lanes: Lanes,
-        facts: Facts,
-        place: Place,
-        *,
-        catalog: Catalog,
-        outputs: Outputs,
-        limits: Limits,
+        self, store: TaskStore, lanes: Lanes, facts: Facts, *, place: Place, outputs: Outputs, limits: Limits
     ) -> None:
-        self._store, self._lanes, self._facts, self._place = store, lanes, facts, place
-        self._catalog, self._outputs, self._limits = catalog, outputs, limits
+        self._store, self._lanes, self._facts = store, lanes, facts
+        self._place, self._outputs, self._limits = place, outputs, limits
         self._endings = Endings(store, outputs, place, limits)
         self.closed = False  # shutting down: no new work is taken, and running tasks are to wait again
         self.wake = asyncio.Event()  # set when there may be something to do
@@ -203,7 +195,7 @@ class QueueRunner:
         self.clocks[task.id] = TaskClock(warm)
         try:
             await self._retire()
-            model = self._catalog.get(task.job.model)
+            model = self._facts.catalog.get(task.job.model)
             await asyncio.to_thread(require_files, task.job)
             if self._endings.stopping.is_set() or self._endings.cancelling(task.id):  # before the engine knew of it
                 raise Cancelled
