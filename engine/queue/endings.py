@@ -50,7 +50,14 @@ class Endings:
     async def publish_kept(self) -> None:
         """Publish what ended tasks have left, if the place is well."""
         if self.kept and not await self._place.look():
-            self.kept = bool(await asyncio.to_thread(self._outputs.publish_kept))
+            self.kept = bool(await self._publish())
+
+    async def _publish(self, names: Sequence[str] | None = None) -> str:
+        """Publish whole files, these or all; returns why one can't be published now, a sentence, else ""."""
+        try:
+            return await asyncio.to_thread(self._outputs.publish_kept, names)
+        except OSError as error:
+            return f"state_path can't be used now ({error.strerror}); bring the folder back"
 
     async def taken_up(self, task: Task) -> Task:
         """The new version of a task that ran when the daemon ended: saved, and its files removed."""
@@ -59,8 +66,7 @@ class Endings:
             task = ended(task, Status.CANCELLED)
         elif self._limits.on_restart == "fail":
             task = ended(task, Status.FAILED, "restarted", 'wangpd ended while this task ran; on_restart is "fail".')
-        elif task.attempts >= self._limits.max_attempts:
-            most = self._limits.max_attempts
+        elif task.attempts >= (most := self._limits.max_attempts):
             sentence = f"wangpd ended {task.attempts} times while this task ran; max_attempts is {most}."
             task = ended(task, Status.FAILED, "too_many_attempts", sentence)
         else:
@@ -78,7 +84,7 @@ class Endings:
         changes = made or {}
         names = [file.filename for file in changes.get("files", self._store.started[task_id].files)]
         held = False
-        while fault := await asyncio.to_thread(self._outputs.publish_kept, names):
+        while fault := await self._publish(names):
             held = True
             self._place.hold(fault)
             if changes:
@@ -108,7 +114,7 @@ class Endings:
         What fails under this task alone, as a disk does that is smaller than its file, costs the attempt.
         """
         attempts, most = self._store.started[task_id].attempts, self._limits.max_attempts
-        again: int | None = None
+        again: int | None = None  # attempts that count for it if it waits again
         if code in ENGINE_FAULTS:
             lane.fail(sentence)
             self._engine_faults[task_id, lane] += 1
@@ -141,7 +147,7 @@ class Endings:
         names = [file.filename for file in files]
         await self._tidy(task_id, names)
         if files:
-            self.kept |= bool(await asyncio.to_thread(self._outputs.publish_kept, names))
+            self.kept |= bool(await self._publish(names))
         status = Status.FAILED if code else Status.CANCELLED
 
         def end(now: Task) -> Task:

@@ -120,7 +120,6 @@ class TaskQueue(TaskStore):
         if earlier:
             return Receipt(earlier, replayed=True)
         self.add(task)
-        self.runner.wake.set()
         return Receipt({**answer, "task_id": task.id})
 
     async def replay(self, key: str, request: str) -> Receipt | None:
@@ -161,24 +160,19 @@ class TaskQueue(TaskStore):
             self.lanes.cancel(task_id)
         return status
 
-    async def pause(self, paused: bool) -> None:
-        """See TaskStore."""
-        await super().pause(paused)
-        self.runner.wake.set()
-
     def load(self, model: Model) -> bool:
         """Make `model` warm as soon as an engine is free; True if it is already."""
         if self.lanes.loaded(model.id):
             return True
         self.runner.to_load = [model]
-        self.runner.wake.set()
+        self.wake.set()
         return False
 
     def warm_up(self, model: Model) -> None:
         """Make `model` warm in every lane; not while tasks wait, for they bring their own."""
         if self.paused or not self.waiting:
             self.runner.to_load = [model] * len(self.lanes)
-            self.runner.wake.set()
+            self.wake.set()
 
     def unload(self) -> bool:
         """Give back all memory of the cards; False if there was none to give. Raises WrongState if an engine works."""

@@ -29,6 +29,7 @@ class TaskStore:
 
     def __init__(self, journal: Journal) -> None:
         self.journal, self.events = journal, Events()
+        self.wake = asyncio.Event()  # set when there may be something to start
         self.waiting = Order()
         self.started: dict[int, Task] = {}  # those that run, in the order of their start
         self.paused = False  # no waiting task starts
@@ -89,6 +90,7 @@ class TaskStore:
         """Let a new task wait, whose row is in the journal."""
         self.waiting.add(task)
         self.events.publish(EventKind.QUEUED, task)
+        self.wake.set()
 
     async def remove(self, task_id: int) -> Status:
         """Cancel a waiting task, or let a running one be `cancelling`; returns its new status.
@@ -136,6 +138,7 @@ class TaskStore:
             if paused is not self.paused:
                 self.paused = paused
                 self.events.publish(EventKind.PAUSED if paused else EventKind.RESUMED)
+                self.wake.set()
 
     # -- changes by the runner
 
@@ -169,13 +172,13 @@ class TaskStore:
             await self.journal.save(task)
             self.started[task_id] = task
 
-    async def advance(self, newer: Callable[[Task], Task]) -> None:
-        """Let running tasks be further on, as `newer` makes of each. The journal learns of it with their end."""
+    async def advance(self, task_id: int, newer: Callable[[Task], Task]) -> None:
+        """Let a running task be further on, as `newer` makes of it. The journal learns of it with its end."""
         async with self._changing:
-            for task in self.at_work:
-                if (further := newer(task)) is not task:
-                    self.started[task.id] = further
-                    self.events.publish(EventKind.PROGRESS, further)
+            task = self.started[task_id]
+            if (further := newer(task)) is not task:
+                self.started[task_id] = further
+                self.events.publish(EventKind.PROGRESS, further)
 
     def forget(self, task_id: int) -> None:
         """Let go of a task that could not be brought to its end; the next start of the daemon takes it up."""
