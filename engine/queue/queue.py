@@ -61,8 +61,6 @@ class TaskQueue(TaskStore):
         self._added_up_at, self._seen_id = -math.inf, 0
         self._work: asyncio.Task[None]
 
-    # -- life
-
     @contextlib.asynccontextmanager
     async def running(self, stop_s: float) -> AsyncIterator[None]:
         """Take up what the journal holds, run it and whatever is submitted, until the block ends; then `stop`."""
@@ -76,10 +74,7 @@ class TaskQueue(TaskStore):
             await self.stop(stop_s)
 
     async def stop(self, stop_s: float) -> None:
-        """Take no new work, answer who waits, and within `stop_s` seconds put the running tasks back.
-
-        A task that was put back is as if it had never started.
-        """
+        """Take no new work, answer who waits, and within `stop_s` seconds put the running tasks back."""
         self.events.close()
         self.runner.interrupt()
         with contextlib.suppress(TimeoutError):
@@ -94,8 +89,6 @@ class TaskQueue(TaskStore):
         """What keeps the queue from working, a sentence each; of the place as it was at the last look."""
         found = {"journal": self.journal_fault, "place": self.place.fault, "engine": self.lanes.fault}
         return {name: sentence for name, sentence in found.items() if sentence}
-
-    # -- submissions
 
     async def submit(
         self, job: Job, warnings: Sequence[str] = (), *, key: str | None = None, request: str = ""
@@ -123,10 +116,7 @@ class TaskQueue(TaskStore):
         return Receipt({**answer, "task_id": task.id})
 
     async def replay(self, key: str, request: str) -> Receipt | None:
-        """The answer that this key has had already, whatever state the queue is in; None for a new key.
-
-        Raises KeyReused.
-        """
+        """The answer that this key has had already; None for a new key. Raises KeyReused."""
         earlier = await self.journal.answer(key, request)
         return Receipt(earlier, replayed=True) if earlier else None
 
@@ -150,8 +140,6 @@ class TaskQueue(TaskStore):
         await self.place.look()
         await asyncio.to_thread(require, task.job)
         return await self.submit(task.job, task.warnings)
-
-    # -- changes that concern the engines
 
     async def remove(self, task_id: int) -> Status:
         """See TaskStore; begins to cancel the work on a running task."""
@@ -185,8 +173,6 @@ class TaskQueue(TaskStore):
         """What was ever measured of the devices in use."""
         known = self.facts.machines
         return [known[lane.engine.device] for lane in self.lanes if lane.engine.device in known]
-
-    # -- how far, and how long
 
     def progress_percent(self, task: Task) -> float:
         """0 to 100; it only grows, and is 100 once the task is completed."""

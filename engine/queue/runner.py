@@ -38,8 +38,6 @@ class QueueRunner:
         self.to_load: list[Model] = []  # one for each lane that is to load it
         self.clocks: dict[int, TaskClock] = {}  # of the tasks that run
 
-    # -- life
-
     async def restore(self) -> None:
         """Let the tasks of the journal wait again; first those that ran when the daemon ended, by their start.
 
@@ -74,8 +72,6 @@ class QueueRunner:
             for task_id in (*self._store.started, NO_TASK):
                 self._lanes.cancel(task_id)
 
-    # -- what to do next
-
     async def _next(self) -> Coroutine[Any, Any, None] | None:
         """What a free lane is to do now: be checked, run the first waiting task, or load a model; None if nothing."""
         if lane := self._lanes.take_to_check():
@@ -85,20 +81,16 @@ class QueueRunner:
             lane = self._lanes.take(task, task.job.model)
             if lane is None:
                 return None
-            if await self._well() and await self._store.insist(partial(self._store.start, task)):
+            if await self._place.look():
+                await self._retire()  # which may make room
+                await self._place.look()
+            if not self._place.fault and await self._store.insist(partial(self._store.start, task)):
                 return self._work(lane, task)
             lane.release(task)  # the place is not well, or it was moved, removed or held back meanwhile
             if self._place.fault:
                 break
         lane = self._lanes.take(self.to_load[0], self.to_load[0].id) if self.to_load else None
         return self._load(lane, self.to_load.pop(0)) if lane else None
-
-    async def _well(self) -> bool:
-        """True if results can be stored now, or after the removal of old ones."""
-        if await self._place.look():
-            await self._retire()
-            await self._place.look()
-        return not self._place.fault
 
     async def _retire(self) -> None:
         """Delete the files that are no longer to be kept; what can't be deleted now waits for the next task."""
@@ -146,8 +138,6 @@ class QueueRunner:
                 lane.fail(str(error))
         finally:
             self._release(lane, model)
-
-    # -- the life of a task that runs
 
     async def _work(self, lane: Lane, task: Task) -> None:
         """Bring a task to its end, or back to those that wait. Its lane may be free before that."""
