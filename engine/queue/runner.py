@@ -116,7 +116,6 @@ class QueueRunner:
                 log.info("%s: idle for %.0f s: the generation process was ended", device, idle_s)
 
     async def _check(self, lane: Lane) -> None:
-        """See whether an engine works again."""
         try:
             await lane.engine.check()
         except Exception as error:  # whatever it was, the queue goes on

@@ -36,8 +36,6 @@ class TaskStore:
         self.journal_fault = ""  # while the end or the start of a task can't be written
         self._changing = asyncio.Lock()
 
-    # -- reading
-
     def active(self, task_id: int) -> Task | None:
         """The current version of a task that has not ended."""
         return self.started.get(task_id) or self.waiting.get(task_id)
@@ -83,8 +81,6 @@ class TaskStore:
         """A page of all tasks, newest first, and how many there are."""
         tasks, total = await self.journal.history(status, limit, offset)
         return [self.active(task.id) or task for task in tasks], total
-
-    # -- changes by clients
 
     def add(self, task: Task) -> None:
         """Let a new task wait, whose row is in the journal."""
@@ -139,8 +135,6 @@ class TaskStore:
                 self.paused = paused
                 self.events.publish(EventKind.PAUSED if paused else EventKind.RESUMED)
                 self.wake.set()
-
-    # -- changes by the runner
 
     async def restore(self, order: Sequence[Task], started: Sequence[Task]) -> None:
         """Let the tasks of a former life wait in this order, and those of `started` run on."""
