@@ -35,7 +35,6 @@ from engine.api.app_keys import (
     ENGINES,
     HEAVY,
     INPUT_FILES,
-    JOURNAL,
     OUTPUTS,
     PATH,
     QUERY,
@@ -43,7 +42,7 @@ from engine.api.app_keys import (
     TOKEN,
 )
 from engine.api.body import validation_middleware
-from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config
+from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
 from engine.api.connection import Connection, forgive_slashes
 from engine.api.errors import errors_middleware
 from engine.api.files import folder_away, inline, open_output, open_preview, send_file
@@ -58,7 +57,7 @@ from engine.cli import parse_arguments, run_command
 from engine.clock import Clock
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES
-from engine.files.outputs import Outputs
+from engine.files.outputs import Outputs, Retention
 from engine.files.owner import FolderLock, instance_id
 from engine.files.place import Place
 from engine.job import GROUP_SIGNALS
@@ -344,8 +343,8 @@ async def outputs(request: web.Request) -> web.Response:
     """The finished files, newest first."""
     folder, query = request.app[OUTPUTS], request[QUERY]
     kind, limit, offset = query.get("file_type"), query["limit"], query["offset"]
-    try:  # from memory while nothing changed: that is not worth a thread
-        entries = folder.listing(kind) if folder.fresh() else await asyncio.to_thread(folder.listing, kind)
+    try:  # in a thread even if nothing has changed: to look at a share whose server is gone blocks
+        entries = await asyncio.to_thread(folder.listing, kind)
     except OSError as error:
         raise folder_away(request.app, error) from None
     page = [views.output_entry(entry) for entry in entries[offset : offset + limit]]
@@ -399,18 +398,15 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[CATALOG] = read_catalog(config) if catalog is None else catalog
     app[HEAVY] = asyncio.Semaphore(HEAVY_AT_ONCE)
     clock = Clock()
-    app[OUTPUTS] = Outputs(
-        *(config.save_path, config.state_path, config.retention()),
-        instance=config.instance,
-        clock=clock,
-        holder=holder(config),
-    )
+    keep = Retention(config.keep_outputs_days * 86400, config.keep_outputs_mb * 2**20)
+    folders = config.save_path, config.state_path
+    app[OUTPUTS] = Outputs(*folders, keep, instance=config.instance, clock=clock, holder=holder(config))
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
-    app[JOURNAL] = Journal(config.state_path / "journal.sqlite", clock)
+    journal = Journal(config.state_path / "journal.sqlite", clock)
     place, limits = Place(config.folders()), config.part(Limits)
-    app[QUEUE] = TaskQueue(app[JOURNAL], engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
+    app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)
@@ -448,22 +444,21 @@ def read_catalog(config: Config) -> Catalog:
 async def lifetime(app: web.Application) -> AsyncIterator[None]:
     """The journal is open, and its tasks run. Downloads and the generation processes end with it, whatever they do."""
     app[CONFIG].save_path.mkdir(parents=True, exist_ok=True)
+    journal = app[QUEUE].journal
     try:
-        await app[JOURNAL].open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
+        await journal.open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
         await asyncio.to_thread(app[OUTPUTS].remove_parts)
-        if aside := app[JOURNAL].set_aside:
-            log.error("the journal could not be read and was moved to %s; the queue starts empty", aside)
+        if journal.set_aside:
+            log.error("the journal could not be read and was moved to %s; the queue starts empty", journal.set_aside)
         async with app[QUEUE].running(app[CONFIG].stop_grace_s):
             beside = [asyncio.create_task(work(app)) for work in (sweep, warm_up)]
             yield
             for work in beside:
                 work.cancel()
-        await app[JOURNAL].close()
+        await journal.close()
     finally:
-        try:
-            await app[DOWNLOADS].close()
-        finally:
-            close_engines(app)
+        close_engines(app)
+        await app[DOWNLOADS].close()
 
 
 def close_engines(app: web.Application) -> None:
@@ -487,9 +482,10 @@ async def sweep(app: web.Application) -> None:
     """Remove the input pictures that no task needs any more, now and every hour; one may be in a journal set aside."""
     while True:
         with suppress(JournalFault, OSError):
-            await app[JOURNAL].save()  # the clock: a daemon that only idles knows of the time too
-            if not any(app[CONFIG].state_path.glob("journal.sqlite.unreadable-*")):
-                await asyncio.to_thread(app[INPUT_FILES].sweep, await app[JOURNAL].inputs())
+            await app[QUEUE].journal.save()  # the clock: a daemon that only idles knows of the time too
+            aside = app[CONFIG].state_path.glob("journal.sqlite.unreadable-*")
+            if not await asyncio.to_thread(any, aside):
+                await asyncio.to_thread(app[INPUT_FILES].sweep, await app[QUEUE].journal.inputs())
         await asyncio.sleep(SWEEP_S)
 
 
@@ -572,7 +568,7 @@ async def bind(runner: web.AppRunner, config: Config) -> Listeners:
         lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options)
     )
     try:
-        await asyncio.to_thread(listeners.take, config.hosts, config.port)
+        await asyncio.to_thread(listeners.take, split_hosts(config.host), config.port)
     except CantStart:
         listeners.close()
         raise

@@ -44,14 +44,11 @@ class Media(NamedTuple):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A Job, and what was changed or ignored on the way to it, a sentence each.
-
-    `estimate` is None if no device has been measured, or if the job seems to fit on none.
-    """
+    """A Job, and what was changed or ignored on the way to it, a sentence each."""
 
     job: Job
     warnings: tuple[str, ...]
-    estimate: Estimate | None = None
+    estimate: Estimate | None = None  # None: no device has been measured, or the job seems to fit on none
 
 
 @dataclass(frozen=True)
@@ -77,10 +74,7 @@ class Admission:
         self._catalog, self._inputs, self._policy, self._machines = catalog, inputs, policy, machines
 
     def admit(self, body: Mapping[str, Any], *, store: bool) -> Resolved:
-        """Check everything, decide everything, then with `store` keep the inputs. Blocks.
-
-        Raises BadRequest or UnknownModel, and has written nothing then.
-        """
+        """Check and decide all, or raise BadRequest or UnknownModel; then, with `store`, keep the inputs. Blocks."""
         model = self._catalog.get(body.get("model_type") or self._policy.default_model)
         found = self.require_weights(model)
         sent = {name: body[name] for name in INPUTS if body.get(name, []) != []}
@@ -102,10 +96,7 @@ class Admission:
         return Resolved(job, warnings, needs)
 
     def require_weights(self, model: Model) -> Weights | None:
-        """The model's weights, or None if they are to be downloaded.
-
-        Raises BadRequest with the remedy if they are missing and may not be downloaded, or can't be quantised.
-        """
+        """The model's weights, None if they are to be downloaded. Raises BadRequest where the model can't run."""
         if refusal := capabilities.quantization_refusal(self._policy.transformer_quantization, model):
             raise BadRequest(refusal)
         found = weights.locate(model, self._policy.models_dir)
@@ -168,8 +159,7 @@ def _readable(path: Path) -> bool:
 def resolve(catalog: Catalog, model: Model, sent: Mapping[str, Any], given: Mapping[str, Media]) -> Resolved:
     """Decide everything that `sent` leaves open. `given` are the stored inputs by field name.
 
-    A field in `sent` always wins; else the model's default holds, or with `use_model_defaults` false the contract's.
-    Raises BadRequest for what the model can't do.
+    What was sent wins over the defaults of the model, or of the contract. Raises BadRequest for what can't be done.
     """
     _check_inputs(catalog, model, given)
     task = _choose_task(model, frozenset(given), sent.get("task"))
@@ -291,10 +281,7 @@ def _source_frames(model: Model, task: str, given: Mapping[str, Media]) -> int |
 def _frames(
     model: Model, rule: FrameRule, length: int | str, *, source: int | None, was_sent: bool, warnings: list[str]
 ) -> int:
-    """The length in frames; a duration such as "5s" counts at the model's frame rate, to the nearest length of `rule`.
-
-    With a `source` video of so many frames, that is the most there can be.
-    """
+    """The length in frames, to the nearest of `rule`, and of a `source` video no more than it has."""
     if model.kind != "video":
         return 1 if model.kind == "image" else 0
     duration = isinstance(length, str)

@@ -154,10 +154,7 @@ def job_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def echo(job: Job, seed: int | None = None) -> dict[str, Any]:
-    """The job under the contract's field names, as status answers and files have it; `seed` replaces the job's own.
-
-    What the model does not have is left out; inputs are given by the SHA-256 of their bytes.
-    """
+    """The job under the contract's field names, inputs by their SHA-256; `seed` replaces the job's own."""
     rows = [row for row in SETTINGS.values() if not row.guides and (not row.needs or value(job, row.needs))]
     values = {
         "model_type": job.model,

@@ -90,8 +90,7 @@ class Disk:
     def read_only(self) -> Iterator[None]:
         """Within, nothing can be made in the folder or removed; files that are open can be written to all the same."""
         if self.mounted:
-            mount("--bind", self.folder, self.folder)
-            mount("-o", "remount,bind,ro", self.folder)
+            self._mount_read_only()
         else:
             self.folder.chmod(0o555)
         try:
@@ -101,6 +100,14 @@ class Disk:
                 unmount(self.folder)
             else:
                 self.folder.chmod(0o755)
+
+    def _mount_read_only(self) -> None:
+        mount("--bind", self.folder, self.folder)
+        while subprocess.run(
+            ["mount", "-o", "remount,bind,ro", self.folder], capture_output=True, check=False
+        ).returncode:
+            unmount(self.folder)  # a file has been opened there meanwhile, to be written to
+            mount("--bind", self.folder, self.folder)
 
     @contextmanager
     def forbidden(self) -> Iterator[None]:

@@ -517,7 +517,8 @@ class Soak(crash.Storm):
             self.blame("no answer is a 5xx but 503", f"{request}: {status} {body[:300]!r}")
             return
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if int(headers["Retry-After"]) > 0 and len(json.loads(body)["detail"]) > 10:
+            told = request.startswith("HEAD ") or len(json.loads(body)["detail"]) > 10
+            if told and int(headers["Retry-After"]) > 0:
                 return
         self.blame("a 503 says why, and when to come again", f"{request}: {dict(headers)} {body[:300]!r}")
 

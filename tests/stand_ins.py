@@ -17,7 +17,7 @@ from typing import Any
 from engine.catalog.models import Catalog, Model
 from engine.gpu import worker
 from engine.gpu.run.meter import Meter
-from engine.job import EngineConfig, EngineError, Job, Phase, Result
+from engine.job import DEVICE_FAULT, STORAGE_FAULT, EngineConfig, EngineError, Job, OutputFile, Phase, Result
 from engine.workers.local import Engine
 
 DEMO = Catalog.load().get("wan_demo")
@@ -84,6 +84,25 @@ def save_late(_task_id: int, _job: Job, _model: Model) -> Result:
     """Be done, and report that the files are written after two seconds."""
     threading.Timer(2.0, worker._settled, ("",)).start()
     return Result((), {}, 0, pending=worker._settled_count + 1)
+
+
+def save_half(task_id: int, _job: Job, _model: Model) -> Result:
+    """Report one whole file, and find no room for the next."""
+    worker._made(task_id, OutputFile("half.png", "image", 1, 64, 64, 1, 8, 1))
+    raise EngineError("No space left on device while saving.", STORAGE_FAULT)
+
+
+def save_all(task_id: int, _job: Job, _model: Model) -> Result:
+    """Report the only file as whole."""
+    file = OutputFile("whole.png", "image", 1, 64, 64, 1, 8, 1)
+    worker._made(task_id, file)
+    worker._settled(None)
+    return Result((file,), {}, 0, pending=worker._settled_count)
+
+
+def lose_the_device(_task_id: int, _job: Job, _model: Model) -> Result:
+    """Leave the process unfit for work."""
+    raise EngineError("The device failed while denoising: CUDA error", DEVICE_FAULT)
 
 
 def step_slowly(task_id: int, job: Job, _model: Model) -> Result:
@@ -217,7 +236,8 @@ def fail(task_id: int, job: Job, model: Model) -> Result:
 
 
 def config(folder: Path, device: str = "auto", team: tuple[str, ...] = ()) -> EngineConfig:
-    """A configuration for an engine that makes no files."""
+    """A configuration for an engine without a daemon, which makes the state folder."""
+    (folder / "state").mkdir(exist_ok=True)
     return EngineConfig(save_path=folder, models_dir=folder, state_path=folder / "state", device=device, team=team)
 
 

@@ -193,6 +193,44 @@ async def test_a_worker_that_died_while_it_was_idle_costs_no_task(
     assert await run(engine, 2) == DONE
 
 
+async def test_a_worker_that_died_while_it_was_idle_does_not_cost_the_task_that_it_ran_last(
+    engine: Engine, becomes: Callable[[Any], None]
+) -> None:
+    """That one may have been put back, and be the next."""
+    becomes(stand_ins.take_a_moment)
+    assert await run(engine, 1) == DONE
+    pid = pid_of(engine)
+    os.kill(pid, signal.SIGKILL)
+    assert await asyncio.to_thread(eventually, lambda: not alive(pid))
+    assert await run(engine, 1) == DONE
+
+
+async def test_a_run_that_was_broken_off_leaves_no_file_in_the_result_of_the_next(
+    engine: Engine, becomes: Callable[[Any], None]
+) -> None:
+    becomes(stand_ins.save_half)
+    with pytest.raises(EngineError, match="No space left"):
+        await run(engine, 1)
+    becomes(stand_ins.save_all)
+    assert [file.filename for file in (await run(engine, 1)).files] == ["whole.png"]
+
+
+async def test_a_cancel_ends_the_process_that_writes_and_gets_no_more_work(
+    impatient: Engine, becomes: Callable[[Any], None]
+) -> None:
+    becomes(stand_ins.never_save)
+    task = begun(impatient, 1, "saving")
+    await until(impatient, 1, "saving")
+    pid = pid_of(impatient)
+    becomes(stand_ins.lose_the_device)
+    with pytest.raises(EngineError, match="The device failed"):
+        await run(impatient, 2)
+    impatient.cancel(1)
+    with pytest.raises(Cancelled):
+        await task
+    assert await asyncio.to_thread(eventually, lambda: not alive(pid))
+
+
 async def test_a_worker_without_progress_is_ended_by_its_patience(
     engine: Engine, becomes: Callable[[Any], None]
 ) -> None:
@@ -444,7 +482,7 @@ def lived(daemon: Daemon, signal_number: int) -> Life:
 
 def offspring(pid: int) -> set[int]:
     """The live descendants of a process, less the one that only tracks shared memory."""
-    own = {child for child in children(pid) if "resource_tracker" not in command(child)}
+    own = {child for child in children(pid) if "resource_tracker import main" not in command(child)}
     return own.union(*(offspring(child) for child in own))
 
 

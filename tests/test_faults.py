@@ -121,7 +121,7 @@ FAULTS = (
         (
             "contract::what_was_not_sent_is_the_models_default",
             "contract::what_was_sent_always_wins",
-            "openapi::the_document_has_the_contracts_defaults",
+            "openapi::the_descriptions_name_the_contracts_defaults",
         ),
     ),
     Fault(
@@ -219,7 +219,7 @@ FAULTS = (
         (
             "limits::a_picture_that_unpacks_to_too_much_is_400_with_bounded_memory",
             "limits::a_large_body_is_not_kept_in_memory",
-            "limits::a_body_that_unpacks_to_too_much_is_413_and_is_not_unpacked",
+            "limits::a_body_that_unpacks_to_too_much_is_415_and_is_not_unpacked",
             "media::a_picture_cut_off_anywhere_is_refused",
             "hostile::every_hostile_request_is_refused_with_a_sentence_and_changes_nothing",
         ),
@@ -699,6 +699,7 @@ def make(tmp_path: Path) -> Callable[[int], Result]:
     from engine.gpu.session import ModelSession
     from engine.job import Board
 
+    (tmp_path / "state").mkdir()
     written = threading.Event()
     session = ModelSession(stand_ins.config(tmp_path), lambda _: written.set(), lambda *_: None)
 

@@ -1,11 +1,13 @@
 """Output files that are odd, can't be read, or change while they are sent, and an output folder that is away."""
 
+import asyncio
 import errno
 import io
 import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -328,6 +330,31 @@ async def test_a_file_that_cant_be_looked_at_does_not_cost_the_others_their_plac
     monkeypatch.setattr(os, "scandir", Items)
     listed = (await (await client.get(f"{API}/outputs")).json())["data"]["files"]
     assert [entry["filename"] for entry in listed] == ["there.png"]
+
+
+async def test_a_folder_that_hangs_blocks_no_other_request(
+    client: TestClient[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a share whose server is gone, which even a look at its folder waits for."""
+    for path in (tmp_path / "outputs" / "there.png", tmp_path / "outputs"):
+        os.utime(path, (1e9, 1e9))  # long unchanged, so that the listing is kept
+    assert (await client.get(f"{API}/outputs")).status == 200
+    looked, back, true_stat = threading.Event(), threading.Event(), os.stat
+
+    def hanging(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("outputs/."):
+            looked.set()
+            back.wait(20)
+        return true_stat(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", hanging)
+        listing = asyncio.create_task(client.get(f"{API}/outputs"))
+        assert await asyncio.to_thread(looked.wait, 20)
+        assert (await client.get(f"{API}/health")).status == 200
+        assert not listing.done()
+        back.set()
+        assert (await listing).status == 200
 
 
 # ---- what changes while it is sent

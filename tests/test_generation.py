@@ -323,6 +323,7 @@ class Witness(Board):
 def witnessed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, int]]]:
     """Every look of the board while the engine's own session makes two runs."""
     folder = tmp_path_factory.mktemp("session")
+    (folder / "state").mkdir()
     board = Witness()
     written = threading.Event()
     session = ModelSession(stand_ins.config(folder, "cpu"), lambda _: written.set(), lambda *_: None)

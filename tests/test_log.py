@@ -78,9 +78,10 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
     yield seen
 
 
+DONE = r"wangpd.queue: task \d completed: wan_demo, 64x64, 5 frames, 1 steps"
 LINES = [
     r"wangpd: wangpd \S+ listens on http://\S+",
-    *[r"wangpd.queue: task \d completed: wan_demo, 64x64, 5 frames, 1 steps; \d+\.\d s; \S+_t00000\d_\S+\.mp4"] * 3,
+    *[DONE + r"; \d+\.\d s; \S+_t00000\d-[0-9a-f]{6}_\S+\.mp4"] * 3,
     r"wangpd.queue: task 4 cancelled: wan_demo, 64x64, 33 frames, 100 steps",
     *[r"wangpd.queue: task \d completed: .*"] * 2,
     r"wangpd.engine: the generation process was not fit for work any more; another one is started",

@@ -540,3 +540,19 @@ def test_the_files_of_others_stay(folder: Path, outputs: Outputs) -> None:
 
 def test_removing_an_attempt_from_a_missing_folder_is_nothing(tmp_path: Path) -> None:
     assert Outputs(tmp_path / "none", tmp_path / "cache").remove_attempt(1) == 0
+
+
+def test_a_state_folder_that_can_not_be_read_is_a_reason_and_no_fault(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk may fail while a task ends, which must not lose the task."""
+
+    def scandir(_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "state").mkdir()
+    outputs = Outputs(folder, tmp_path / "state")
+    assert outputs.publish_kept(["a.mp4"]) == ""
+    monkeypatch.setattr(os, "scandir", scandir)
+    for names in (None, ["a.mp4"]):
+        assert outputs.publish_kept(names) == "state_path can't be used now; bring the folder back"

@@ -1,13 +1,14 @@
 """A fault of the place is no fault of the task: disks, devices and processes that fail, and come back."""
 
 import base64
+import errno
 import io
 import os
 import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import av
 import pytest
@@ -286,7 +287,7 @@ def test_tasks_wait_while_no_file_is_left_to_open(own_daemon: Daemon) -> None:
     resource.prlimit(own_daemon.process.pid, resource.RLIMIT_NOFILE, (open_files + 3, most))
     own_daemon.post("/queue/resume")
     assert eventually(lambda: own_daemon.get("/health/ready").status_code == 503)
-    assert [own_daemon.status(task_id)["status"] for task_id in ids] == ["queued"] * 3
+    assert eventually(lambda: {own_daemon.status(task_id)["status"] for task_id in ids} == {"queued"})
     resource.prlimit(own_daemon.process.pid, resource.RLIMIT_NOFILE, (most, most))
     all_done(own_daemon, ids)
 
@@ -395,3 +396,19 @@ def test_a_write_that_failed_is_tried_before_the_folder_counts_as_well(
         folder.suspect = True
         assert folder.fault() == "save_path can't be used now (Disk quota exceeded); bring the folder back"
     assert (folder.fault(), folder.suspect, list(tmp_path.iterdir())) == ("", False, [])
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES])
+def test_a_folder_whose_disk_fails_is_no_exception_for_whoever_asks_whether_it_is_mounted(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue asks between two tasks, where an exception would end it."""
+    folder = Folder(tmp_path, "save_path", 1, "1 is needed")
+
+    def failing(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", failing)
+        assert folder.away() == ""
+    assert folder.fault() == ""

@@ -226,6 +226,20 @@ async def test_a_folder_of_unsaved_files_that_can_not_be_read_ends_neither_task_
         assert (await harness.end(task_id)).status is Status.COMPLETED
 
 
+@pytest.mark.parametrize("code", [STORAGE_FAULT, DEVICE_FAULT, "engine_unavailable", "save_failed"])
+async def test_a_task_that_is_being_cancelled_is_cancelled_whatever_it_ends_in(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    async with harness.open() as queue:
+        (task_id,) = await harness.submit()
+        await harness.started(task_id)
+        monkeypatch.setattr(harness.engine, "cancel", lambda _: None)
+        assert await queue.remove(task_id) is Status.CANCELLING
+        harness.engine.finish(EngineError("Out of ideas.", code))
+        task = await harness.end(task_id)
+        assert (task.status, task.error) == (Status.CANCELLED, None)
+
+
 @pytest.mark.parametrize("die", [True, False])
 async def test_what_is_made_and_not_saved_outlives_the_daemon(harness: Harness, die: bool) -> None:
     async with harness.open(die=die) as queue:
@@ -311,6 +325,18 @@ async def test_after_a_fault_of_the_device_it_is_checked_before_the_next_task(ha
         assert (await harness.end(first)).error["code"] == DEVICE_FAULT
         await harness.started(second)
         assert (harness.engine.checks, queue.faults) == (2, {})
+
+
+async def test_a_device_that_fails_its_check_after_a_task_is_checked_again_only_after_a_while(harness: Harness) -> None:
+    async with harness.open() as queue:
+        (first,) = await harness.submit(1)
+        await harness.started(first)
+        harness.engine.broken = EngineError("There is no GPU.", "no_device")
+        harness.engine.finish(EngineError("The device failed.", DEVICE_FAULT))
+        await until(lambda: queue.faults == {"engine": "There is no GPU."})
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert (harness.engine.checks, queue.lanes.take_to_check()) == (1, None)
 
 
 async def test_a_fault_of_the_engine_that_only_one_task_meets_ends_that_task(harness: Harness) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.api.config import HEADINGS, KEYS
+from engine.api.config import KEYS
 from engine.api.requests import REQUIRED
 from engine.settings import EVERY, LENGTH, SETTINGS, Setting
 
@@ -20,6 +20,16 @@ INTRODUCTION = """\
 # directory, then in /etc/wangpd. Relative paths are relative to this file; the flags --host, --port, --save-path and
 # --state-path override it. `wangpd --check-config` checks it.
 """
+# The headings of `wangpd.toml`, by the first key of each group.
+HEADINGS: Mapping[str, str] = {
+    "host": "where it listens, and its folders",
+    "allowed_hosts": "who may ask",
+    "allow_download": "the models and the GPU",
+    "image_format": "the files it makes",
+    "max_queue": "limits",
+    "max_attempts": "the queue, in time and over restarts",
+    "log_level": "the rest",
+}
 TYPES: Mapping[Any, str] = {
     str: "text",
     int: "whole number",

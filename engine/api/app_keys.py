@@ -11,7 +11,6 @@ from engine.catalog.download import Downloads
 from engine.catalog.models import Catalog
 from engine.files.inputs import Inputs
 from engine.files.outputs import Outputs
-from engine.queue.journal import Journal
 from engine.queue.queue import TaskQueue
 from engine.workers.local import Engine
 
@@ -23,7 +22,6 @@ TOKEN = web.AppKey("token", bytes)  # empty: no login is required
 CATALOG = web.AppKey("catalog", Catalog)
 ADMISSION = web.AppKey("admission", Admission)
 ENGINES = web.AppKey("engines", list[Engine])
-JOURNAL = web.AppKey("journal", Journal)
 QUEUE = web.AppKey("queue", TaskQueue)
 OUTPUTS = web.AppKey("outputs", Outputs)
 DOWNLOADS = web.AppKey("downloads", Downloads)

@@ -45,21 +45,17 @@ def validated(schema: Schema, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises BadRequest.
     """
-    read = {name: meant(schema.fields[name], value) for name, value in values.items() if name in schema.fields}
-    for name in [name for name, value in read.items() if value is None]:
-        if schema.fields[name].required:
-            read[name] = values[name]
-        else:
-            del read[name]
+    understood = {name: meant(field, values[name]) for name, field in schema.fields.items() if name in values}
+    read = {name: value for name, value in understood.items() if value is not None}
+    read |= {name: values[name] for name in understood.keys() - read if schema.fields[name].required}
     unknown = [shortened(name) for name in values if name not in schema.fields]
     try:
         known = dict(schema.load(read, unknown=EXCLUDE))
     except ValidationError as error:
-        field, sentence = first_fault(error)
-        near = next((name for name in unknown[: hints.MOST_NAMED] if hints.meaning_of(name) == field), None)
-        missing = near is not None and field not in read
-        rule = f"is missing; there is no field '{near}', send it as {field}" if missing else sentence
-        raise BadRequest(f"{field}: {rule}") from None
+        wrong, sentence = first_fault(error)
+        near = [name for name in unknown[: hints.MOST_NAMED] if wrong not in read and hints.meaning_of(name) == wrong]
+        rule = f"is missing; there is no field '{near[0]}', send it as {wrong}" if near else sentence
+        raise BadRequest(f"{wrong}: {rule}") from None
     return {**known, UNKNOWN: unknown} if unknown else known
 
 
@@ -119,20 +115,15 @@ def _form_body(received: Iterable[tuple[str, Any]], schema: Schema) -> Body:
         digest.update(b"%d %s %d " % (len(name), name.encode(), len(data)))
         digest.update(data)
         field = schema.fields.get(name)
-        value = _form_value(field, sent, data) if field else None
-        if isinstance(field, fields.List):
+        inner = field.inner if isinstance(field, fields.List) else field
+        # A file input without a file is an empty text.
+        is_file = isinstance(inner, File) and (isinstance(sent, web.FileField) or (data and not isinstance(sent, str)))
+        try:
+            value = data if is_file or not field else data.decode()
+        except UnicodeDecodeError:
+            raise BadRequest(NO_TEXT) from None
+        if inner is not field:
             values.setdefault(name, []).append(value)
         else:
             values[name] = value
     return values, digest
-
-
-def _form_value(field: fields.Field[Any], sent: Any, data: bytes) -> bytes | str:
-    """A file, or a text as JSON would have it; a file input without a file is an empty text. Raises BadRequest."""
-    inner = field.inner if isinstance(field, fields.List) else field
-    if isinstance(inner, File) and (isinstance(sent, web.FileField) or (data and not isinstance(sent, str))):
-        return data
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise BadRequest(NO_TEXT) from None

@@ -13,7 +13,6 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
 from engine import capabilities
 from engine.api.fields import FIELD_OF, Text, between, each, first_fault, matches, one_of
-from engine.files.outputs import Retention
 from engine.files.place import Folder
 from engine.job import EngineConfig
 from engine.queue.endings import Limits
@@ -23,16 +22,6 @@ UNIX = "unix:"  # before the path of a Unix socket
 SYSTEM_CONFIG = Path("/etc/wangpd/wangpd.toml")
 LEAST_STATE_MB = 16  # free on the disk of state_path, if min_free_mb is not less
 FOLDERS = ("save_path", "state_path", "models_dir", "loras_dir")
-# The headings of `wangpd.toml`, by the first key of each group.
-HEADINGS: Mapping[str, str] = {
-    "host": "where it listens, and its folders",
-    "allowed_hosts": "who may ask",
-    "allow_download": "the models and the GPU",
-    "image_format": "the files it makes",
-    "max_queue": "limits",
-    "max_attempts": "the queue, in time and over restarts",
-    "log_level": "the rest",
-}
 
 
 def key(default: Any, rule: Callable[[Any], Any] | None = None, *, why: str) -> Any:
@@ -178,16 +167,10 @@ class Config:
         """The part of the configuration that a component needs: a `cls`, whose fields are named like keys."""
         return cls(**{field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, cls))})
 
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """Every address of `host`, without brackets."""
-        return split_hosts(self.host)
-
     def engines(self) -> list[EngineConfig]:
         """The part that a generation process needs, for each of them."""
-        common = self.part(EngineConfig)
         leads = self.devices[:1] if self.context_parallel else self.devices
-        return [dataclasses.replace(common, device=device) for device in leads or (self.device,)]
+        return [dataclasses.replace(self, device=device).part(EngineConfig) for device in leads or (self.device,)]
 
     @property
     def team(self) -> tuple[str, ...]:
@@ -198,10 +181,6 @@ class Config:
     def history_s(self) -> float:
         """`history_days` in seconds."""
         return self.history_days * 86400.0
-
-    def retention(self) -> Retention:
-        """The part that the output folder needs."""
-        return Retention(self.keep_outputs_days * 86400, self.keep_outputs_mb * 2**20)
 
     def folders(self) -> tuple[Folder, ...]:
         """The folders that must take files for a task to start, and how much room each must have."""

@@ -1,7 +1,7 @@
 """Errors in HTTP: which status an exception of the engine becomes, and the one sentence that the client reads."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from aiohttp import hdrs, web
 
@@ -10,6 +10,7 @@ from engine.api.answers import brief
 from engine.api.app_keys import API, CONFIG, REQUEST_ID, Handler
 from engine.catalog.download import NoDownload
 from engine.catalog.models import UnknownModel
+from engine.files.media import NoPreview
 from engine.files.place import NoStorage
 from engine.queue.journal import JournalFault, KeyReused
 from engine.queue.queue import Unavailable
@@ -19,7 +20,7 @@ log = logging.getLogger("wangpd")
 RETRY_AFTER_S = 10
 
 STATUSES: Mapping[type[Exception], type[web.HTTPException]] = {
-    **dict.fromkeys((BadRequest, WrongState, NoDownload, KeyReused), web.HTTPBadRequest),
+    **dict.fromkeys((BadRequest, WrongState, NoDownload, NoPreview, KeyReused), web.HTTPBadRequest),
     **dict.fromkeys((UnknownModel, NoSuchTask), web.HTTPNotFound),
     **dict.fromkeys((JournalFault, NoStorage, Unavailable), web.HTTPServiceUnavailable),
 }
@@ -49,16 +50,11 @@ def failure(request: web.Request, error: web.HTTPException) -> web.Response:
     headers = {name: error.headers[name] for name in KEPT_HEADERS if name in error.headers}
     if error.status == web.HTTPServiceUnavailable.status_code:
         headers[hdrs.RETRY_AFTER] = str(RETRY_AFTER_S)
-    sentence = _SENTENCES[error.status](request, error) if error.status in _SENTENCES else error.text
+    sentence = error.text
+    if sentence == f"404: {error.reason}":
+        sentence = f"There is no {request.path}; GET {API}/ lists what there is"
+    elif error.status == 405:
+        sentence = f"{request.method} is not allowed here; allowed: {error.headers.get(hdrs.ALLOW, '')}"
+    elif error.status == 413:
+        sentence = f"The body is larger than {request.app[CONFIG].max_body_mb} MiB (max_body_mb)"
     return web.json_response({"detail": brief(sentence or error.reason)}, status=error.status, headers=headers)
-
-
-_SENTENCES: Mapping[int, Callable[[web.Request, web.HTTPException], str | None]] = {
-    404: lambda request, error: (
-        error.text
-        if error.text != f"{error.status}: {error.reason}"
-        else f"There is no {request.path}; GET {API}/ lists what there is"
-    ),
-    405: lambda request, error: f"{request.method} is not allowed here; allowed: {error.headers.get(hdrs.ALLOW, '')}",
-    413: lambda request, _: f"The body is larger than {request.app[CONFIG].max_body_mb} MiB (max_body_mb)",
-}

@@ -36,14 +36,9 @@ def matches(pattern: str, rule: str) -> validate.Validator:
     return validate.Regexp(pattern, error="{input!r} must be " + rule)
 
 
-def each(check: Callable[[Any], Any]) -> Callable[[Sequence[Any]], None]:
+def each(check: Callable[[Any], Any]) -> Callable[[Sequence[Any]], object]:
     """The rule that `check` accepts each value of a list."""
-
-    def check_all(values: Sequence[Any]) -> None:
-        for value in values:
-            check(value)
-
-    return check_all
+    return lambda values: [check(value) for value in values]
 
 
 class Text(fields.String):

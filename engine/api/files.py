@@ -18,7 +18,6 @@ from aiohttp import hdrs, web
 
 from engine.api.answers import shortened
 from engine.api.app_keys import API, CONFIG, OUTPUTS
-from engine.files.media import NoPreview
 
 
 class Opened(NamedTuple):
@@ -39,13 +38,11 @@ def open_output(app: web.Application, name: str) -> Opened:
 def open_preview(app: web.Application, name: str, width: int) -> Opened | bytes:
     """Open the thumbnail of an output file, or return its bytes if it can't be cached now. Blocks.
 
-    Raises what `open_output` raises, and 400 for a file without a picture.
+    Raises what `open_output` raises, and NoPreview.
     """
     path = _find(app, name)
     try:
         thumbnail = app[OUTPUTS].thumbnail(path, width)
-    except NoPreview as error:
-        raise web.HTTPBadRequest(text=str(error)) from None
     except OSError as error:
         raise _unreadable(path, error) from None
     return thumbnail if isinstance(thumbnail, bytes) else _open(thumbnail)
@@ -94,33 +91,25 @@ async def send_file(request: web.Request, opened: Opened, content_type: str, **h
     sent, the connection ends: the client would take the next answer for the missing ones.
     """
     with opened.file:
-        response: web.StreamResponse
-        if _unchanged(request, opened):
-            response, wanted = web.Response(status=304), range(0)
-        else:
-            part = byte_range(_range_header(request, opened), opened.size)
-            response, wanted = web.StreamResponse(status=206 if part else 200), part or range(opened.size)
-            response.content_type, response.content_length = content_type, len(wanted)
-            response.headers[hdrs.ACCEPT_RANGES] = "bytes"
-            if part:
-                response.headers[hdrs.CONTENT_RANGE] = f"bytes {part.start}-{part.stop - 1}/{opened.size}"
-        response.headers.update({hdrs.ETAG: opened.etag, **headers})
+        unchanged = _unchanged(request, opened)
+        part = None if unchanged else byte_range(_range_header(request, opened), opened.size)
+        wanted = range(0) if unchanged else part or range(opened.size)
+        response = web.StreamResponse(status=304 if unchanged else 206 if part else 200)
+        response.headers.update({hdrs.ACCEPT_RANGES: "bytes", hdrs.ETAG: opened.etag, **headers})
         response.last_modified = opened.modified
-        if not await _sent(request, response, opened.file, wanted):
+        if not unchanged:
+            response.content_type, response.content_length = content_type, len(wanted)
+        if part:
+            response.headers[hdrs.CONTENT_RANGE] = f"bytes {part.start}-{part.stop - 1}/{opened.size}"
+        try:
+            await response.prepare(request)
+            if wanted and request.method != hdrs.METH_HEAD and request.transport:
+                loop = asyncio.get_running_loop()
+                if await loop.sendfile(request.transport, opened.file, wanted.start, len(wanted)) < len(wanted):
+                    response.force_close()
+        except (OSError, RuntimeError):  # the client has gone, or the disk; RuntimeError: the connection is closing
             response.force_close()
         return response
-
-
-async def _sent(request: web.Request, response: web.StreamResponse, file: BinaryIO, wanted: range) -> bool:
-    """Send the answer's head and these bytes of the file; False if that failed: the client has gone, or the disk."""
-    try:
-        await response.prepare(request)
-        if not wanted or request.method == hdrs.METH_HEAD or request.transport is None:
-            return True
-        sent = await asyncio.get_running_loop().sendfile(request.transport, file, wanted.start, len(wanted))
-    except (OSError, RuntimeError):  # RuntimeError: the connection is about to close
-        return False
-    return sent == len(wanted)
 
 
 def inline(name: str) -> str:
@@ -151,12 +140,10 @@ def _unchanged(request: web.Request, opened: Opened) -> bool:
 
 def _range_header(request: web.Request, opened: Opened) -> str:
     """The Range header; "" if `If-Range` names another version of the file, of which the client has a part."""
-    condition = request.headers.get(hdrs.IF_RANGE)
-    if condition not in (None, opened.etag):
-        date = None if '"' in condition else request.if_range
-        if date is None or date.timestamp() != opened.modified:
-            return ""
-    return ",".join(request.headers.getall(hdrs.RANGE, ()))
+    condition, date = request.headers.get(hdrs.IF_RANGE), request.if_range
+    if condition in (None, opened.etag) or (date and date.timestamp() == opened.modified):
+        return ",".join(request.headers.getall(hdrs.RANGE, ()))
+    return ""
 
 
 def byte_range(header: str, size: int) -> range | None:
@@ -166,21 +153,19 @@ def byte_range(header: str, size: int) -> range | None:
     range has a byte of the file.
     """
     unit, _, rest = header.partition("=")
-    pairs = [re.fullmatch(r"(?=.*[0-9])([0-9]*)-([0-9]*)", text) for text in re.split(r"[ \t]*,[ \t]*", rest) if text]
-    if unit.lower() != "bytes" or not pairs or not size:
+    texts = [text for text in re.split(r"[ \t]*,[ \t]*", rest) if text]
+    well_formed = all(re.fullmatch("[0-9]+-[0-9]*|-[0-9]+", text) for text in texts)
+    if unit.lower() != "bytes" or not texts or not well_formed or not size:
         return None
     ranges = []
-    for pair in pairs:
-        if pair is None or (all(pair.groups()) and _number(pair[2]) < _number(pair[1])):
+    for text in texts:
+        first, last = (float(digits or "inf") for digits in text.split("-"))  # not int, which limits the digits
+        if text.startswith("-"):
+            first, last = max(size - last, 0), size
+        if last < first:
             return None
-        start = _number(pair[1]) if pair[1] else max(size - _number(pair[2]), 0)
-        ranges.append(range(start, min(_number(pair[2]) + 1, size) if all(pair.groups()) else size))
+        ranges.append(range(int(min(first, size)), int(min(last + 1, size))))
     if not any(ranges):
         sentence = f"Range: the file has {size} bytes, no such range in it"
         raise web.HTTPRequestRangeNotSatisfiable(text=sentence, headers={hdrs.CONTENT_RANGE: f"bytes */{size}"})
     return ranges[0] if len(ranges) == 1 else None
-
-
-def _number(digits: str) -> int:
-    """A position. 20 digits are beyond any file, and Python refuses to read thousands."""
-    return int(digits.lstrip("0")[:20] or 0)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from engine.admission import BadRequest
@@ -45,8 +44,9 @@ def parsed(raw: bytes, charset: str | None = None) -> dict[str, Any]:
         body = json.loads(text, parse_constant=lambda name: _refuse_constant(name, text), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         told = f"{error.msg}|{text[error.pos : error.pos + 9]}"
-        reason = next((reason for start, reason in REASONS.items() if re.match(start, told)), "this can't be read")
-        raise BadRequest(_fault(text, error.pos, reason)) from None
+        reason = next((reason for start, reason in REASONS.items() if re.match(start, told)), error.msg)
+        place = f"line {error.lineno}, column {error.colno}"
+        raise BadRequest(f"The body is not valid JSON: {place}: {reason}") from None
     except RecursionError:
         raise BadRequest("The body is nested too deeply; send a flat object") from None
     except ValueError:
@@ -75,16 +75,10 @@ def _decoded(raw: bytes, charset: str | None) -> str:
         raise BadRequest(f"The body is not {encoding.removesuffix('-sig').upper()}: {where}; {remedy}") from None
 
 
-def _fault(text: str, place: int, reason: str) -> str:
-    line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
-    return f"The body is not valid JSON: line {line}, column {column}: {reason}"
-
-
 def _refuse_constant(name: str, text: str) -> None:
-    """Refuse NaN and Infinity, which Python reads and JSON does not have. Raises BadRequest."""
-    found: Iterator[re.Match[str]] = OUTSIDE_TEXTS.finditer(text)
-    place = next((match.start() for match in found if match[0] == name), 0)
-    raise BadRequest(_fault(text, place, f"JSON has no {name}; send a number"))
+    """Refuse NaN and Infinity, which Python reads and JSON does not have. Raises JSONDecodeError."""
+    place = next(match.start() for match in OUTSIDE_TEXTS.finditer(text) if match[0] == name)
+    raise json.JSONDecodeError(f"JSON has no {name}; send a number", text, place)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,26 +17,19 @@ BLANK_IS_A_VALUE = frozenset({"prompt", "negative_prompt", "skip_steps_cache_typ
 NOTHING = ("null", "none")  # as forms write it
 FLAGS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
 WHOLE = re.compile(r"([+-]?[0-9]{1,400})(\.0*)?")  # not int(), which also takes 1_000 and other scripts' digits
-NUMBER = re.compile(r"[+-]?([0-9]{1,400}(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
-SECONDS = re.compile(r"([0-9]+(\.[0-9]+)?)\s*s(ecs?|econds?)?", re.IGNORECASE)
-SIZE = re.compile(r"([0-9]+)\s*[x\u00d7*]\s*([0-9]+)", re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?([0-9]{1,400}(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?")
+SECONDS = re.compile(r"([0-9]+(\.[0-9]+)?)\s*s(ecs?|econds?)?")
+SIZE = re.compile(r"([0-9]+)\s*[x\u00d7*]\s*([0-9]+)")
 
 
 def meant(field: Field, value: Any) -> Any:
     """Return what `value` means for `field`: None if it counts as left out, `value` itself if it can't be read."""
-    if isinstance(field, fields.List):
-        return _several(field.inner, value)
-    if _blank(value) and field.name not in BLANK_IS_A_VALUE:
-        return None
-    return _one(field, value)
-
-
-def _several(inner: Field, value: Any) -> Any:
-    """A list without its blanks; a text or file alone is a list of one."""
-    items = [value] if isinstance(value, str | bytes) else value
+    if not isinstance(field, fields.List):
+        return None if _blank(value) and field.name not in BLANK_IS_A_VALUE else _one(field, value)
+    items = [value] if isinstance(value, str | bytes) else value  # a text or file alone is a list of one
     if not isinstance(items, list):
         return value
-    return [_one(inner, item) for item in items if not _blank(item)] or None
+    return [_one(field.inner, item) for item in items if not _blank(item)] or None
 
 
 def _blank(value: Any) -> bool:
@@ -47,38 +40,33 @@ def _one(field: Field, value: Any) -> Any:
     read = next((read for kind, read in _READERS.items() if isinstance(field, kind)), None)
     if not read or not (isinstance(value, str) or (isinstance(field, Flag) and value in (0, 1))):
         return value
-    text = str(value).strip()
-    try:
-        return None if text.lower() in NOTHING else read(text)
-    except LookupError:
-        return value
+    text = str(value).strip().lower()
+    if text in NOTHING:
+        return None
+    understood = read(text)
+    return value if understood is None else understood
 
 
-def _whole(text: str) -> int:
-    if digits := WHOLE.fullmatch(text):
-        return int(digits[1])
-    raise LookupError(text)
+def _whole(text: str) -> int | None:
+    return int(digits[1]) if (digits := WHOLE.fullmatch(text)) else None
 
 
-def _number(text: str) -> float:
+def _number(text: str) -> float | None:
     number = float(text) if NUMBER.fullmatch(text) else math.inf
-    if math.isinf(number):
-        raise LookupError(text)
-    return number
+    return number if math.isfinite(number) else None
 
 
-def _length(text: str) -> int | str:
+def _length(text: str) -> int | str | None:
     return f"{seconds[1]}s" if (seconds := SECONDS.fullmatch(text)) else _whole(text)
 
 
-def _size(text: str) -> str:
-    if sides := SIZE.fullmatch(text):
-        return f"{sides[1]}x{sides[2]}"
-    raise LookupError(text)
+def _size(text: str) -> str | None:
+    return f"{sides[1]}x{sides[2]}" if (sides := SIZE.fullmatch(text)) else None
 
 
+# None: it can't be read.
 _READERS: Mapping[type[Field], Callable[[str], Any]] = {
-    Flag: lambda text: FLAGS[text.lower()],
+    Flag: FLAGS.get,
     Whole: _whole,
     Real: _number,
     VideoLength: _length,

@@ -55,9 +55,9 @@ class Listeners:
                     port = self._bind(family, address, port, both=both)
                 bound.add(host)
             except OSError as error:
+                faults[host] = error
                 if error.errno not in NOT_HERE:
                     raise _fault(error, host, port) from None
-                faults[host] = error
         for host in faults.keys() - bound:  # one address of a name is enough: localhost is ::1 too where IPv6 is off
             raise _fault(faults[host], host, port)
 
@@ -79,30 +79,22 @@ class Listeners:
 
     def _bind(self, family: int, address: Any, port: int, *, both: bool) -> int:
         """Listen on one address, `::` for `both` families; returns the port for the others. Raises OSError."""
-        channel = socket.socket(family, socket.SOCK_STREAM)
+        if family == socket.AF_UNIX:
+            self._bind_unix(Path(address))
+            return port
+        dual = both and address[0] == "::" and socket.has_dualstack_ipv6()
+        channel = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dual)
         self.sockets.append(channel)
-        try:
-            if family == socket.AF_UNIX:
-                self._bind_unix(channel, Path(address))
-            else:
-                channel.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait a minute
-                if family == socket.AF_INET6:
-                    only = not (both and address[0] == "::" and socket.has_dualstack_ipv6())
-                    channel.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-                channel.bind((address[0], port, *address[2:]))
-                port = channel.getsockname()[1]
-            channel.listen()  # now: two daemons can be bound to one address, until the first of them listens
-        except OSError:
-            self.sockets.remove(channel)
-            channel.close()
-            raise
-        return port
+        return int(channel.getsockname()[1])
 
-    def _bind_unix(self, channel: socket.socket, path: Path) -> None:
+    def _bind_unix(self, path: Path) -> None:
         _make_way(path)
+        channel = socket.socket(socket.AF_UNIX)
+        self.sockets.append(channel)
         channel.bind(str(path))
         self._made[path] = path.stat().st_ino
         path.chmod(UNIX_MODE)
+        channel.listen()
 
 
 def passed_sockets() -> list[socket.socket]:
@@ -115,17 +107,13 @@ def passed_sockets() -> list[socket.socket]:
 
 
 def _passed(number: int) -> socket.socket:
-    wrong = CantStart(f"systemd: file descriptor {number} is no listening stream socket; use ListenStream=, Accept=no")
-    try:
+    with suppress(OSError):
         os.set_inheritable(number, False)
         channel = socket.socket(fileno=number)
         accepts = channel.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError:
-        raise wrong from None
-    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-    if not accepts or channel.type != socket.SOCK_STREAM or channel.family not in families:
-        raise wrong
-    return channel
+        if accepts and channel.type == socket.SOCK_STREAM:
+            return channel
+    raise CantStart(f"systemd: file descriptor {number} is no listening stream socket; use ListenStream=, Accept=no")
 
 
 def _addresses(host: str, port: int) -> list[Address]:
@@ -133,7 +121,7 @@ def _addresses(host: str, port: int) -> list[Address]:
     if host.startswith(UNIX):
         return [(socket.AF_UNIX, host.removeprefix(UNIX))]
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except UnicodeError:  # no name at all: a part of it is empty, or too long
         raise _fault(OSError(socket.EAI_NONAME, ""), host, port) from None
     except OSError as error:
@@ -148,13 +136,8 @@ def _make_way(path: Path) -> None:
             raise CantStart(f"host: {UNIX}{path} is there and is no socket; choose another path, or move the file away")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
-                return
-            except OSError:  # a full queue of connections, no permission …: somebody may have it
-                pass
+            if probe.connect_ex(str(path)) == errno.ECONNREFUSED:  # else somebody may have it, who is only slow
+                return path.unlink()
         raise CantStart(f"host: {UNIX}{path} is in use; end the program that has it, or choose another path")
 
 
@@ -170,12 +153,11 @@ def url_of(channel: socket.socket) -> str:
     """Return the address for people: one that can be opened, also for a wildcard; of a Unix socket its path."""
     if channel.family == socket.AF_UNIX:
         return UNIX + os.fsdecode(channel.getsockname()).replace("\0", "@")
-    host, port, *further = channel.getsockname()
+    host, port = socket.getnameinfo(channel.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
     if host in WILDCARDS:
         only_6 = channel.family == socket.AF_INET6 and channel.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
         host = "::1" if only_6 else _lan_address()
-    zone = f"%25{socket.if_indextoname(further[1])}" if further[1:] and further[1] else ""
-    return f"http://[{host}{zone}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://[{host.replace('%', '%25')}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _lan_address() -> str:

@@ -31,15 +31,10 @@ ERRORS = {
     500: "A fault of the server.",
     503: "Shutting down, the queue is full, or a disk can't be used: try again after `Retry-After` seconds.",
 }
-FILE_ANSWERS = {"200": "The whole file.", "206": "The requested range."}
 JPEG_TYPE = "image/jpeg"
 BYTES_TYPE = "application/octet-stream"  # the only binary type that most generators of clients know
 MEDIA_ANSWER = tuple(sorted({content_type for _, content_type in MEDIA_TYPES.values()}))
-TOKEN_SCHEME = {
-    "type": "http",
-    "scheme": "bearer",
-    "description": "The token of `token_file`, where one is configured.",
-}
+TOKEN = "The token of `token_file`, where one is configured."
 
 
 class Routes(web.RouteTableDef):
@@ -87,8 +82,11 @@ class Routes(web.RouteTableDef):
 
 def _file_answers(kinds: Sequence[str]) -> dict[str, Any]:
     content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in (*kinds, BYTES_TYPE)}
-    answers = {status: {"description": about, "content": content} for status, about in FILE_ANSWERS.items()}
-    return answers | {"304": {"description": "The client's copy is still right.", "content": {}}}
+    return {
+        "200": {"description": "The whole file.", "content": content},
+        "206": {"description": "The requested range.", "content": content},
+        "304": {"description": "The client's copy is still right.", "content": {}},
+    }
 
 
 def _operations(app: web.Application) -> Iterator[tuple[str, str, Any]]:
@@ -118,7 +116,7 @@ def api_document(app: web.Application) -> dict[str, Any]:
         servers=[{"url": "../"}],  # relative to this document, so right behind any proxy path
         security=[{}, {"token": []}],
     )
-    spec.components.security_scheme("token", TOKEN_SCHEME)
+    spec.components.security_scheme("token", {"type": "http", "scheme": "bearer", "description": TOKEN})
     converter: Any = plugin.converter
     converter.add_attribute_function(_base64_keywords)
     converter.add_attribute_function(_choice_or_null)

@@ -67,8 +67,6 @@ About = answer(
     api_version=required(str, "Version of this API."),
     endpoints=table(str, "Name → method and path."),
 )
-
-
 ModelEntry = answer(
     "ModelEntry",
     id=required(str, "What `model_type` takes."),
@@ -92,8 +90,6 @@ ModelInfo = answer(
     supported_features=table(bool, "Name → true or false."),
     licence=required(str, "Licence of the weights."),
 )
-
-
 # What a job needs, by arithmetic; good to about a third.
 Cost = answer(
     "Cost",
@@ -184,8 +180,6 @@ Removed = answer(
 )
 Paused = answer("Paused", paused=required(bool, "No waiting task is started."))
 Moved = answer("Moved", task_id=required(int, "Its id."), position=required(int, "Where it waits now."))
-
-
 Page = answer(
     "Page",
     total=required(int, "Entries of this kind in all."),
@@ -203,8 +197,6 @@ LoadState = answer(
     "LoadState", model=required(str, "Its id."), loaded=required(bool, "It is warm; false: it is being loaded.")
 )
 Unloaded = answer("Unloaded", unloaded=required(bool, "There was something to give back."))
-
-
 DownloadState = answer(
     "DownloadState",
     model=required(str, "Its id."),
@@ -218,8 +210,6 @@ DownloadState = answer(
     finished_at=time_field("When it ended.", allow_none=True),
 )
 Cleared = answer("Cleared", removed_count=required(int, "How many waited."))
-
-
 OutputEntry = answer(
     "OutputEntry",
     FileEntry,
@@ -227,7 +217,6 @@ OutputEntry = answer(
     modified_at=time_field("When it was last changed."),
 )
 OutputPage = answer("OutputPage", Page, files=many(OutputEntry, "Newest first."))
-
 
 # The configuration that clients may read, in the contract's order; the rest concerns whoever runs the machine.
 PUBLIC_KEYS = (

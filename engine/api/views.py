@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from engine.api.answers import iso, link, shortened
-from engine.api.app_keys import CONFIG, JOURNAL, QUEUE
+from engine.api.app_keys import CONFIG, QUEUE
 from engine.api.schemas import PUBLIC_KEYS
 from engine.catalog import weights
 from engine.catalog.abilities import INPUTS
@@ -128,6 +128,6 @@ def public_config(app: web.Application) -> dict[str, Any]:
 
 def remarks(app: web.Application) -> list[str]:
     """Return what a person should look at, though work goes on, a sentence each."""
-    aside = app[JOURNAL].set_aside
+    aside = app[QUEUE].journal.set_aside
     lost = [f"The queue's journal could not be read and was moved to {aside.name}; its tasks are lost"] if aside else []
     return [*lost, *app[QUEUE].lanes.remarks()]

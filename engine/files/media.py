@@ -58,10 +58,7 @@ def open_image(path: Path) -> "Image":
 
 
 def thumbnail(path: Path, width: int) -> bytes:
-    """Return a JPEG of the image or of the video's first frame, `width` pixels wide or, as the source is, less.
-
-    Raises NoPreview for audio and for what can't be decoded, OSError for what can't be read.
-    """
+    """Return a JPEG, at most `width` pixels wide. Raises NoPreview if there is nothing to show, or OSError."""
     kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("of an unknown type", ""))
     if kind not in ("image", "video"):
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")

@@ -19,7 +19,7 @@ from engine.files import media
 from engine.files.folders import stats
 from engine.files.owner import FolderLock
 from engine.files.place import Folder
-from engine.files.publish import KEPT, move
+from engine.files.publish import KEPT
 from engine.files.thumbnails import ThumbnailCache, key_of
 from engine.job import EngineConfig
 
@@ -68,8 +68,6 @@ class Retention(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
-    """One reading of the folder."""
-
     folder_times: tuple[int, int] | None  # None: never read
     read_at: float  # time.monotonic() before the reading
     settled: bool  # nothing was touched so recently that its time stamp could hide a change
@@ -89,15 +87,13 @@ class Outputs:
         clock: Clock | None = None,
         holder: str = "",
     ) -> None:
-        """In `state` are the thumbnails, and the whole files that could not be published when they were made.
-
-        `holder` is written into the lock file, see FolderLock.
-        """
+        """`state` holds the thumbnails, and whole files that are not published yet; for `holder` see FolderLock."""
         self.lock = FolderLock("save_path", folder / ".wangpd.lock", holder)
         self._folder, self._kept = folder, state / KEPT
         self._instance, self._clock = instance, clock or Clock()
         self._disk = Folder(folder, "save_path", 0, "")
         self._retention = retention or Retention()
+        self.keeps_all = not any(self._retention)  # `prepare` has nothing to do
         self._thumbnails = ThumbnailCache(state / "thumbnails")
         self._snapshot = _Snapshot(None, -math.inf, False, {})
         self._reading = threading.Lock()
@@ -111,10 +107,7 @@ class Outputs:
         return False
 
     def listing(self, file_type: str | None = None) -> Sequence[Entry]:
-        """Return the media files, all or of one type, newest modification first, ties by name.
-
-        Raises OSError if the folder is not there or can't be read.
-        """
+        """Return the media files, all or of one type, newest modification first, ties by name. Raises OSError."""
         if not self.fresh():
             asked_at = time.monotonic()
             with self._reading:
@@ -123,10 +116,7 @@ class Outputs:
         return self._snapshot.by_type.get(file_type, ())
 
     def find(self, filename: str) -> Path | None:
-        """Return the regular file of that name in the folder, else None: for links, devices, what `listing` hides.
-
-        Raises OSError if the folder is not there or can't be searched.
-        """
+        """Return the regular file of that name, else None: for links, devices, what `listing` hides. Raises OSError."""
         try:
             return self._folder / filename if self._stat(filename) else None
         except OSError as error:
@@ -136,13 +126,10 @@ class Outputs:
             return None
 
     def _stat(self, filename: str) -> os.stat_result | None:
-        if not _kind(filename):
-            return None
-        try:
-            about = (self._folder / filename).lstat()
-        except ValueError:  # a name that the file system can't express
-            return None
-        return about if stat.S_ISREG(about.st_mode) else None
+        with suppress(ValueError):  # a name that the file system can't express
+            if _kind(filename) and stat.S_ISREG((about := (self._folder / filename).lstat()).st_mode):
+                return about
+        return None
 
     def _about(self, filename: str) -> os.stat_result | None:
         with suppress(OSError):
@@ -159,10 +146,7 @@ class Outputs:
         return self._thumbnails.put(key, jpeg) or jpeg
 
     def remove_attempt(self, task_id: int, made: Collection[str] = ()) -> int:
-        """Delete the files of a broken attempt, published or partial, but those that it has `made`.
-
-        Returns how many. Raises OSError if one can't be deleted; the others are.
-        """
+        """Delete the files of a broken attempt, whole or not, but those it has `made`; how many. Raises OSError."""
         others = "".join(rf"(?!{re.escape(name)}$)" for name in made)
         return self._remove(rf"{others}\.?{self._named(task_id)}")
 
@@ -176,33 +160,27 @@ class Outputs:
         return rf"\d{{8}}-\d{{6}}_t{number}-{self._instance}_.+"
 
     def _remove(self, pattern: str) -> int:
-        folders = {self._folder, self._kept}
+        folders, fault = (self._folder, self._kept), None
         left = [folder / name for folder in folders for name, _ in stats(folder) if re.fullmatch(pattern, name)]
-        fault: OSError | None = None
         for path in left:
             try:
                 path.unlink(missing_ok=True)
-            except OSError as error:
+            except OSError as error:  # the others are deleted
                 fault = error
         if fault:
             raise fault
         return len(left)
 
     def publish_kept(self, names: Iterable[str] | None = None) -> str:
-        """Publish files that are whole and could not be when they were made: these, or all of them.
-
-        Returns why one still can't be, a sentence, else "".
-        """
-        if away := self._disk.away():
-            return away
-        if names is None:
-            names = [name for name, _ in stats(self._kept) if not name.startswith(".")]
-        for path in (self._kept / name for name in names if (self._kept / name).exists()):
-            try:
-                move(path, self._folder / path.name)
-            except OSError as error:
-                if path.exists():  # else the worker has just published it
-                    return f"'{path.name}' can't be saved in save_path now ({error.strerror}); it is kept until it can"
+        """Publish whole files that could not be before: these, or all. Returns why one can't be, a sentence, or ""."""
+        try:
+            self._kept.parent.stat()
+            kept = {name for name, _ in stats(self._kept) if not name.startswith(".")}
+        except OSError:
+            return "state_path can't be used now; bring the folder back"
+        for path in (self._kept / name for name in kept.intersection(kept if names is None else names)):
+            if (fault := self._disk.take(path)) and os.path.lexists(path):  # else the worker has just published it
+                return fault
         return ""
 
     def made(self, task_id: int, names: Iterable[str]) -> list[OwnFile]:
@@ -213,15 +191,9 @@ class Outputs:
         found = ((name, about) for name in names if (about := self._about(name)))
         return [OwnFile(name, task_id, about.st_size, about.st_mtime_ns, now) for name, about in found]
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether `prepare` has nothing to do."""
-        return not (self._retention.keep_s or self._retention.keep_bytes)
-
     def prepare(self, own: Iterable[OwnFile]) -> list[str]:
         """Delete the oldest files beyond what is to be kept; returns the names of those that are no longer `own`."""
-        keep_s, keep_bytes = self._retention.keep_s, self._retention.keep_bytes
-        there, gone = self._still_there(own)
+        (keep_s, keep_bytes), (there, gone) = self._retention, self._still_there(own)
         total_bytes = sum(file.size_bytes for file, _ in there)
         for file, age_s in sorted(there, key=lambda pair: -pair[1]):
             if not (keep_s and age_s > keep_s) and not (keep_bytes and total_bytes > keep_bytes):

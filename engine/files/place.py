@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from engine import awake
+from engine.files.publish import move
 
 log = logging.getLogger("wangpd.queue")
 PATIENCE_S = 2.0  # a network share whose server is gone blocks whoever looks at it
@@ -40,7 +41,10 @@ class Folder:
             with os.scandir(self._path):
                 pass
             if self.suspect:
-                self._probe()
+                with TemporaryFile(dir=self._path) as file:
+                    file.write(bytes(PROBE_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             return f"{self._key} can't be used now ({error.strerror}); bring the folder back"
         if not os.access(self._path, os.W_OK | os.X_OK):
@@ -52,30 +56,36 @@ class Folder:
 
     def away(self) -> str:
         """A sentence where only an empty mount point is left of the folder, else "": a file in it would be hidden."""
-        mounted = self._path.is_mount()
-        if self._mounted and not mounted and self._path.is_dir():
+        try:
+            mounted = self._path.is_mount()
+        except OSError:  # who goes on to use the folder says what is wrong with it
+            return ""
+        if self._mounted and not mounted and os.path.isdir(self._path):  # noqa: PTH112 - raises nothing
             return f"{self._key}: its disk is not mounted any more; mount it again, or restart wangpd"
         self._mounted |= mounted
         return ""
 
-    def _probe(self) -> None:
-        """Write a file and remove it. Raises OSError."""
-        with TemporaryFile(dir=self._path) as file:
-            file.write(bytes(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+    def take(self, whole: Path) -> str:
+        """Give a whole file its place in the folder, or return why that can't be done now; it is where it was then."""
+        final = self._path / whole.name
+        try:
+            if away := self.away():
+                return away
+            move(whole, final)
+            if (away := self.away()) and final.exists():  # unmounted in between
+                move(final, whole)
+        except OSError as error:
+            return f"'{whole.name}' can't be saved in {self._key} now ({error.strerror}); it is kept until it can"
+        return away
 
 
 class Place:
-    """All that must be well for results to be stored. Used on the event loop only.
-
-    One look at a time, in a thread of its own, so that a disk that hangs takes no other thread with it.
-    """
+    """All that must be well for results to be stored. Used on the event loop only."""
 
     def __init__(self, folders: Sequence[Folder]) -> None:
         self._folders = folders
         self._held, self._held_until = "", 0.0
-        self._thread = ThreadPoolExecutor(1, "place")
+        self._thread = ThreadPoolExecutor(1, "place")  # a disk that hangs takes no other thread with it
         self._looking: asyncio.Future[str] | None = None
         self.fault = ""  # what the last look has found
 

@@ -16,8 +16,7 @@ KEPT: Final = "unsaved"  # in state_path: what is whole, or being written, and n
 def published(final: Path, *, rivals: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield the hidden path beside `final` to write to; after the block it is renamed, or removed if the block raises.
 
-    `rivals`: other threads and processes may write the same file now. `durable`: it returns once the bytes, and then
-    the name, are on the disk. Raises OSError.
+    `rivals`: others may write the same file now. `durable`: bytes and name are on the disk then. Raises OSError.
     """
     part = final.with_name(f".{final.name}{f'.{threading.get_native_id()}' if rivals else ''}.part")
     try:
@@ -40,9 +39,9 @@ def move(whole: Path, final: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        with published(final) as part:
+        with published(final, rivals=True) as part:  # the daemon and its worker may both be at it
             shutil.copy2(whole, part)
-        whole.unlink()
+        whole.unlink(missing_ok=True)
     else:
         _sync(final.parent)
 

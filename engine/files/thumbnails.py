@@ -22,10 +22,7 @@ def key_of(path: Path, width: int) -> str:
 
 
 class ThumbnailCache:
-    """JPEG files by key in a folder of their own, the oldest removed when they outgrow `limit_bytes`.
-
-    A cache that can't be read or written only costs time: no method raises.
-    """
+    """JPEG files by key, the oldest removed when they outgrow `limit_bytes`. A fault of the disk only costs time."""
 
     def __init__(self, folder: Path, limit_bytes: int = 256 * 2**20) -> None:
         self._folder = folder

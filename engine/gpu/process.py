@@ -67,11 +67,8 @@ def end_all() -> None:
 
 
 def only_card(number: int, visible: str | None) -> str:
-    """The value of CUDA_VISIBLE_DEVICES that leaves card `number` of `visible` (None: all), or none if there is none.
-
-    A worker that saw the others too would take some hundred MB of the first one for a CUDA context: not every thread
-    and library uses the device that torch was given.
-    """
+    """The value of CUDA_VISIBLE_DEVICES that leaves card `number` of `visible` (None: all), or none without it."""
+    # Not every thread and library uses the device that torch was given: each would take memory of the first card.
     if visible is None:
         return str(number)
     cards = visible.split(",")

@@ -3,7 +3,6 @@
 import gc
 import logging
 import resource
-from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,11 +20,11 @@ from engine.gpu.load.devices import choose_device, give_back
 from engine.gpu.run import decoding, prompts, render
 from engine.gpu.run.adapters import Adapters
 from engine.gpu.run.meter import Meter
-from engine.gpu.save.saving import Saved, Saver
+from engine.gpu.save.saving import Made, Saved, Saver, Settled
 from engine.gpu.team import sharing
 from engine.gpu.team.follower import ModelSource
 from engine.gpu.team.lead import Team
-from engine.job import STORAGE_FAULT, EngineConfig, EngineError, Job, OutputFile, Phase, Result
+from engine.job import STORAGE_FAULT, EngineConfig, EngineError, Job, Phase, Result
 from engine.planning import placement as plans
 from engine.planning.machine import Machine
 from engine.planning.work import Parts, Work
@@ -36,17 +35,8 @@ log = logging.getLogger("wangpd.worker")
 class ModelSession:
     """Makes the files of one job after the other; holds at most one model."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        settled: Callable[[BaseException | None], None],
-        made: Callable[[int, OutputFile], None],
-        visible: str | None = None,
-    ) -> None:
-        """`settled` and `made` are called as Saver says.
-
-        `visible` are the cards that a team can have, as CUDA_VISIBLE_DEVICES; None: all.
-        """
+    def __init__(self, config: EngineConfig, settled: Settled, made: Made, visible: str | None = None) -> None:
+        """`visible` are the cards that a team can have, as CUDA_VISIBLE_DEVICES; None: all."""
         self._config, self._device = config, choose_device(config.device)
         self._team = Team(config, self._device, visible) if config.team else None
         self._profile, self._tiled = config.profile, False  # tiled whatever vae_config says, once memory has run out
@@ -61,8 +51,7 @@ class ModelSession:
     def make(self, task_id: int, job: Job, model: Model, meter: Meter) -> Result:
         """Load what is not loaded, generate, and return the files, which are still being written.
 
-        Out of memory, it unloads and tries once more with the next more frugal profile and the VAE in its smallest
-        tiles. Raises EngineError or Cancelled.
+        Out of memory, it tries once more, as frugal as it can be. Raises EngineError or Cancelled.
         """
         started = datetime.now(UTC)
         try:
@@ -157,10 +146,10 @@ class ModelSession:
         return self._team.least(own) if self._team else own
 
     def _kind_of_weights(self, model: Model, work: Work) -> str:
-        def planned() -> str:
-            return self._planned(model, work, self.machine(), AUTO).placement.quantization
-
-        return quantization.kind_for(model, self._config.transformer_quantization, planned)
+        kind = self._config.transformer_quantization
+        return quantization.kind_for(
+            model, kind, lambda: self._planned(model, work, self.machine(), AUTO).placement.quantization
+        )
 
     def _planned(self, model: Model, work: Work, machine: Machine, kind: str, parts: Parts | None = None) -> plans.Plan:
         """Where the model is to be for `work`, as configured. Raises EngineError if it fits nowhere."""

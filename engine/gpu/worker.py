@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,10 +80,7 @@ def check() -> None:
 
 
 def _guarded(task_id: int, work: "Callable[[ModelSession, Meter], T]") -> T:
-    """Do `work`; what it raises becomes one of the two exceptions that may cross the border.
-
-    To unpickle an exception of torch, the daemon would have to import torch.
-    """
+    """Do `work`. Raises EngineError and Cancelled only: to unpickle one of torch's, the daemon would import torch."""
     global _unfit
     if _unfit:
         raise EngineError("The device failed after the task before.", STALE_PROCESS)
@@ -153,7 +151,8 @@ def _made(task_id: int, file: OutputFile) -> None:
 
 def _report(**values: Any) -> None:
     """Send values to engine.workers.reports: one write of less than PIPE_BUF (4,096 bytes) is whole without a lock."""
-    os.write(_reports.fileno(), json.dumps(values).encode() + b"\n")
+    with suppress(BrokenPipeError):  # the daemon is gone, and this process is about to be
+        os.write(_reports.fileno(), json.dumps(values).encode() + b"\n")
 
 
 def _give_back() -> None:

@@ -34,8 +34,7 @@ def tea_schedule(
 ) -> list[bool]:
     """For each step, whether TeaCache computes it. The first `warm_steps` and the last always are.
 
-    `changes[i]` is the relative change of the time embedding from step i to i + 1; `coefficients` are those of a
-    polynomial of it, the highest power first.
+    `changes`: of the time embedding, relative, to the next step; `coefficients`: of their polynomial, highest first.
     """
     schedule, distance = [True], 0.0
     for step, change in enumerate(changes, start=1):

@@ -135,25 +135,28 @@ class Endings:
 
     async def stopped(self, lane: Lane, task_id: int) -> None:
         """End a task that a client cancelled, or put it back at a shutdown."""
-        put_off = self.stopping.is_set() and not self.cancelling(task_id)
-        await self._break_off(lane, task_id, self._store.started[task_id].attempts - 1 if put_off else None)
+        again = self._store.started[task_id].attempts - 1 if self.stopping.is_set() else None
+        await self._break_off(lane, task_id, again)
 
     async def _break_off(self, lane: Lane, task_id: int, again: int | None, code: str = "", sentence: str = "") -> None:
         """End a task whose run was broken off, with those of its files that are whole.
 
         Or let it wait `again`, after so many attempts, and make all of them once more.
         """
+        if self.cancelling(task_id):
+            again = None
         files = tuple(lane.engine.made(task_id)) if again is None else ()
         names = [file.filename for file in files]
         await self._tidy(task_id, names)
         if files:
             self.kept |= bool(await self._publish(names))
-        status = Status.FAILED if code else Status.CANCELLED
 
         def end(now: Task) -> Task:
             if again is not None and now.status is Status.PROCESSING:  # else a client has cancelled it meanwhile
                 return put_back(now, again)
-            return ended(now, status, code, sentence, files=files)
+            if not code or now.status is Status.CANCELLING:  # it was shown as such, so `cancelled` must follow
+                return ended(now, Status.CANCELLED, files=files)
+            return ended(now, Status.FAILED, code, sentence, files=files)
 
         await self._settle(task_id, end, names)
 

@@ -84,7 +84,7 @@ class Lane:
         """Note that its engine can't work on this machine as it is."""
         if self.fault != sentence:
             log.error("%s takes no tasks until it works: %s", self.engine.device, sentence)
-        self.fault, self.check_at = sentence, time.monotonic() + self.check_s
+        self.fault, self.suspect, self.check_at = sentence, False, time.monotonic() + self.check_s
         self.check_s = min(2 * self.check_s, MOST_CHECK_S)
 
     def recover(self) -> None:
@@ -101,8 +101,6 @@ class Lane:
 
 class Lanes(tuple[Lane, ...]):
     """All lanes, in the order of the configuration. Used on the event loop only."""
-
-    __slots__ = ()
 
     def __new__(cls, engines: Sequence[Runner]) -> "Lanes":
         return super().__new__(cls, map(Lane, engines))
@@ -123,8 +121,7 @@ class Lanes(tuple[Lane, ...]):
         """A free lane whose engine is due to be checked, held by itself; None if there is none."""
         now = time.monotonic()
         due = (lane for lane in self if lane.holder is None and not lane.up and (lane.suspect or lane.check_at <= now))
-        lane = next(due, None)
-        if lane:
+        if lane := next(due, None):
             lane.holder = lane
         return lane
 
@@ -159,10 +156,7 @@ class Lanes(tuple[Lane, ...]):
         return [lane.engine.device for lane in idle if lane.engine.unload()]
 
     def rest_s(self, idle_s: float) -> float | None:
-        """Seconds until a free lane will have been idle for `idle_s` (0: never), or is due to be checked.
-
-        None if neither will happen by itself.
-        """
+        """Seconds until a free lane has been idle for `idle_s` (0: never) or is to be checked; None: never."""
         free = [lane for lane in self if lane.holder is None]
         due = [lane.check_at if lane.fault else lane.idle_since + idle_s for lane in free if lane.fault or idle_s]
         return max(0.0, min(due) - time.monotonic()) if due else None

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from engine import awake
 from engine.catalog.models import Model
-from engine.files.publish import KEPT
 from engine.gpu import worker
 from engine.job import (
     DEVICE_FAULT,
@@ -130,22 +129,16 @@ class Engine:
         return self._worker.board if self._worker else Board()
 
     async def run(
-        self,
-        task_id: int,
-        job: Job,
-        model: Model,
-        patience_s: float = math.inf,
-        free: Callable[[], object] = lambda: None,
+        self, task_id: int, job: Job, model: Model, patience_s: float = math.inf, free: Callable[[], object] = bool
     ) -> Result:
         """Run `job` to its end. `free` is called when the next one may be run: the files are still being written then.
 
-        Raises EngineError with a sentence, or Cancelled once the work has really stopped. A process that died, or that
-        made no progress for `patience_s` seconds and was ended, costs this task only, and one whose files it was still
-        writing: the next run gets a fresh one.
+        Raises EngineError, or Cancelled once the work has really stopped. A process that died, or made no progress for
+        `patience_s` seconds and was ended, costs only this task, and one whose files it was still writing.
         """
+        self.made(task_id)  # an earlier run's, which will be made once more
         result = await self._call(task_id, patience_s, worker.generate, task_id, job, model)
         if not result.pending or self._worker is None:
-            self.made(task_id)
             return result
         runs = max(1, self._board.runs)
         progress = Progress(Phase.SAVING, runs - 1, runs, job.steps, job.steps)
@@ -156,11 +149,10 @@ class Engine:
             return await self._saved(saving, task_id, patience_s)
         finally:
             del self._saving[task_id]
-            if saving.worker is not self._worker and not self._saves(saving.worker):
-                saving.worker.discard(wait=False)
+            self._discard_unused(saving.worker)
 
     async def _saved(self, saving: _Saving, task_id: int, patience_s: float) -> Result:
-        """The result once its files are whole. A cancel removes the last of them."""
+        """The result once its files are whole. After a cancel the last of them does not count."""
         since = time.monotonic()
         try:
             async with awake.timeout(patience_s):
@@ -170,22 +162,15 @@ class Engine:
             raise _hung(patience_s, "while saving") from None
         except EOFError:
             raise Cancelled if saving.cancelled else _died("while saving") from None
-        made = self.made(task_id)
         if saving.cancelled:
-            last = saving.result.files[-1].filename
-            for folder in (self._config.save_path, self._config.state_path / KEPT):
-                (folder / last).unlink(missing_ok=True)
-            self._made[task_id] = [file for file in made if file.filename != last]
+            self._made[task_id].pop()
             raise Cancelled("while its files were written")
         timings = {**saving.result.timings, Phase.SAVING.label: time.monotonic() - since}
-        return replace(saving.result, files=made, timings=timings, pending=0)
+        return replace(saving.result, files=self.made(task_id), timings=timings, pending=0)
 
     def made(self, task_id: int) -> tuple[OutputFile, ...]:
         """The whole files of a task's latest run, also if that was broken off. The second call has none."""
         return tuple(self._made.pop(task_id, ()))
-
-    def _saves(self, process: _Worker) -> bool:
-        return any(saving.worker is process for saving in self._saving.values())
 
     async def load(self, model: Model) -> None:
         await self._call(NO_TASK, math.inf, worker.warm, model)
@@ -200,12 +185,13 @@ class Engine:
         except OSError as error:  # no file is left for its pipe
             raise EngineError(NO_PROCESS.format(error.strerror), NO_ENGINE) from None
         self._task, used.board.cancel, self._hung_s = task_id, 0, None
+        before = bytes(used.board)  # of an idle process, which may have done this task before
         watching = asyncio.create_task(self._watch(used, patience_s))
         try:
             return await used.call(function, *arguments)
         except BrokenProcessPool:
             used.reports.read()
-            began = used.board.task == task_id or self._hung_s is not None
+            began = bytes(used.board) != before or self._hung_s is not None
             death = self._death(used.board, task_id)
             if began or isinstance(death, Cancelled):
                 raise death from None
@@ -218,8 +204,7 @@ class Engine:
             if fault.code not in (DEVICE_FAULT, STALE_PROCESS):
                 raise
             self._worker = None
-            if not self._saves(used):
-                used.discard(wait=False)
+            self._discard_unused(used)
             if fault.code == DEVICE_FAULT:
                 raise
         finally:
@@ -237,13 +222,10 @@ class Engine:
             if (board := bytes(watched.board)) != seen:
                 seen, still = board, awake.Wait()
         self._hung_s = still.spent_s
-        self._kill()
+        self._kill(watched)
 
     def _patience_s(self, board: Board, patience_s: float) -> float:
-        """Loading shows no progress, and may read a hundred gigabytes from a slow disk, or fetch them.
-
-        The start of the process counts as loading. In the first step, blocks may be compiled.
-        """
+        """More for what takes long and shows no progress: the start, loading, and a first step that compiles blocks."""
         if self._config.compile and board.phase == Phase.DENOISING and not board.step:
             return LOADING_PATIENCE * patience_s
         if board.phase not in (Phase.IDLE, Phase.LOADING):
@@ -297,13 +279,20 @@ class Engine:
 
     async def _kill_late(self, task_id: int) -> None:
         await awake.sleep(self._grace_s)
-        if self._task == task_id or (task_id in self._saving and self._task is None):
-            self._kill()
+        saving = self._saving.get(task_id)
+        if saving and (self._task is None or saving.worker is not self._worker):
+            self._kill(saving.worker)
+        elif self._worker and self._task == task_id:
+            self._kill(self._worker)
 
-    def _kill(self) -> None:
-        if self._worker:
-            log.warning("the generation process of %s did not stop in time and is ended", self.device)
-            self._worker.kill()
+    def _kill(self, process: _Worker) -> None:
+        log.warning("the generation process of %s did not stop in time and is ended", self.device)
+        process.kill()
+
+    def _discard_unused(self, process: _Worker) -> None:
+        """End a process that gets no more work, once it has written its files."""
+        if process is not self._worker and all(saving.worker is not process for saving in self._saving.values()):
+            process.discard(wait=False)
 
     def _discard(self, wait: bool = False) -> None:
         discarded, self._worker = self._worker, None

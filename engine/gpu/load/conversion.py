@@ -30,10 +30,7 @@ WIDE = (torch.float32, torch.float64)
 
 
 def cast(weights: Weights, variant: str | None, dtype_of: Callable[[str], torch.dtype], models_dir: Path) -> Weights:
-    """`weights`, with a copy for each component that is stored in float32 and computed in less, as `dtype_of` says.
-
-    Copies that are missing are made first; where that can't be, the component stays as it is, and the log says why.
-    """
+    """`weights`, with copies, made if need be, of the components in float32 that `dtype_of` wants in less."""
     if pipelines.is_whole(weights):
         return weights
     from_files = {*weights.files, *(DENOISER if "" in weights.files else ())}

@@ -14,10 +14,7 @@ NVIDIA, DISPLAY = "0x10de", "0x03"  # vendor and class of a card, as the kernel 
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for `wanted`; `auto` takes the best that is there. Raises EngineError if it is missing.
-
-    `auto` is the CPU only where there is no card: one that does not work now is a fault of the machine.
-    """
+    """The device for `wanted`; `auto` is the CPU only where there is no card, broken or not. Raises EngineError."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         if torch.version.cuda and not available["cuda"] and (card := broken_card()):

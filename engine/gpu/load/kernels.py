@@ -20,10 +20,7 @@ EXACT = ("sdpa", "cudnn", "flash", "flash3", "xformers")
 
 
 def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, together: bool = False) -> str:
-    """Let the denoisers of `pipe` run with the kernel of `mode`; returns its name.
-
-    `tokens`: of the job's sequence, shared by devices that work `together`. Raises EngineError if a named one fails.
-    """
+    """Let the denoisers run with the kernel of `mode`, or the fastest at `tokens`; its name. Raises EngineError."""
     parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     sized = {part: size for part in parts if hasattr(part, "set_attention_backend") and (size := _heads(part))}
     if not sized or device.type != "cuda":

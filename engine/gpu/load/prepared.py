@@ -33,10 +33,7 @@ def entry(models_dir: Path, what: str, sources: Iterable[Path], method: Any) -> 
 
 
 def publish(folder: Path, size_bytes: int, write: Callable[[Path], None]) -> bool:
-    """Let `write` fill the entry, which has its name only when it is whole, and remove outdated ones of the same.
-
-    True if the entry is there. What can't be written is logged, and no fault. Only one process writes at a time.
-    """
+    """Let `write` fill the entry, and remove outdated ones of the same; False, and logged, if it can't be written."""
     try:
         with _alone(folder.parent):
             if folder.is_dir():  # another worker was faster

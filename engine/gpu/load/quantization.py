@@ -36,10 +36,7 @@ FOUR_BIT_BLOCK = 64  # numbers that share a scale
 
 
 def kind_for(model: Model, configured: str, planned: Callable[[], str]) -> str:
-    """The kind of weights with which `model` is to run; `planned` returns it where `auto` is configured.
-
-    Weights from a GGUF file are used as they are. Raises EngineError if the model can't be what is configured.
-    """
+    """The kind of weights to load: GGUF if `model` has it, else as configured (auto: `planned`). Raises EngineError."""
     if is_gguf(model):
         return GGUF
     if sentence := quantization_refusal(configured, model):

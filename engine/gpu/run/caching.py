@@ -34,7 +34,6 @@ def cached(pipe: Any, model: Model, job: Job) -> Iterator[None]:
 
 
 def _shares(pipe: Any, model: Model, job: Job) -> list[tuple[Any, torch.Tensor]]:
-    """The denoisers, each with its timesteps."""
     if model.boundary_ratio is None and job.skip_steps_cache_type != "tea":
         return [(pipe.transformer, torch.arange(job.steps, 0, -1))]  # only their number counts
     pipe.scheduler.set_timesteps(job.steps)

@@ -39,9 +39,8 @@ def width_of(pipe: Any) -> float:
 def pieces(pipe: Any, latents: torch.Tensor, frames: int) -> Iterator[torch.Tensor]:
     """Decode the normalised latents of one video with Wan's VAE: the frames of each latent frame, (F, H, W, 3) uint8.
 
-    latents: (1, C, F, H, W); a class may have put reference pictures before those of the video's `frames`. The frames
-    are those of `vae.decode`, bit by bit, but they can be encoded while the next ones are decoded, and the whole video
-    is never on the card.
+    latents: (1, C, F, H, W); a class may have put reference pictures before those of the video's `frames`. As those of
+    `vae.decode`, bit by bit, but the whole video is never on the card, and is encoded while it is decoded.
     """
     vae = pipe.vae
     if hook := getattr(vae, "_hf_hook", None):  # it moves the VAE to the card, but only in `decode`

@@ -56,9 +56,7 @@ class Meter:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a usual step, 0 if too few were made: without the first ones, and the longest, which may have
-        been slept through.
-        """
+        """Seconds of a usual step; the first ones and the longest, which may have been slept through, do not count."""
         return (self._steps_s - self._longest_s) / (self._steps - 1) if self._steps > 1 else 0.0
 
     def done(self) -> dict[str, float]:

@@ -17,8 +17,8 @@ def changes(frames: torch.Tensor) -> torch.Tensor:
 def evened(frames: torch.Tensor, usual: float) -> torch.Tensor:
     """`frames`, (F, H, W, 3) uint8, at an even pace if one of their changes is a jump against `usual`; else unchanged.
 
-    The first and the last stay. Each one between is moved in time to where its share of the whole change is reached,
-    and is a blend of the two frames around that time: so no change is larger than the mean of all was.
+    The first and the last stay. Each other is a blend of the two around the time when its share of the whole change is
+    reached, so that no change is larger than the mean of all was.
     """
     if changes(frames).max() <= JUMP * usual:
         return frames  # a blend is a little softer than a frame

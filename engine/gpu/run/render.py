@@ -32,8 +32,7 @@ def render(
 ) -> Iterator[Clip]:
     """Run `job` and yield its clips as they are ready, file i with the seed `job.seed + i`.
 
-    Reports encoding, each denoising step and decoding to `meter`, which raises Cancelled on a cancel. Within `together`
-    other devices compute each call of a denoiser too.
+    Reports its phases and steps to `meter`, which raises Cancelled. Within `together`, other devices compute too.
     """
     work, numbers, adapters = Work.of(model, job), count(), loras or Adapters()
     seeds = [(job.seed + i) % SEED_RANGE for i in range(job.batch_size * job.repeat_generation)]
@@ -126,10 +125,7 @@ def _plain_roles(model: Model, job: Job) -> dict[str, Any]:
 
 @contextmanager
 def _reported(pipe: Any, meter: Meter, *, alone: bool) -> Iterator[None]:
-    """Within the block, each call of a denoiser or VAE decoder enters its phase in `meter`, and can be cancelled there.
-
-    A process that works `alone` can be stopped at some blocks of a denoiser too: no other waits for it.
-    """
+    """Within, each call of a denoiser or VAE decoder enters its phase, and can be cancelled; `alone`, in it too."""
     watched: dict[Phase, list[Any]] = {Phase.DENOISING: [], Phase.DECODING: []}
     for denoiser in offloading.denoisers(pipe).values():
         blocks = list(getattr(denoiser, "blocks", ())) if alone else []

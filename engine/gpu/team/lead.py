@@ -119,10 +119,7 @@ class Team:
 
     @contextmanager
     def together(self, pipe: Any, job: Job, set_strengths: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
-        """Within the block all compute each call of the denoisers of `pipe`, which are prepared for `job`.
-
-        Yields what to call instead of `set_strengths` after each step, with the number of steps that are done.
-        """
+        """Within, all compute each call of the denoisers, prepared for `job`. Yields what replaces `set_strengths`."""
 
         def after_step(done: int) -> None:
             set_strengths(done)
