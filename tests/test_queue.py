@@ -207,6 +207,25 @@ async def test_files_that_can_not_be_saved_are_kept_until_they_can(
         assert second in harness.waiting()
 
 
+async def test_a_folder_of_unsaved_files_that_can_not_be_read_ends_neither_task_nor_queue(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish(_names: object = None) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(endings, "PLACE_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.outputs, "publish_kept", publish)
+        async with harness.open() as queue:
+            (task_id,) = await harness.submit()
+            await harness.started(task_id)
+            harness.engine.finish()
+            await until(lambda: "Permission denied" in queue.faults.get("place", ""))
+            assert (await harness.status(task_id), queue._work.done()) == (Status.PROCESSING, False)
+    async with harness.open():
+        assert (await harness.end(task_id)).status is Status.COMPLETED
+
+
 @pytest.mark.parametrize("code", [STORAGE_FAULT, DEVICE_FAULT, "engine_unavailable", "save_failed"])
 async def test_a_task_that_is_being_cancelled_is_cancelled_whatever_it_ends_in(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, code: str
@@ -825,7 +844,7 @@ async def test_progress_only_grows_and_is_100_with_the_end(harness: Harness) -> 
         way += [(Phase.ENCODING, 1, 0), (Phase.DENOISING, 1, 20), (Phase.SAVING, 1, 20), (Phase.DENOISING, 0, 3)]
         for phase, run, step in way:
             harness.engine.shown = Progress(phase, run, 2, step, 20)
-            await queue.advance(lambda task: advanced(task, harness.engine.shown))
+            await queue.advance(task_id, lambda task: advanced(task, harness.engine.shown))
             seen.append(queue.progress_percent(await queue.get(task_id)))
         assert seen == sorted(seen)
         assert seen[-1] < 100

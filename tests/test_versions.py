@@ -240,8 +240,8 @@ NEIGHBOURS = {
     "its job": "UPDATE tasks SET record = json_set(record, '$.job.new_field', 5)",
     "a file": "UPDATE tasks SET record = json_set(record, '$.files[0].sha256', 'abc') WHERE id = 1",
     "a row that lacks defaults": "UPDATE tasks SET record = json_remove(record, '$.phase', '$.plan', '$.job.settings')",
-    "a pace": "INSERT OR REPLACE INTO facts VALUES ('speeds',"
-    ' \'{"wan_demo": {"load_s": 1, "step_s": 1, "rest_s": 1, "new": 2}}\')',
+    "a pace": 'INSERT OR REPLACE INTO facts VALUES (\'paces\', \'{"wan_demo": [{"extent": 1, "load_s": 1,'
+    ' "encode_s": 1, "step_s": 1, "rest_s": 1, "cold": true, "new": 2}]}\')',
     "a machine": "INSERT OR REPLACE INTO facts VALUES ('machines',"
     ' \'{"auto": {"free_vram_bytes": 1, "free_ram_bytes": 1, "new": 2}}\')',
     "a column": "ALTER TABLE tasks ADD COLUMN priority INTEGER",
@@ -265,7 +265,8 @@ def test_what_a_neighbouring_version_added_is_ignored(used: StubDaemon, case: st
     assert [used.finish(task_id)["status"] for task_id in (2, 3, retried)] == ["completed"] * 3
 
 
-FACTS = {"speeds": ['{"wan_demo": 5}', '[1]', 'nonsense', '{"wan_demo": {"load_s": "1"}}'], "machines": ["null", "{"],
+FACTS = {"paces": ['{"wan_demo": 5}', '[1]', 'nonsense', '{"wan_demo": [{"load_s": 1}, "a"]}'],
+         "machines": ["null", "{"],
          "model": ["5", '["a"]'], "paused": ['"yes"', "{"], "clock": ["1", '["a", "b"]', "null", "{"]}  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,14 @@ class Endings:
     async def publish_kept(self) -> None:
         """Publish what ended tasks have left, if the place is well."""
         if self.kept and not await self._place.look():
-            self.kept = bool(await asyncio.to_thread(self._outputs.publish_kept))
+            self.kept = bool(await self._publish())
+
+    async def _publish(self, names: Sequence[str] | None = None) -> str:
+        """Publish whole files, these or all; returns why one can't be published now, a sentence, else ""."""
+        try:
+            return await asyncio.to_thread(self._outputs.publish_kept, names)
+        except OSError as error:
+            return f"state_path can't be used now ({error.strerror}); bring the folder back"
 
     async def taken_up(self, task: Task) -> Task:
         """The new version of a task that ran when the daemon ended: saved, and its files removed."""
@@ -59,8 +66,7 @@ class Endings:
             task = ended(task, Status.CANCELLED)
         elif self._limits.on_restart == "fail":
             task = ended(task, Status.FAILED, "restarted", 'wangpd ended while this task ran; on_restart is "fail".')
-        elif task.attempts >= self._limits.max_attempts:
-            most = self._limits.max_attempts
+        elif task.attempts >= (most := self._limits.max_attempts):
             sentence = f"wangpd ended {task.attempts} times while this task ran; max_attempts is {most}."
             task = ended(task, Status.FAILED, "too_many_attempts", sentence)
         else:
@@ -78,7 +84,7 @@ class Endings:
         changes = made or {}
         names = [file.filename for file in changes.get("files", self._store.started[task_id].files)]
         held = False
-        while fault := await asyncio.to_thread(self._outputs.publish_kept, names):
+        while fault := await self._publish(names):
             held = True
             self._place.hold(fault)
             if changes:
@@ -107,72 +113,58 @@ class Endings:
 
         What fails under this task alone, as a disk does that is smaller than its file, costs the attempt.
         """
-        attempts_left = self._store.started[task_id].attempts < self._limits.max_attempts
-        back = counted = False
+        attempts, most = self._store.started[task_id].attempts, self._limits.max_attempts
+        again: int | None = None  # attempts that count for it if it waits again
         if code in ENGINE_FAULTS:
             lane.fail(sentence)
-            self._engine_faults[task_id, lane] += (
-                1  # if the engine passes its checks in between, it is the task's fault
-            )
-            back = self._engine_faults[task_id, lane] <= self._limits.max_attempts
+            self._engine_faults[task_id, lane] += 1
+            if self._engine_faults[task_id, lane] <= most:  # else the engine passes its checks: it is the task's fault
+                again = attempts - 1
         elif code == DEVICE_FAULT:
             lane.suspect = True
-            back, counted = attempts_left, True
+            again = attempts if attempts < most else None
         elif code == STORAGE_FAULT:
-            counted = not await self._place.doubt()
-            back = attempts_left or not counted
+            if await self._place.doubt():
+                again = attempts - 1
+            elif attempts < most:
+                again = attempts
             self._place.hold(self._place.fault or sentence)
-        if back:
+        if again is not None:
             log.error("task %d waits again: %s", task_id, sentence)
-        await self._break_off(lane, task_id, code, sentence, back=back, counted=counted)
+        await self._break_off(lane, task_id, again, code, sentence)
 
     async def stopped(self, lane: Lane, task_id: int) -> None:
         """End a task that a client cancelled, or put it back at a shutdown."""
-        await self._break_off(lane, task_id, back=self.stopping.is_set() and not self.cancelling(task_id))
+        again = self._store.started[task_id].attempts - 1 if self.stopping.is_set() else None
+        await self._break_off(lane, task_id, again)
 
-    async def _break_off(
-        self, lane: Lane, task_id: int, code: str = "", sentence: str = "", *, back: bool, counted: bool = False
-    ) -> None:
-        """End a task whose run was broken off, with those of its files that are whole, or let it wait again.
+    async def _break_off(self, lane: Lane, task_id: int, again: int | None, code: str = "", sentence: str = "") -> None:
+        """End a task whose run was broken off, with those of its files that are whole.
 
-        One that waits again will make all of its files once more. `counted`: the attempt counts all the same.
+        Or let it wait `again`, after so many attempts, and make all of them once more.
         """
-        back = back and not self.cancelling(task_id)
-        files = () if back else tuple(lane.engine.made(task_id))
+        if self.cancelling(task_id):
+            again = None
+        files = tuple(lane.engine.made(task_id)) if again is None else ()
         names = [file.filename for file in files]
         await self._tidy(task_id, names)
         if files:
-            self.kept |= bool(await asyncio.to_thread(self._outputs.publish_kept, names))
+            self.kept |= bool(await self._publish(names))
 
         def end(now: Task) -> Task:
+            if again is not None and now.status is Status.PROCESSING:  # else a client has cancelled it meanwhile
+                return put_back(now, again)
             if not code or now.status is Status.CANCELLING:  # it was shown as such, so `cancelled` must follow
                 return ended(now, Status.CANCELLED, files=files)
             return ended(now, Status.FAILED, code, sentence, files=files)
 
-        await self._settle(task_id, end, names, back=back, counted=counted)
+        await self._settle(task_id, end, names)
 
-    async def _settle(
-        self,
-        task_id: int,
-        end: Callable[[Task], Task],
-        files: Iterable[str],
-        *,
-        back: bool = False,
-        counted: bool = False,
-        **facts: Any,
-    ) -> None:
-        """Commit the end of a running task, its `files` and `facts` in the same commit.
-
-        With `back`, it waits again, unless a client has cancelled it meanwhile. `counted`: the attempt counts.
-        """
-
-        def outcome(now: Task) -> Task:
-            goes_back = back and now.status is Status.PROCESSING
-            return put_back(now, now.attempts - (0 if counted else 1)) if goes_back else end(now)
-
-        if not back and (made := await asyncio.to_thread(self._outputs.made, task_id, files)):
+    async def _settle(self, task_id: int, end: Callable[[Task], Task], files: Sequence[str], **facts: Any) -> None:
+        """Commit the end of a running task, and in the same commit which `files` it has left, and `facts`."""
+        if made := await asyncio.to_thread(self._outputs.made, task_id, files):
             facts["made"] = made
-        task = await self._store.insist(lambda: self._store.settle(task_id, outcome, **facts))
+        task = await self._store.insist(lambda: self._store.settle(task_id, end, **facts))
         if task.status.ended or self.stopping.is_set():  # else the reason has been logged
             log.info("task %d %s", task_id, summary(task))
 

@@ -40,7 +40,6 @@ class Event:
     id: int
     kind: EventKind
     task: Task | None
-    at: float  # seconds since the epoch
 
 
 class EventsLost(Exception):
@@ -56,24 +55,24 @@ class Events:
 
     def __init__(self, kept: int = KEPT) -> None:
         self._ring: deque[Event] = deque(maxlen=kept)
-        self._news = asyncio.Event()
-        self._closed = False
+        self.news = asyncio.Event()
+        self.closed = False
         self.last_id = time.time_ns() // 1000  # above every id of an earlier start of the daemon
 
     def publish(self, kind: EventKind, task: Task | None = None) -> None:
         """Append an event and wake the subscribers."""
         self.last_id += 1
-        self._ring.append(Event(self.last_id, kind, task, time.time()))
+        self._ring.append(Event(self.last_id, kind, task))
         self._wake()
 
     def close(self) -> None:
         """End all subscriptions, those that are made later too, so that no client delays a stop."""
-        self._closed = True
+        self.closed = True
         self._wake()
 
     def _wake(self) -> None:
-        self._news.set()
-        self._news.clear()  # whoever waits now has been woken; the next wait is for the next event
+        self.news.set()
+        self.news.clear()  # whoever waits now has been woken; the next wait is for the next event
 
     def since(self, last_id: int) -> Sequence[Event]:
         """The events after `last_id`, oldest first. Raises EventsLost if some of them are no longer kept."""
@@ -82,30 +81,26 @@ class Events:
             raise EventsLost
         return list(islice(reversed(self._ring), count))[::-1]
 
-    def subscribe(self, last_id: int | None = None) -> "Subscription":
-        """A subscription to what follows `last_id`, or to what is published from now on."""
-        return Subscription(self, self.last_id if last_id is None else last_id)
-
-    async def wait(self, last_id: int) -> None:
-        """Return once there is an event after `last_id`. Raises EventsEnded if there is none and the daemon stops."""
-        while self.last_id == last_id:
-            if self._closed:
-                raise EventsEnded
-            await self._news.wait()
+    def subscribe(self) -> "Subscription":
+        """A subscription to what is published from now on."""
+        return Subscription(self)
 
 
 class Subscription:
     """Reads the events in order. There is nothing to close."""
 
-    def __init__(self, events: Events, last_id: int) -> None:
-        self._events, self._last_id = events, last_id
+    def __init__(self, events: Events) -> None:
+        self._events, self._last_id = events, events.last_id
 
     async def read(self) -> Sequence[Event]:
         """Wait for at least one event since the last call, and return all since then.
 
         Raises EventsLost if some are no longer kept; the next call waits for what is published from now on. Raises
-        EventsEnded once the daemon stops.
+        EventsEnded if there is none and the daemon stops.
         """
-        await self._events.wait(self._last_id)
+        while self._events.last_id == self._last_id:
+            if self._events.closed:
+                raise EventsEnded
+            await self._events.news.wait()
         last_id, self._last_id = self._last_id, self._events.last_id
         return self._events.since(last_id)

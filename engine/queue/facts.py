@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from engine.catalog.models import Catalog
 from engine.job import Job, Phase, Result
@@ -16,7 +16,6 @@ from engine.queue.tasks import restored
 from engine.workers.lanes import Runner
 
 log = logging.getLogger("wangpd.queue")
-T = TypeVar("T")
 TIMED = (Phase.LOADING, Phase.ENCODING, Phase.DENOISING, Phase.DECODING, Phase.SAVING)
 SLOW_STEPS = 20  # usual denoising steps without progress that make a hang
 SAME = 1.1  # sizes that differ less are one
@@ -47,18 +46,18 @@ class Facts:
     """What is known of models and machines."""
 
     def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+        self.catalog = catalog
         self._paces: dict[str, list[Pace]] = {}  # by model id, of several sizes, the newest last
         self.machines: dict[str, Machine] = {}  # device → what was measured there
         self.last_model = ""  # id of the one that was last in use, empty if there was none
 
     async def restore(self, journal: Journal) -> None:
         """Take in what a former life of the daemon has learnt. Raises JournalFault."""
-        paces = await journal.fact("paces")
-        for model, stored in paces.items() if isinstance(paces, dict) else ():
-            sizes = dict(enumerate(stored)) if isinstance(stored, list) else {}
-            self._paces[model] = list(_known(Pace, sizes).values())
-        self.machines = _known(Machine, await journal.fact("machines"))
+        paces, machines = [await journal.fact(name, {}) for name in ("paces", "machines")]
+        with suppress(AttributeError, TypeError):  # another version has written it in another form
+            self._paces = {model: [restored(Pace, each) for each in known] for model, known in paces.items()}
+        with suppress(AttributeError, TypeError):
+            self.machines = {device: restored(Machine, each) for device, each in machines.items()}
         self.last_model = str(await journal.fact("model", ""))
 
     def used(self, engine: Runner, model_id: str) -> dict[str, Any]:
@@ -97,7 +96,7 @@ class Facts:
 
     def work(self, job: Job) -> Work | None:
         """What `job` asks for; None if its model is gone."""
-        model = self._catalog.get(job.model) if job.model in self._catalog else None
+        model = self.catalog.get(job.model) if job.model in self.catalog else None
         return Work.of(model, job) if model and job.task in model.pipelines else None
 
     def patience_s(self, job: Job, floor_s: float) -> float:
@@ -114,14 +113,13 @@ class Facts:
         if not work or not known:
             return None
         near = _nearest(known, _extent(work))
-        around = [pace for pace in known if pace.cold is near.cold]
-        step_s, rest_s = (_at(_extent(work), around, name) for name in ("step_s", "rest_s"))
-        if step_s is None or rest_s is None:
+        pace = _at(_extent(work), near, [pace for pace in known if pace.cold is near.cold])
+        if pace is None:
             return None
-        step_s *= work.passes
-        if near.cold and job.steps * work.runs * step_s < STEPS_COUNT * (near.encode_s + work.runs * rest_s):
+        step_s = work.passes * pace.step_s
+        if near.cold and job.steps * work.runs * step_s < STEPS_COUNT * (near.encode_s + work.runs * pace.rest_s):
             return None  # too much of it may be what is slow the first time only
-        return replace(near, extent=_extent(work), step_s=step_s, rest_s=rest_s)
+        return replace(pace, step_s=step_s)
 
     def estimate_s(self, job: Job, warm: bool) -> float | None:
         """Seconds that `job` will take from its start, or None if that is not known. `warm`: its model is loaded."""
@@ -133,15 +131,6 @@ def _extent(work: Work) -> float:
     return work.voxels or work.tokens * work.batch
 
 
-def _known(cls: type[T], stored: Any) -> dict[str, T]:
-    """The facts of a kind by their names, without those that another version has written in another form."""
-    facts: dict[str, T] = {}
-    for name, values in stored.items() if isinstance(stored, dict) else ():
-        with suppress(TypeError):
-            facts[name] = restored(cls, values)
-    return facts
-
-
 def _ratio(one: float, other: float) -> float:
     return max(one, other) / min(one, other)
 
@@ -150,13 +139,14 @@ def _nearest(known: Sequence[Pace], extent: float) -> Pace:
     return min(known, key=lambda pace: _ratio(pace.extent, extent))
 
 
-def _at(extent: float, known: Sequence[Pace], name: str) -> float | None:
-    """The time `name` at this extent, from those around it or near it; None if it is too far from all."""
-    near = _nearest(known, extent)
+def _at(extent: float, near: Pace, known: Sequence[Pace]) -> Pace | None:
+    """The pace at this extent, from those around it or the one that is `near`; None if it is too far from all."""
     below = max((pace for pace in known if pace.extent <= extent), key=lambda pace: pace.extent, default=near)
     above = min((pace for pace in known if pace.extent >= extent), key=lambda pace: pace.extent, default=near)
     if below.extent < above.extent <= BETWEEN * below.extent:
         share = math.log(extent / below.extent) / math.log(above.extent / below.extent)
-        time_s: float = getattr(below, name) ** (1 - share) * getattr(above, name) ** share
-        return time_s
-    return getattr(near, name) * extent / near.extent if _ratio(near.extent, extent) <= NEAR else None
+        step_s = below.step_s ** (1 - share) * above.step_s**share
+        return replace(near, step_s=step_s, rest_s=below.rest_s ** (1 - share) * above.rest_s**share)
+    times = extent / near.extent
+    in_proportion = replace(near, step_s=near.step_s * times, rest_s=near.rest_s * times)
+    return in_proportion if _ratio(near.extent, extent) <= NEAR else None

@@ -33,7 +33,6 @@ MIGRATIONS = (
         record TEXT NOT NULL
     );
     CREATE INDEX tasks_by_status ON tasks (status, rank);
-    CREATE INDEX tasks_by_end ON tasks (finished_at);  -- with it, forgetting costs no more as the history grows
     CREATE TABLE replies (  -- idempotency keys
         key TEXT PRIMARY KEY,
         request TEXT NOT NULL,  -- digest of the request that the key was used for
@@ -45,7 +44,7 @@ MIGRATIONS = (
 )
 # What versions before it can do without, so that they still open the journal; done at each start.
 ADDITIONS = """
-    CREATE INDEX IF NOT EXISTS tasks_by_end ON tasks (finished_at);  -- the first journals had none
+    CREATE INDEX IF NOT EXISTS tasks_by_end ON tasks (finished_at);  -- forgetting costs no more as the history grows
     CREATE TABLE IF NOT EXISTS files (  -- the daemon's own in the output folder, whether their task is kept or not
         name TEXT PRIMARY KEY,
         task_id INTEGER NOT NULL,
@@ -58,6 +57,11 @@ ADDITIONS = """
             CAST(finished_at * 1e9 AS INTEGER), finished_at
         FROM tasks, json_each(CASE WHEN json_valid(record) THEN record ELSE '{}' END, '$.files') AS file
         WHERE file.type = 'object' AND tasks.id > (SELECT coalesce(max(task_id), 0) FROM files);
+"""
+# An older journal has no reading of the clock: its newest end or key is the last that is known of the time.
+READING = """
+    SELECT value FROM facts WHERE name = 'clock' UNION ALL
+    SELECT json_array(max(at), max(at)) FROM (SELECT finished_at AS at FROM tasks UNION SELECT created_at FROM replies)
 """
 KEY_LIFETIME_S = 24 * 3600
 # Errors of what is in the file; any other is of the disk, the folder or the lock, and says nothing against the file.
@@ -109,9 +113,8 @@ class Journal:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except sqlite3.Error as error:
-            raise JournalFault(
-                f"The queue's journal can't be used now ({error}); free its disk, then try again"
-            ) from error
+            sentence = f"The queue's journal can't be used now ({error}); free its disk, then try again"
+            raise JournalFault(sentence) from error
 
     @_in_thread
     def open(self, id_floor: int = 0) -> None:
@@ -136,16 +139,8 @@ class Journal:
                 " WHERE NOT EXISTS (SELECT * FROM sqlite_sequence WHERE name = 'tasks')",
                 (id_floor,),
             )
-        self._resume_clock()
-
-    def _resume_clock(self) -> None:
-        """An older journal has no reading of it: its newest end or key is the last that is known of the time."""
-        reading = self._fact("clock", None)
-        if not reading:
-            query = "SELECT max(at) FROM (SELECT finished_at AS at FROM tasks UNION SELECT created_at FROM replies)"
-            reading = self._db.execute(query).fetchone() * 2
-        with suppress(TypeError, ValueError):
-            self._clock.resume(*map(float, reading))
+        with suppress(TypeError, ValueError):  # it is new, or another version has written something else there
+            self._clock.resume(*map(float, json.loads(self._db.execute(READING).fetchone()[0])))
 
     async def close(self) -> None:
         """Close the file. Nothing is lost without it."""
@@ -168,13 +163,12 @@ class Journal:
             self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
             self._db.execute(UPDATE, self._row(task))
             if key is not None:
-                values = key, request, json.dumps({**answer, "task_id": task.id}), self._clock.now()
-                self._db.execute(
-                    "INSERT OR REPLACE INTO replies (key, request, answer, created_at) VALUES (?, ?, ?, ?)", values
-                )
+                insert = "INSERT OR REPLACE INTO replies (key, request, answer, created_at) VALUES (?, ?, ?, ?)"
+                self._db.execute(insert, (key, request, json.dumps({**answer, "task_id": task.id}), self._clock.now()))
         return None
 
     def _answer(self, key: str, request: str) -> Mapping[str, Any] | None:
+        """The answer that was given under this idempotency key in the last 24 hours. Raises KeyReused."""
         row = self._db.execute(
             "SELECT request, answer FROM replies WHERE key = ? AND created_at >= ?",
             (key, self._clock.now() - KEY_LIFETIME_S),
@@ -183,10 +177,7 @@ class Journal:
             raise KeyReused("Idempotency-Key: it was used for another request; take a new key")
         return json.loads(row[1]) if row else None
 
-    @_in_thread
-    def answer(self, key: str, request: str) -> Mapping[str, Any] | None:
-        """The answer that was given under this idempotency key in the last 24 hours. Raises KeyReused."""
-        return self._answer(key, request)
+    answer = _in_thread(_answer)
 
     @_in_thread
     def save(
@@ -263,9 +254,6 @@ class Journal:
     @_in_thread
     def fact(self, name: str, default: Any = None) -> Any:
         """The JSON value last stored under `name`; the default if there is none that can be read."""
-        return self._fact(name, default)
-
-    def _fact(self, name: str, default: Any) -> Any:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         try:
             return json.loads(row[0]) if row else default
@@ -333,8 +321,7 @@ def _move_aside(path: Path) -> Path:
     """Rename the journal and its WAL, so that a person can still look at them."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     aside = path.with_name(f"{path.name}.unreadable-{stamp}")
-    path.rename(aside)
-    for suffix in ("-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm"):
         with suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
     return aside

@@ -11,8 +11,6 @@ from engine.workers.lanes import Progress
 
 # How far a pass through the pipeline is when a phase begins, and how much of it that phase is.
 SHARES: Mapping[Phase, tuple[float, float]] = {
-    Phase.IDLE: (0.0, 0.0),
-    Phase.LOADING: (0.0, 0.0),
     Phase.ENCODING: (0.0, 0.02),
     Phase.DENOISING: (0.02, 0.9),
     Phase.DECODING: (0.92, 0.05),
@@ -24,7 +22,7 @@ def percent(progress: Progress) -> float:
     """0 to 99.9: only a completed task is at 100."""
     if not progress.runs:
         return 0.0
-    start, share = SHARES[progress.phase]
+    start, share = SHARES.get(progress.phase, (0.0, 0.0))
     part = progress.step / progress.steps if progress.phase is Phase.DENOISING and progress.steps else 0.0
     return round(min(99.9, 100 * (progress.run + start + share * part) / progress.runs), 1)
 
@@ -56,7 +54,8 @@ class TaskClock:
     def __init__(self, warm: bool) -> None:
         self._shown: Progress | None = None
         self._warm, self._began = warm, time.monotonic()
-        self._part_began = self._looked = self._began  # of what is under way: loading, encoding, denoising, the rest
+        self._part: tuple[Phase, int] | None = None  # what is under way, and of which run
+        self._part_began = self._looked = self._began
         self._first, self._first_at = 0, 0.0  # the first step that was seen in this run, and when
         self._step_s: float | None = None
 
@@ -64,8 +63,9 @@ class TaskClock:
         """Take in what the engine shows now; None: its process is being started."""
         before, now = self._shown, time.monotonic()
         late, self._looked, self._shown = now - self._looked > OWN_SLEEP_S, now, shown
-        if shown is None or before is None or (_part(shown), shown.run) != (_part(before), before.run):
-            self._part_began, self._first = now, 0
+        part = (min(shown.phase, Phase.DECODING), shown.run) if shown else None  # what is learnt of saving is in it
+        if shown is None or before is None or part != self._part:
+            self._part, self._part_began, self._first = part, now, 0
         elif late or not self._first:
             self._first, self._first_at = shown.step, now
         elif shown.step != before.step and shown.step - self._first >= SEEN_STEPS:
@@ -90,7 +90,3 @@ class TaskClock:
         left_s = UNKNOWN_REST * steps * (self._step_s or 0.0)
         first_half = shown.phase is Phase.DENOISING and 2 * steps >= shown.runs * shown.steps
         return left_s if first_half and left_s >= LEAST_UNKNOWN_S else None
-
-
-def _part(shown: Progress) -> Phase:
-    return min(shown.phase, Phase.DECODING)  # what was learnt of decoding and saving is one number

@@ -55,13 +55,11 @@ class TaskQueue(TaskStore):
         super().__init__(journal)
         self.lanes, self.facts, self.place = Lanes(engines), Facts(catalog), place
         self._max_queue = limits.max_queue
-        self.runner = QueueRunner(self, self.lanes, self.facts, place, catalog=catalog, outputs=outputs, limits=limits)
+        self.runner = QueueRunner(self, self.lanes, self.facts, place=place, outputs=outputs, limits=limits)
         self._submitting = 0
         self._free_at: list[float] = []  # seconds until each lane is free, a heap
         self._added_up_at, self._seen_id = -math.inf, 0
         self._work: asyncio.Task[None]
-
-    # -- life
 
     @contextlib.asynccontextmanager
     async def running(self, stop_s: float) -> AsyncIterator[None]:
@@ -76,10 +74,7 @@ class TaskQueue(TaskStore):
             await self.stop(stop_s)
 
     async def stop(self, stop_s: float) -> None:
-        """Take no new work, answer who waits, and within `stop_s` seconds put the running tasks back.
-
-        A task that was put back is as if it had never started.
-        """
+        """Take no new work, answer who waits, and within `stop_s` seconds put the running tasks back."""
         self.events.close()
         self.runner.interrupt()
         with contextlib.suppress(TimeoutError):
@@ -94,8 +89,6 @@ class TaskQueue(TaskStore):
         """What keeps the queue from working, a sentence each; of the place as it was at the last look."""
         found = {"journal": self.journal_fault, "place": self.place.fault, "engine": self.lanes.fault}
         return {name: sentence for name, sentence in found.items() if sentence}
-
-    # -- submissions
 
     async def submit(
         self, job: Job, warnings: Sequence[str] = (), *, key: str | None = None, request: str = ""
@@ -120,14 +113,10 @@ class TaskQueue(TaskStore):
         if earlier:
             return Receipt(earlier, replayed=True)
         self.add(task)
-        self.runner.wake.set()
         return Receipt({**answer, "task_id": task.id})
 
     async def replay(self, key: str, request: str) -> Receipt | None:
-        """The answer that this key has had already, whatever state the queue is in; None for a new key.
-
-        Raises KeyReused.
-        """
+        """The answer that this key has had already; None for a new key. Raises KeyReused."""
         earlier = await self.journal.answer(key, request)
         return Receipt(earlier, replayed=True) if earlier else None
 
@@ -152,8 +141,6 @@ class TaskQueue(TaskStore):
         await asyncio.to_thread(require, task.job)
         return await self.submit(task.job, task.warnings)
 
-    # -- changes that concern the engines
-
     async def remove(self, task_id: int) -> Status:
         """See TaskStore; begins to cancel the work on a running task."""
         status = await super().remove(task_id)
@@ -161,24 +148,19 @@ class TaskQueue(TaskStore):
             self.lanes.cancel(task_id)
         return status
 
-    async def pause(self, paused: bool) -> None:
-        """See TaskStore."""
-        await super().pause(paused)
-        self.runner.wake.set()
-
     def load(self, model: Model) -> bool:
         """Make `model` warm as soon as an engine is free; True if it is already."""
         if self.lanes.loaded(model.id):
             return True
         self.runner.to_load = [model]
-        self.runner.wake.set()
+        self.wake.set()
         return False
 
     def warm_up(self, model: Model) -> None:
         """Make `model` warm in every lane; not while tasks wait, for they bring their own."""
         if self.paused or not self.waiting:
             self.runner.to_load = [model] * len(self.lanes)
-            self.runner.wake.set()
+            self.wake.set()
 
     def unload(self) -> bool:
         """Give back all memory of the cards; False if there was none to give. Raises WrongState if an engine works."""
@@ -191,8 +173,6 @@ class TaskQueue(TaskStore):
         """What was ever measured of the devices in use."""
         known = self.facts.machines
         return [known[lane.engine.device] for lane in self.lanes if lane.engine.device in known]
-
-    # -- how far, and how long
 
     def progress_percent(self, task: Task) -> float:
         """0 to 100; it only grows, and is 100 once the task is completed."""

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from engine.admission import BadRequest, require_files
-from engine.catalog.models import Catalog, Model, UnknownModel
+from engine.catalog.models import Model, UnknownModel
 from engine.files.outputs import Outputs
 from engine.files.place import Place
-from engine.job import ENGINE_FAULTS, NO_TASK, Cancelled, EngineError
+from engine.job import ENGINE_FAULTS, NO_TASK, Cancelled, EngineError, Result
 from engine.queue.endings import PLACE_S, Endings, Limits
 from engine.queue.facts import Facts
 from engine.queue.journal import JournalFault
@@ -25,29 +25,18 @@ READ_S = 0.2  # between two looks at the boards: at most 5 progress events a sec
 
 
 class QueueRunner:
-    """One asyncio task that hands out work, one for each lane that does it, and one that reads the progress."""
+    """One asyncio task that hands out work, and for each lane one that does it and one that reads the progress."""
 
     def __init__(
-        self,
-        store: TaskStore,
-        lanes: Lanes,
-        facts: Facts,
-        place: Place,
-        *,
-        catalog: Catalog,
-        outputs: Outputs,
-        limits: Limits,
+        self, store: TaskStore, lanes: Lanes, facts: Facts, *, place: Place, outputs: Outputs, limits: Limits
     ) -> None:
-        self._store, self._lanes, self._facts, self._place = store, lanes, facts, place
-        self._catalog, self._outputs, self._limits = catalog, outputs, limits
+        self._store, self._lanes, self._facts = store, lanes, facts
+        self._place, self._outputs, self._limits = place, outputs, limits
         self._endings = Endings(store, outputs, place, limits)
         self.closed = False  # shutting down: no new work is taken, and running tasks are to wait again
-        self.wake = asyncio.Event()  # set when there may be something to do
+        self.wake = store.wake
         self.to_load: list[Model] = []  # one for each lane that is to load it
-        self._at_work = asyncio.Event()  # set while tasks run
         self.clocks: dict[int, TaskClock] = {}  # of the tasks that run
-
-    # -- life
 
     async def restore(self) -> None:
         """Let the tasks of the journal wait again; first those that ran when the daemon ended, by their start.
@@ -56,27 +45,23 @@ class QueueRunner:
         """
         unfinished = await self._store.journal.unfinished()
         waiting = [task for task in unfinished if task.status is Status.QUEUED]
-        made = [task for task in unfinished if task not in waiting and task.files]
-        broken = [task for task in unfinished if task not in waiting and not task.files]
-        broken.sort(key=lambda task: task.started_at or 0)
+        started = [task for task in unfinished if task.status is not Status.QUEUED]
+        broken = sorted((task for task in started if not task.files), key=lambda task: task.started_at or 0)
         taken_up = [await self._endings.taken_up(task) for task in broken]
-        await self._store.restore([task for task in (*taken_up, *waiting) if not task.status.ended], started=made)
+        order = [task for task in (*taken_up, *waiting) if not task.status.ended]
+        await self._store.restore(order, started=[task for task in started if task.files])
 
     async def run(self) -> None:
         """Work until `interrupt`, then wait for the tasks that still run."""
-        reading = asyncio.create_task(self._read_boards(), name="board reader")
-        try:
-            async with asyncio.TaskGroup() as group:  # at its end it waits for those that still run
-                for task in self._store.at_work:
-                    group.create_task(self._endings.made(task.id))
-                while not self.closed:
-                    self.wake.clear()  # before the look: what happens during it is looked at next
-                    if work := await self._next():
-                        group.create_task(work)
-                    else:
-                        await self._idle()
-        finally:
-            reading.cancel()
+        async with asyncio.TaskGroup() as group:
+            for task in self._store.at_work:
+                group.create_task(self._endings.made(task.id))
+            while not self.closed:
+                self.wake.clear()  # before the look: what happens during it is looked at next
+                if work := await self._next():
+                    group.create_task(work)
+                else:
+                    await self._idle()
 
     def interrupt(self) -> None:
         """Take no new work, start none, and begin to stop the running tasks, which will be put back."""
@@ -87,8 +72,6 @@ class QueueRunner:
             for task_id in (*self._store.started, NO_TASK):
                 self._lanes.cancel(task_id)
 
-    # -- what to do next
-
     async def _next(self) -> Coroutine[Any, Any, None] | None:
         """What a free lane is to do now: be checked, run the first waiting task, or load a model; None if nothing."""
         if lane := self._lanes.take_to_check():
@@ -98,21 +81,16 @@ class QueueRunner:
             lane = self._lanes.take(task, task.job.model)
             if lane is None:
                 return None
-            if await self._well() and await self._store.insist(partial(self._store.start, task)):
-                self._at_work.set()
+            if await self._place.look():
+                await self._retire()  # which may make room
+                await self._place.look()
+            if not self._place.fault and await self._store.insist(partial(self._store.start, task)):
                 return self._work(lane, task)
             lane.release(task)  # the place is not well, or it was moved, removed or held back meanwhile
             if self._place.fault:
                 break
         lane = self._lanes.take(self.to_load[0], self.to_load[0].id) if self.to_load else None
         return self._load(lane, self.to_load.pop(0)) if lane else None
-
-    async def _well(self) -> bool:
-        """True if results can be stored now, or after the removal of old ones."""
-        if await self._place.look():
-            await self._retire()
-            await self._place.look()
-        return not self._place.fault
 
     async def _retire(self) -> None:
         """Delete the files that are no longer to be kept; what can't be deleted now waits for the next task."""
@@ -138,7 +116,6 @@ class QueueRunner:
                 log.info("%s: idle for %.0f s: the generation process was ended", device, idle_s)
 
     async def _check(self, lane: Lane) -> None:
-        """See whether an engine works again."""
         try:
             await lane.engine.check()
         except Exception as error:  # whatever it was, the queue goes on
@@ -147,21 +124,6 @@ class QueueRunner:
             lane.recover()
         finally:
             self._release(lane, lane)
-
-    async def _read_boards(self) -> None:
-        """Turn what the engines show into the progress of their tasks, as long as some run."""
-        while True:
-            if not self._store.started:
-                self._at_work.clear()
-            await self._at_work.wait()
-            await asyncio.sleep(READ_S)
-            await self._store.advance(self._looked_at)
-
-    def _looked_at(self, task: Task) -> Task:
-        shown = self._lanes.progress(task.id)
-        if clock := self.clocks.get(task.id):
-            clock.look(shown)
-        return advanced(task, shown)
 
     async def _load(self, lane: Lane, model: Model) -> None:
         try:
@@ -175,8 +137,6 @@ class QueueRunner:
                 lane.fail(str(error))
         finally:
             self._release(lane, model)
-
-    # -- the life of a task that runs
 
     async def _work(self, lane: Lane, task: Task) -> None:
         """Bring a task to its end, or back to those that wait. Its lane may be free before that."""
@@ -203,12 +163,11 @@ class QueueRunner:
         self.clocks[task.id] = TaskClock(warm)
         try:
             await self._retire()
-            model = self._catalog.get(task.job.model)
+            model = self._facts.catalog.get(task.job.model)
             await asyncio.to_thread(require_files, task.job)
             if self._endings.stopping.is_set() or self._endings.cancelling(task.id):  # before the engine knew of it
                 raise Cancelled
-            patience_s = self._facts.patience_s(task.job, self._limits.step_timeout_s)
-            result = await lane.engine.run(task.id, task.job, model, patience_s, partial(self._release, lane, task))
+            result = await self._run(lane, task, model)
         except Cancelled:
             await self._endings.stopped(lane, task.id)
         except (EngineError, UnknownModel, BadRequest) as error:
@@ -224,3 +183,19 @@ class QueueRunner:
             facts = self._facts.used(lane.engine, task.job.model) | self._facts.learn(task.job, result, loaded=not warm)
             made = {name: getattr(result, name) for name in ("files", "timings", "plan", "peak_memory_bytes")}
             await self._endings.made(task.id, made, **facts)
+
+    async def _run(self, lane: Lane, task: Task, model: Model) -> Result:
+        """Let an engine make the files of a task, and show meanwhile how far it is. Raises EngineError or Cancelled."""
+        watching = asyncio.create_task(self._watch(lane, task.id), name=f"progress of task {task.id}")
+        try:
+            patience_s = self._facts.patience_s(task.job, self._limits.step_timeout_s)
+            return await lane.engine.run(task.id, task.job, model, patience_s, partial(self._release, lane, task))
+        finally:
+            watching.cancel()
+
+    async def _watch(self, lane: Lane, task_id: int) -> None:
+        while True:
+            await asyncio.sleep(READ_S)
+            shown = lane.engine.progress(task_id)
+            self.clocks[task_id].look(shown)
+            await self._store.advance(task_id, partial(advanced, progress=shown))

@@ -29,13 +29,12 @@ class TaskStore:
 
     def __init__(self, journal: Journal) -> None:
         self.journal, self.events = journal, Events()
+        self.wake = asyncio.Event()  # set when there may be something to start
         self.waiting = Order()
         self.started: dict[int, Task] = {}  # those that run, in the order of their start
         self.paused = False  # no waiting task starts
         self.journal_fault = ""  # while the end or the start of a task can't be written
         self._changing = asyncio.Lock()
-
-    # -- reading
 
     def active(self, task_id: int) -> Task | None:
         """The current version of a task that has not ended."""
@@ -83,12 +82,11 @@ class TaskStore:
         tasks, total = await self.journal.history(status, limit, offset)
         return [self.active(task.id) or task for task in tasks], total
 
-    # -- changes by clients
-
     def add(self, task: Task) -> None:
         """Let a new task wait, whose row is in the journal."""
         self.waiting.add(task)
         self.events.publish(EventKind.QUEUED, task)
+        self.wake.set()
 
     async def remove(self, task_id: int) -> Status:
         """Cancel a waiting task, or let a running one be `cancelling`; returns its new status.
@@ -136,8 +134,7 @@ class TaskStore:
             if paused is not self.paused:
                 self.paused = paused
                 self.events.publish(EventKind.PAUSED if paused else EventKind.RESUMED)
-
-    # -- changes by the runner
+                self.wake.set()
 
     async def restore(self, order: Sequence[Task], started: Sequence[Task]) -> None:
         """Let the tasks of a former life wait in this order, and those of `started` run on."""
@@ -169,13 +166,13 @@ class TaskStore:
             await self.journal.save(task)
             self.started[task_id] = task
 
-    async def advance(self, newer: Callable[[Task], Task]) -> None:
-        """Let running tasks be further on, as `newer` makes of each. The journal learns of it with their end."""
+    async def advance(self, task_id: int, newer: Callable[[Task], Task]) -> None:
+        """Let a running task be further on, as `newer` makes of it. The journal learns of it with its end."""
         async with self._changing:
-            for task in self.at_work:
-                if (further := newer(task)) is not task:
-                    self.started[task.id] = further
-                    self.events.publish(EventKind.PROGRESS, further)
+            task = self.started[task_id]
+            if (further := newer(task)) is not task:
+                self.started[task_id] = further
+                self.events.publish(EventKind.PROGRESS, further)
 
     def forget(self, task_id: int) -> None:
         """Let go of a task that could not be brought to its end; the next start of the daemon takes it up."""

@@ -138,10 +138,6 @@ class Lanes(tuple[Lane, ...]):
         """True if a model is warm in some lane: a task of it loads nothing there."""
         return any(lane.engine.loaded(model_id) for lane in self)
 
-    def progress(self, task_id: int) -> Progress | None:
-        """How far a task is, by the engine that runs it; None if none does."""
-        return next(filter(None, (lane.engine.progress(task_id) for lane in self)), None)
-
     def cancel(self, task_id: int) -> None:
         """End the work on this task, wherever it runs."""
         for lane in self:
