@@ -141,3 +141,18 @@ def test_times_while_the_process_was_stopped_do_not_become_the_pace() -> None:
         for step in range(1, 7):
             meter.step_done(step)
     assert meter.step_s == pytest.approx(1.0)
+
+
+def test_jobs_of_one_size_are_estimated_once_until_something_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, first = Facts(CATALOG), job("longcat_audio_1B", duration_seconds=10.0)
+    facts.learn(first, result(first), loaded=True)
+    asked: list[Job] = []
+    pace = facts.pace
+    monkeypatch.setattr(facts, "pace", lambda one: [asked.append(one), pace(one)][1])
+    same = [job("longcat_audio_1B", duration_seconds=10.0, seed=seed, prompt=f"{seed}") for seed in range(50)]
+    assert {facts.estimate_s(one, warm=True) for one in same} == {9.0}
+    assert len(asked) == 1
+    for change in ({"duration_seconds": 5.0}, {"num_inference_steps": first.steps + 1}, {"repeat_generation": 2}):
+        assert facts.estimate_s(job("longcat_audio_1B", **{"duration_seconds": 10.0, **change}), warm=True) != 9.0
+    facts.learn(first, Result((), {"denoising": 80.0}, 0, step_s=80.0 / first.steps), loaded=False)
+    assert facts.estimate_s(first, warm=True) == pytest.approx(80.0)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from engine.catalog.models import Catalog
@@ -24,6 +25,11 @@ STEPS_COUNT = 4.0  # times all other parts: the steps alone say how long a job t
 # A step costs between a fixed time and the square of its size (attention), so in proportion it is within a factor of 2
 # up to twice the size. Between two known sizes a power of the size is, if they are no further apart than this.
 NEAR, BETWEEN = 2.0, 8.0
+# What of a job its time depends on.
+WHAT_DECIDES = attrgetter(
+    *("model", "task", "width", "height", "frames", "window_frames", "window_overlap", "steps"),
+    *("guidance_scale", "duration_s", "batch_size", "repeat_generation"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Facts:
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
         self._paces: dict[str, list[Pace]] = {}  # by model id, of several sizes, the newest last
+        self._estimates: dict[tuple[Any, ...], float | None] = {}
         self.machines: dict[str, Machine] = {}  # device → what was measured there
         self.last_model = ""  # id of the one that was last in use, empty if there was none
 
@@ -93,6 +100,7 @@ class Facts:
         if same and new.cold and not same.cold:  # says more
             new = replace(same, load_s=load_s)
         self._paces[job.model] = [*(pace for pace in known if pace is not same), new][-MOST_SIZES:]
+        self._estimates.clear()
 
     def work(self, job: Job) -> Work | None:
         """What `job` asks for; None if its model is gone."""
@@ -123,8 +131,12 @@ class Facts:
 
     def estimate_s(self, job: Job, warm: bool) -> float | None:
         """Seconds that `job` will take from its start, or None if that is not known. `warm`: its model is loaded."""
-        pace, work = self.pace(job), self.work(job)
-        return round(pace.total_s(job.steps * work.runs, work.runs, warm), 1) if pace and work else None
+        key = warm, *WHAT_DECIDES(job)
+        if key not in self._estimates:  # ten thousand that wait are mostly of few sizes
+            pace, work = self.pace(job), self.work(job)
+            total_s = pace.total_s(job.steps * work.runs, work.runs, warm) if pace and work else None
+            self._estimates[key] = None if total_s is None else round(total_s, 1)
+        return self._estimates[key]
 
 
 def _extent(work: Work) -> float:
