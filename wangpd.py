@@ -608,7 +608,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lock = FolderLock("state_path", config.state_path / "lock", holder(config))
         if taken := lock.take():
             raise CantStart(taken)
-        asyncio.run(serve(replace(config, instance=instance_id(config.state_path)), catalog))
+        config = replace(config, instance=instance_id(config.state_path), save_mounted=config.save_path.is_mount())
+        asyncio.run(serve(config, catalog))
     except (CantStart, NewerJournal, OSError, JournalFault) as error:
         ours = isinstance(error, CantStart | NewerJournal)
         print("wangpd:", error if ours else f"can't go on: {error}", file=sys.stderr)

@@ -39,6 +39,7 @@ class EngineConfig:
     convert_float32: bool = True
     prompt_cache_mb: int = 256  # of RAM; 0: off
     log_level: str = "info"
+    save_mounted: bool = False  # save_path was a mount point when the daemon started
     instance: str = "000000"  # 6 hex digits, others for each state folder: in the names of its files
 
 

@@ -226,6 +226,20 @@ async def test_a_folder_of_unsaved_files_that_can_not_be_read_ends_neither_task_
         assert (await harness.end(task_id)).status is Status.COMPLETED
 
 
+async def test_a_task_is_moved_to_the_front_while_one_that_is_made_waits_to_be_saved(harness: Harness) -> None:
+    async with harness.open(die=True):
+        first, second, third = await harness.submit(3)
+        await harness.started(first)
+        harness.outputs.kept = "The disk is read-only"
+        harness.engine.finish()
+        await until(lambda: '"files": [{' in harness.stored("record")[first])
+    async with harness.open() as queue:
+        await queue.remove(first)
+        assert await queue.move(third, 1) >= 1
+        assert harness.waiting() == [third, second]
+        harness.outputs.kept = ""
+
+
 @pytest.mark.parametrize("code", [STORAGE_FAULT, DEVICE_FAULT, "engine_unavailable", "save_failed"])
 async def test_a_task_that_is_being_cancelled_is_cancelled_whatever_it_ends_in(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, code: str

@@ -161,6 +161,7 @@ class Config:
     # fmt: on
 
     shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
+    save_mounted: bool = EngineConfig.save_mounted  # looked at when the daemon starts
     instance: str = EngineConfig.instance  # read from `state_path` once that is locked
 
     def part(self, cls: type[Part]) -> Part:

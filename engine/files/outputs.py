@@ -91,7 +91,7 @@ class Outputs:
         self.lock = FolderLock("save_path", folder / ".wangpd.lock", holder)
         self._folder, self._kept = folder, state / KEPT
         self._instance, self._clock = instance, clock or Clock()
-        self._disk = Folder(folder, "save_path", 0, "")
+        self._disk = Folder(folder, "save_path", 0, "", mounted=folder.is_mount())
         self._retention = retention or Retention()
         self.keeps_all = not any(self._retention)  # `prepare` has nothing to do
         self._thumbnails = ThumbnailCache(state / "thumbnails")

@@ -26,10 +26,13 @@ class NoStorage(Exception):
 class Folder:
     """A folder that is named by a configuration key. Its methods block."""
 
-    def __init__(self, path: Path, key: str, least_bytes: int, rule: str) -> None:
-        """`least_bytes` must be free on its disk; `rule` says so, and how a person makes room."""
+    def __init__(self, path: Path, key: str, least_bytes: int, rule: str, *, mounted: bool = False) -> None:
+        """`least_bytes` must be free on its disk; `rule` says so, and how a person makes room.
+
+        `mounted`: it is known to have been a mount point.
+        """
         self._path, self._key, self._least_bytes, self._rule = path, key, least_bytes, rule
-        self._mounted = False  # it has been a mount point
+        self._mounted = mounted  # it has been a mount point
         self.suspect = False  # a write has failed: the next look writes too, for a quota shows in no other way
 
     def fault(self) -> str:

@@ -139,7 +139,9 @@ class TaskStore:
     async def restore(self, order: Sequence[Task], started: Sequence[Task]) -> None:
         """Let the tasks of a former life wait in this order, and those of `started` run on."""
         self.started = {task.id: task for task in started}
-        await self._rerank(ranks_of([task.id for task in order]))
+        await self._rerank(ranks_of([task.id for task in (*started, *order)]))
+        for task in started:
+            self.waiting.take(task.id)
         for task in order:
             self.waiting.add(task)
 
