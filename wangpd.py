@@ -6,6 +6,7 @@ that needs a GPU in a process of its own (`engine/workers/local.py`). Nothing ha
 """
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -76,6 +77,7 @@ API_VERSION = "1.0.0"  # of the contract
 SWEEP_S = 3600
 HEAVY_AT_ONCE = 2
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
+M_ARENA_MAX = -8  # of malloc.h
 DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
 QUEUED_TASK = "/queue/{task_id:(?!pause$|resume$)[^/]+}"
@@ -603,6 +605,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up_log(config.log_level)
     # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
+    with suppress(OSError, AttributeError):  # glibc only: else it keeps what is freed, for each thread apart
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     try:
         require_folders(config)
         lock = FolderLock("state_path", config.state_path / "lock", holder(config))

@@ -45,10 +45,8 @@ class Saver:
 
     def __init__(self, config: EngineConfig, settled: Settled, made: Made) -> None:
         self._config, self._settled, self._made = config, settled, made
-        self._kept, self._disk = (
-            config.state_path / KEPT,
-            Folder(config.save_path, "save_path", 0, "", mounted=config.save_mounted),
-        )
+        self._kept = config.state_path / KEPT
+        self._disk = Folder(config.save_path, "save_path", 0, "", mounted=config.save_mounted)
         self._finished = 0
         self._thread = ThreadPoolExecutor(1, "background")
         self._posters = ThumbnailCache(config.state_path / "thumbnails")
