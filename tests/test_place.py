@@ -230,7 +230,8 @@ def test_a_task_whose_video_finds_no_room_waits_for_it(disks: DaemonWithDisks) -
 
 def test_tasks_wait_while_the_card_is_gone(tmp_path: Path) -> None:
     with Daemon(tmp_path, device="cuda:7") as daemon:
-        ids = [daemon.submit(seed=seed, **QUICK)["task_id"] for seed in range(3)]
+        ids = waiting(daemon)
+        daemon.post("/queue/resume")
         assert eventually(lambda: daemon.get("/health/ready").status_code == 503)
         assert "'cuda:7' is not available" in refused(daemon)
         assert eventually(lambda: daemon.status(ids[0])["status"] == "queued")
@@ -288,7 +289,8 @@ def test_tasks_wait_while_no_process_can_be_started(own_daemon: Daemon) -> None:
     flag.touch()
     with_site(own_daemon, SITE.format(flag=str(flag)))
     own_daemon.start()
-    ids = [own_daemon.submit(seed=seed, **QUICK)["task_id"] for seed in range(3)]
+    ids = waiting(own_daemon)
+    own_daemon.post("/queue/resume")
     assert eventually(lambda: own_daemon.get("/health/ready").status_code == 503)
     assert refused(own_daemon).startswith("No generation process can be started: it died at its start")
     flag.unlink()

@@ -126,7 +126,7 @@ def test_the_ipv6_wildcard_serves_both_families_and_knows_an_ipv4_client_by_its_
                 f"http://{host}:{port}{API}/queue", headers={"X-Forwarded-For": f"client-by-{host}"}, timeout=30
             )
             assert answer.status_code == 200
-        log = daemon.log.read_text()
+    log = daemon.log.read_text()  # now, for a line is written after its answer
     assert "client-by-127.0.0.1 GET /api/v1/queue" in log
     assert "::1 GET /api/v1/queue" in log  # which is no trusted proxy
     assert "client-by-[::1]" not in log

@@ -45,12 +45,11 @@ def prepare(config: EngineConfig, device: str, visible: str | None) -> None:
     threading.Thread(target=_end_with_parent, name="watchdog", daemon=True).start()
 
 
-def release_signals() -> None:
-    """Take signals, which are held while this process is started; those that came to the daemon's group are dropped."""
+def ignore_signals() -> None:
+    """Leave the signals that end the daemon to it, also where they reach all processes; it ends this one in order."""
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)  # held while this process was started
 
 
 def _end_with_parent() -> None:

@@ -60,7 +60,7 @@ def start(board: Board, reports: Connection, config: EngineConfig) -> None:
     global _board, _reports, _config, _visible
     _board, _reports, _config, _visible = board, reports, config, os.environ.get(process.VISIBLE)
     os.setsid()  # a group of its own: Ctrl-C is the daemon's to handle, and what it starts ends with it
-    process.release_signals()
+    process.ignore_signals()
     process.prepare(config, config.device, _visible)
 
 
