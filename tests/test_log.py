@@ -170,7 +170,7 @@ def test_refusals_that_are_repeated_are_one_line(daemon: Daemon) -> None:
     daemon.post("/queue/pause")
     codes = [daemon.post("/generate", {"prompt": "a"}).status_code for _ in range(50)]
     assert codes == [200] + [503] * 49
-    assert eventually(lambda: "answered 503, the last time to POST /api/v1/generate\n" in daemon.log.read_text())
+    assert eventually(lambda: "answered 503 to POST /api/v1/generate\n" in daemon.log.read_text())
     assert daemon.log.read_text().count("503") == 1
 
 

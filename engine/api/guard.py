@@ -111,7 +111,7 @@ class AccessLog(AbstractAccessLogger):
         line = (request.get(CLIENT, request.remote), request.method, path, response.status, time * 1000, request_id)
         self.logger.log(level, "%s %s %s %d %.1f ms %s", *line)
         if response.status == 503:
-            self.put_off.happened(f"answered 503, the last time to {request.method} {path}")
+            self.put_off.happened(f"answered 503 to {request.method} {path}")
 
     @property
     def enabled(self) -> bool:
