@@ -485,6 +485,15 @@ FAULTS_OF_THE_PLACE = (
             "soak::in_all_weathers",
         ),
     ),
+    Fault(
+        "warnings of libraries, leaked semaphores and repeated refusals fill the log",
+        "one line a task and the problems; floods are counted",
+        (
+            "log::the_log_of_an_hour_is_one_line_a_task_and_the_problems",
+            "log::no_semaphore_is_left_of_any_process",
+            "log::a_flood_of_connections_is_one_line",
+        ),
+    ),
 )
 
 
