@@ -5,6 +5,7 @@ import time
 
 log = logging.getLogger("wangpd")
 MOST_OFF_S = 30 * 86400  # a machine is off for no longer; a wall clock that has gone on further was set wrongly
+LONG_AGO_S = 3600
 NTP_S = 60  # a smaller step back is no fault
 
 
@@ -22,8 +23,9 @@ class Clock:
         return self._start + _uptime_s()
 
     def dated(self, at: float) -> float:
-        """The time that was `at` by the wall clock, not long ago."""
-        return self.now() + at - time.time()
+        """The time that was `at` by the wall clock, not long ago; now, if that clock has been moved since."""
+        ago_s = time.time() - at
+        return self.now() - (ago_s if 0 <= ago_s <= LONG_AGO_S else 0.0)
 
     def reading(self) -> tuple[float, float]:
         """This clock and the wall clock, now."""

@@ -214,6 +214,15 @@ async def test_records_are_forgotten_by_age(journal: Journal) -> None:
     assert [task.id for task in (await journal.history(None, 10, 0))[0]] == [young.id]
 
 
+@pytest.mark.parametrize("jump_s", [2 * 365 * 86400.0, 7200.0, -86400.0])
+async def test_a_clock_that_jumps_between_an_end_and_its_commit_forgets_nothing(
+    journal: Journal, jump_s: float
+) -> None:
+    task = await ended(journal, time.time() - jump_s)
+    await journal.prune(10, 3600)
+    assert await found(journal, task.id) is not None
+
+
 @pytest.mark.parametrize("status", [Status.QUEUED, Status.PROCESSING, Status.CANCELLING])
 async def test_an_active_task_is_never_forgotten(journal: Journal, status: Status) -> None:
     task = await added(journal)
