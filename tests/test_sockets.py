@@ -1,5 +1,7 @@
 """Where the daemon listens: several addresses, both families, Unix sockets, those of systemd, and what the log says."""
 
+import asyncio
+import errno
 import json
 import re
 import signal
@@ -89,12 +91,35 @@ SEVERAL = {
 @needs_ipv6
 @pytest.mark.parametrize("hosts", SEVERAL.values(), ids=SEVERAL)
 def test_each_address_of_a_list_answers_on_the_same_port(hosts: Sequence[str], tmp_path: Path) -> None:
-    with Daemon(tmp_path, host=list(hosts)) as daemon:
-        urls = re.findall(r"listens on (\S+)", daemon.log.read_text())
+    daemon = Daemon(tmp_path, host=list(hosts))
+    try:
+        urls = listening(daemon, len(dict.fromkeys(hosts)))
         assert all(map(opens, urls))
+    finally:
+        daemon.stop()
     ports = {int(url.split(":")[-1].split("/")[0]) for url in urls}
     assert len(ports) == 1
     assert urls == [f"http://{host}:{min(ports)}{API}/" for host in dict.fromkeys(hosts)]
+
+
+@pytest.mark.parametrize("taken", [1, 5])
+def test_a_free_port_that_another_address_lacks_is_given_up(monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
+    tried: list[int] = []
+    bind = Listeners._bind
+
+    def bind_unless_taken(self: Listeners, family: int, address: Any, port: int, *, both: bool) -> int:
+        if port:
+            tried.append(port)
+            if len(tried) <= taken:
+                raise OSError(errno.EADDRINUSE, "taken")
+        return bind(self, family, address, port, both=both)
+
+    monkeypatch.setattr(Listeners, "_bind", bind_unless_taken)
+    listeners = Listeners(asyncio.Protocol)
+    listeners.take(["127.0.0.1", "127.0.0.2"], 0)
+    assert len(tried) == taken + 1
+    assert {channel.getsockname()[1] for channel in listeners.sockets} == {tried[-1]}
+    listeners.close()
 
 
 @pytest.mark.parametrize("flags", [["--host", "127.0.0.1", "--host", "127.0.0.2"], ["--host", "127.0.0.1,127.0.0.2"]])

@@ -14,6 +14,7 @@ from engine.api.config import UNIX, CantStart
 
 FIRST_PASSED_FD = 3  # by systemd's protocol
 UNIX_MODE = 0o660  # the daemon's user and group; the user of a proxy joins the group
+PORT_TRIES = 20  # a port that is free on one address may be taken on another
 WILDCARDS = ("0.0.0.0", "::")
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 LISTEN_FAULTS: Mapping[int, str] = {
@@ -39,11 +40,21 @@ class Listeners:
     def take(self, hosts: Sequence[str], port: int) -> None:
         """Take the sockets that systemd passes, else the addresses of `hosts`. Blocks. Raises CantStart.
 
-        With port 0, all have the free port that the first one gets.
+        With port 0, all have the free port that the first one gets; if another one lacks it, a second is tried.
         """
         self.sockets = passed_sockets()
+        for _ in range(0 if port or self.sockets else PORT_TRIES):
+            try:
+                self._take(hosts, port)
+            except CantStart:
+                self.close()
+            else:
+                return
+        self._take(() if self.sockets else hosts, port)
+
+    def _take(self, hosts: Sequence[str], port: int) -> None:
         places: dict[Address, str] = {}
-        for host in () if self.sockets else hosts:
+        for host in hosts:
             for address in _addresses(host, port):
                 places.setdefault(address, host)
         both = all(family != socket.AF_INET for family, _ in places)
@@ -76,6 +87,7 @@ class Listeners:
             with suppress(OSError):
                 if path.lstat().st_ino == inode:  # else it is another daemon's by now
                     path.unlink()
+        self.sockets, self._servers, self._made = [], [], {}
 
     def _bind(self, family: int, address: Any, port: int, *, both: bool) -> int:
         """Listen on one address, `::` for `both` families; returns the port for the others. Raises OSError."""
