@@ -401,13 +401,14 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[HEAVY] = asyncio.Semaphore(HEAVY_AT_ONCE)
     clock = Clock()
     keep = Retention(config.keep_outputs_days * 86400, config.keep_outputs_mb * 2**20)
-    folders = config.save_path, config.state_path
-    app[OUTPUTS] = Outputs(*folders, keep, instance=config.instance, clock=clock, holder=holder(config))
+    save, state = config.folders()
+    paths, holds = (config.save_path, config.state_path), holder(config)
+    app[OUTPUTS] = Outputs(*paths, keep, instance=config.instance, clock=clock, holder=holds, disk=save)
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     journal = Journal(config.state_path / "journal.sqlite", clock)
-    place, limits = Place(config.folders(), app[OUTPUTS].lock.take), config.part(Limits)
+    place, limits = Place((save, state), app[OUTPUTS].lock.take), config.part(Limits)
     app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
     app.add_routes(routes)

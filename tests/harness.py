@@ -109,7 +109,7 @@ class FakeOutputs:
 
     keeps_all = False
 
-    def made(self, _task_id: int, _names: Iterable[str]) -> list[OwnFile]:
+    def made(self, _task_id: int, _names: Iterable[str] | None) -> list[OwnFile]:
         return []
 
     def publish_kept(self, names: Iterable[str] | None = None) -> str:  # noqa: ARG002 - all are alike

@@ -189,7 +189,7 @@ class Config:
         asked = f"min_free_mb asks for {self.min_free_mb}: delete old outputs"
         needed = f"{state_mb} are needed for the queue: free some"
         return (
-            Folder(self.save_path, "save_path", self.min_free_mb * 2**20, asked),
+            Folder(self.save_path, "save_path", self.min_free_mb * 2**20, asked, mounted=self.save_mounted),
             Folder(self.state_path, "state_path", state_mb * 2**20, needed),
         )
 

@@ -86,12 +86,16 @@ class Outputs:
         instance: str = EngineConfig.instance,
         clock: Clock | None = None,
         holder: str = "",
+        disk: Folder | None = None,
     ) -> None:
-        """`state` holds the thumbnails, and whole files that are not published yet; for `holder` see FolderLock."""
+        """`state` holds the thumbnails, and whole files that are not published yet; for `holder` see FolderLock.
+
+        `disk` is `folder` as Place looks at it, so that both know the same of it.
+        """
         self.lock = FolderLock("save_path", folder / ".wangpd.lock", holder)
         self._folder, self._kept = folder, state / KEPT
         self._instance, self._clock = instance, clock or Clock()
-        self._disk = Folder(folder, "save_path", 0, "", mounted=folder.is_mount())
+        self._disk = disk or Folder(folder, "save_path", 0, "")
         self._retention = retention or Retention()
         self.keeps_all = not any(self._retention)  # `prepare` has nothing to do
         self._thumbnails = ThumbnailCache(state / "thumbnails")
@@ -183,11 +187,14 @@ class Outputs:
                 return fault
         return ""
 
-    def made(self, task_id: int, names: Iterable[str]) -> list[OwnFile]:
-        """What is there of these files, which a task has made right now; of all of the task, if none is named."""
-        now, pattern, names = self._clock.now(), self._named(task_id), list(names)
-        with suppress(OSError):  # then they stay for ever, which costs only room
-            names = names or [name for name, _ in stats(self._folder) if re.fullmatch(pattern, name)]
+    def made(self, task_id: int, names: Iterable[str] | None) -> list[OwnFile]:
+        """What is there of these files, which a task has made right now; None: of all that bear its name."""
+        now, pattern = self._clock.now(), self._named(task_id)
+        if names is None:
+            try:
+                names = [name for name, _ in stats(self._folder) if re.fullmatch(pattern, name)]
+            except OSError:  # then they stay for ever, which costs only room
+                return []
         found = ((name, about) for name in names if (about := self._about(name)))
         return [OwnFile(name, task_id, about.st_size, about.st_mtime_ns, now) for name, about in found]
 

@@ -54,10 +54,7 @@ class Endings:
 
     async def _publish(self, names: Sequence[str] | None = None) -> str:
         """Publish whole files, these or all; returns why one can't be published now, a sentence, else ""."""
-        try:
-            return await asyncio.to_thread(self._outputs.publish_kept, names)
-        except OSError as error:
-            return f"state_path can't be used now ({error.strerror}); bring the folder back"
+        return await asyncio.to_thread(self._outputs.publish_kept, names)
 
     async def taken_up(self, task: Task) -> Task:
         """The new version of a task that ran when the daemon ended: saved, and its files removed."""
@@ -162,7 +159,8 @@ class Endings:
 
     async def _settle(self, task_id: int, end: Callable[[Task], Task], files: Sequence[str], **facts: Any) -> None:
         """Commit the end of a running task, and in the same commit which `files` it has left, and `facts`."""
-        if made := await asyncio.to_thread(self._outputs.made, task_id, files):
+        known = None if task_id in self._untidy else files  # what could not be removed is the daemon's own all the same
+        if made := await asyncio.to_thread(self._outputs.made, task_id, known):
             facts["made"] = made
         task = await self._store.insist(lambda: self._store.settle(task_id, end, **facts))
         if task.status.ended or self.stopping.is_set():  # else the reason has been logged
