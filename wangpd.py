@@ -13,15 +13,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import hdrs, web
 
-from engine.admission import Admission, BadRequest, Policy, Resolved
+from engine.admission import Admission, BadRequest, Policy, Resolved, files_of
 from engine.api import requests, schemas, views
 from engine.api.answers import answered, iso, link
 from engine.api.app_keys import (
@@ -29,18 +29,20 @@ from engine.api.app_keys import (
     API,
     BODY,
     CATALOG,
+    CLIENT,
     CONFIG,
     DIGEST,
     DOCUMENT,
     DOWNLOADS,
     ENGINES,
-    HEAVY,
     INPUT_FILES,
     OUTPUTS,
     PATH,
     QUERY,
     QUEUE,
+    SPOOL,
     TOKEN,
+    TURNS,
 )
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
@@ -56,11 +58,13 @@ from engine.catalog.download import Downloads
 from engine.catalog.models import Catalog, Model, default_settings
 from engine.cli import parse_arguments, run_command
 from engine.clock import Clock
+from engine.files.checks import Checks
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES
 from engine.files.outputs import Outputs, Retention
 from engine.files.owner import FolderLock, instance_id
-from engine.files.place import Place
+from engine.files.place import NoStorage, Place
+from engine.files.spool import Spool
 from engine.job import GROUP_SIGNALS
 from engine.log import Counted
 from engine.log import set_up as set_up_log
@@ -69,6 +73,7 @@ from engine.queue.journal import Journal, JournalFault, NewerJournal
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.tasks import Status
 from engine.settings import echo
+from engine.turns import Turns
 from engine.workers.local import Engine
 
 log = logging.getLogger("wangpd")
@@ -76,6 +81,7 @@ log = logging.getLogger("wangpd")
 API_VERSION = "1.0.0"  # of the contract
 SWEEP_S = 3600
 HEAVY_AT_ONCE = 2
+BODIES_AT_ONCE = 4  # of max_body_mb
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
 M_ARENA_MAX = -8  # of malloc.h
 DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
@@ -216,11 +222,23 @@ async def generate(request: web.Request) -> web.Response:
     if not dry:  # first, so that a refused request leaves no picture behind
         await app[QUEUE].place.look()
         app[QUEUE].require_open()
-    async with app[HEAVY]:
-        resolved = await asyncio.to_thread(app[ADMISSION].admit, body, store=not dry)
+    examined = await app[ADMISSION].examine(body, request[CLIENT], lambda: request.transport is None)
+    if not dry:
+        await make_room(app, examined)
+    resolved = await asyncio.to_thread(app[ADMISSION].admit, examined, store=not dry)
     if dry:
         return dry_run(app, resolved)
     return accepted(app, await app[QUEUE].submit(resolved.job, resolved.warnings, key=idempotency_key, request=digest))
+
+
+async def make_room(app: web.Application, body: Mapping[str, Any]) -> None:
+    """Let go of the files of ended tasks if those of this one have no room else. Raises NoStorage."""
+    files = [sent for sents in files_of(body).values() for sent in sents]
+    inputs = app[INPUT_FILES]
+    if files and not await asyncio.to_thread(inputs.has_room, files):
+        await asyncio.to_thread(inputs.sweep, await app[QUEUE].journal.inputs(unfinished_only=True))
+        if not await asyncio.to_thread(inputs.has_room, files):
+            raise NoStorage("The files of waiting tasks fill max_inputs_mb; cancel some of these tasks, or raise it")
 
 
 def requested_key(request: web.Request) -> str | None:
@@ -398,19 +416,23 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     )
     app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
     app[CATALOG] = read_catalog(config) if catalog is None else catalog
-    app[HEAVY] = asyncio.Semaphore(HEAVY_AT_ONCE)
     clock = Clock()
     keep = Retention(config.keep_outputs_days * 86400, config.keep_outputs_mb * 2**20)
     save, state = config.folders()
     paths, holds = (config.save_path, config.state_path), holder(config)
     app[OUTPUTS] = Outputs(*paths, keep, instance=config.instance, clock=clock, holder=holds, disk=save)
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
-    app[INPUT_FILES] = Inputs(config.state_path / "inputs")
+    app[INPUT_FILES] = Inputs(config.state_path / "inputs", config.max_inputs_mb * 2**20)
+    app[SPOOL], app[TURNS] = (
+        Spool(config.state_path, state, BODIES_AT_ONCE * config.max_body_mb * 2**20),
+        Turns(HEAVY_AT_ONCE),
+    )
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     journal = Journal(config.state_path / "journal.sqlite", clock)
     place, limits = Place((save, state), app[OUTPUTS].lock.take), config.part(Limits)
     app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
-    app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
+    checks, policy = Checks(app[TURNS], config.max_image_pixels), config.part(Policy)
+    app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], checks, policy, lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)

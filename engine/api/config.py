@@ -132,6 +132,8 @@ class Config:
         why="Tasks that may wait; one more is answered 503.")
     max_body_mb: int = key(64, between(1, 2048),
         why="Largest request body in MiB; base64 pictures need a third more than their files.")
+    max_inputs_mb: int = key(10_240, between(1, 10**9),
+        why="MiB of pictures, videos and sounds kept for tasks; those of ended tasks go first.")
     max_image_pixels: int = key(50_000_000, between(1, 10**9),
         why="Largest input picture in pixels, so that a small file can't fill the memory.")
     max_connections: int = key(500, between(1, 100_000),

@@ -235,9 +235,10 @@ class Journal:
             self._db.execute("DELETE FROM replies WHERE created_at < ?", (self._clock.now() - KEY_LIFETIME_S,))
 
     @_in_thread
-    def inputs(self) -> set[str]:
+    def inputs(self, unfinished_only: bool = False) -> set[str]:
         """The names of all stored input files that some row still needs: the last parts of whatever paths it has."""
-        rows = self._db.execute("SELECT record FROM tasks UNION ALL SELECT value FROM facts")
+        where = f"WHERE status NOT IN ({ENDS})" if unfinished_only else ""
+        rows = self._db.execute(f"SELECT record FROM tasks {where} UNION ALL SELECT value FROM facts")
         return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
 
     @_in_thread
