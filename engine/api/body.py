@@ -132,7 +132,8 @@ def _json_values(request: web.Request, body: Arrived, schema: Schema, _: Receive
     if body.size_bytes <= PLAIN_BYTES:
         raw = body.file.read()
         return parsed(raw, request.charset), hashlib.sha256(raw)
-    text, long_texts = cut(mmap.mmap(body.file.fileno(), 0, access=mmap.ACCESS_READ))
+    with mmap.mmap(body.file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        text, long_texts = cut(mapped)
     values = parsed(text, request.charset)
 
     def whole(name: str, value: Any) -> Any:

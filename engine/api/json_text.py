@@ -76,6 +76,8 @@ def parsed(raw: bytes, charset: str | None = None) -> dict[str, Any]:
 
 def cut(raw: mmap.mmap) -> tuple[bytes, dict[str, bytes]]:
     """Return the JSON in `raw` with a mark in place of each long text, and these texts by mark. Raises BadRequest."""
+    if b"\0" in raw[:4]:
+        raise BadRequest("The body must be in UTF-8, as every body of more than 1 MiB")
     nonce, plain, texts, plain_bytes, at = secrets.token_hex(8), list[bytes](), dict[str, bytes](), 0, 0
     for _ in range(MOST_VALUES):
         start = raw.find(b'"', at)
@@ -99,8 +101,9 @@ def cut(raw: mmap.mmap) -> tuple[bytes, dict[str, bytes]]:
 
 def _unescaped(base64: bytes) -> bytes:
     """The text of a file without the escapes that encoders of JSON write in base64."""
-    for escape, meant in ESCAPES.items() if b"\\" in base64 else ():
-        base64 = base64.replace(escape, meant)
+    if b"\\" in base64 and rb"\\" not in base64:  # which no base64 has
+        for escape, meant in ESCAPES.items():
+            base64 = base64.replace(escape, meant)
     return base64
 
 

@@ -65,9 +65,10 @@ async def _reports(process: asyncio.subprocess.Process, gone: Callable[[], bool]
     reading = asyncio.create_task(read())
     try:
         async with awake.timeout(CHECK_S):
-            while not (await asyncio.wait({reading}, timeout=LOOK_S))[0]:
+            while not reading.done():
                 if gone():
                     raise ConnectionResetError("the client has gone")
+                await asyncio.wait({reading}, timeout=LOOK_S)
             code = await process.wait()
     except TimeoutError:
         return found, TOO_LONG
