@@ -15,8 +15,7 @@ from engine.gpu.load import compiling, kernels, offloading, pipelines
 from engine.gpu.run import caching, conditioning, decoding, results, schedule, sliding
 from engine.gpu.run.adapters import Adapters
 from engine.gpu.run.conditioning import Call
-from engine.gpu.run.counting import counted_steps
-from engine.gpu.run.meter import Meter
+from engine.gpu.run.meter import Meter, counted_steps
 from engine.gpu.run.results import Clip
 from engine.job import SEED_RANGE, Job, Phase
 from engine.planning.work import Work
