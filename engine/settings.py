@@ -71,11 +71,7 @@ _SPELLED: Mapping[str, Callable[[Job], Any]] = {
 }
 _JOB_FIELDS = frozenset(field.name for field in fields(Job)) - {"settings"}
 
-_TYPES: Mapping[str, Any] = {
-    **{kind.__name__: kind for kind in (str, int, float, bool)},
-    "length": LENGTH,
-    "[str]": tuple[str, ...],
-}
+_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "length": LENGTH, "[str]": tuple[str, ...]}
 # What other tables list.
 _CHOICES = {"skip_steps_cache_type": ("", *STEP_CACHES), "task": tuple(TASKS)}
 

@@ -72,9 +72,4 @@ def __getattr__(name: str) -> type[Schema]:
 @cache
 def envelope(data: type[Schema]) -> type[Schema]:
     """Return the schema of the answer around `data`, which all but health, files and errors have."""
-    members = {
-        "success": member("bool", "`true`."),
-        "message": member("str", "For people."),
-        "data": fields.Nested(data, required=True),
-    }
-    return Open.from_dict(members, name=f"{data.__name__}Answer")
+    return ANSWERS["Envelope"].from_dict({"data": fields.Nested(data, required=True)}, name=f"{data.__name__}Answer")

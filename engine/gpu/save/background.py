@@ -18,20 +18,22 @@ class Broken(Exception):
 class _Handover(Generic[T]):
     """A queue of pieces from the thread that makes them to the one that writes them, limited in bytes."""
 
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[T, int]] = deque()
-        self._waiting_bytes = 0
+    def __init__(self, size_bytes: Callable[[T], int]) -> None:
+        self._size_bytes = size_bytes
+        self._waiting: deque[T] = deque()
         self._changed = threading.Condition()
         self._state = "open"  # then ended (complete), broken (the rest can't be made) or left (the writer has stopped)
 
-    def put(self, piece: T, size_bytes: int) -> bool:
+    def put(self, piece: T) -> bool:
         """Add a piece, once those that wait leave room; False if the writer has stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting_bytes < MOST_WAITING_BYTES or self._state == "left")
-            self._waiting.append((piece, size_bytes))
-            self._waiting_bytes += size_bytes
+            self._changed.wait_for(self._has_room)
+            self._waiting.append(piece)
             self._changed.notify_all()
             return self._state != "left"
+
+    def _has_room(self) -> bool:
+        return self._state == "left" or sum(map(self._size_bytes, self._waiting)) < MOST_WAITING_BYTES
 
     def close(self, state: str) -> None:
         with self._changed:
@@ -47,8 +49,7 @@ class _Handover(Generic[T]):
                     raise Broken
                 if not self._waiting:
                     return
-                piece, size_bytes = self._waiting.popleft()
-                self._waiting_bytes -= size_bytes
+                piece = self._waiting.popleft()
                 self._changed.notify_all()
             yield piece
 
@@ -60,12 +61,12 @@ def feed(
 
     Raises what making them or `write` raises, and then `write` has ended: with Broken, if making them failed.
     """
-    handover = _Handover[T]()
+    handover = _Handover(size_bytes)
     written = thread.submit(write, handover.taken())
     written.add_done_callback(lambda _: handover.close("left"))
     try:
         for piece in pieces:
-            if not handover.put(piece, size_bytes(piece)):
+            if not handover.put(piece):
                 written.result()
     except BaseException:
         handover.close("broken")
