@@ -53,7 +53,9 @@ def _of_type(kind: str, **options: Any) -> Field:
     return fields.Nested(ANSWERS[kind], **options) if kind in ANSWERS else TYPES[kind](**options)
 
 
-for _name, _row in rtoml.load(Path(__file__).with_suffix(".toml")).items():
+_tables = rtoml.load(Path(__file__).with_suffix(".toml"))
+ERRORS: Mapping[int, str] = {int(status): about for status, about in _tables.pop("errors").items()}
+for _name, _row in _tables.items():
     _base = ANSWERS[_row.pop("base")] if "base" in _row else Open
     ANSWERS[_name] = _base.from_dict({field: member(*about) for field, about in _row.items()}, name=_name)
 
