@@ -69,7 +69,8 @@ def _opened(path: Path, name: str, call: Call, sample_rate: int) -> Any:
 
 def _sound(path: Path, sample_rate: int) -> torch.Tensor:
     """The whole sound, (2, N) float32 in -1..1, at `sample_rate` samples a second. Raises BadFootage."""
-    resampler, chunks = av.AudioResampler("fltp", "stereo", sample_rate), list[NDArray[np.float32]]()
+    resampler = av.AudioResampler("fltp", "stereo", sample_rate)
+    chunks: list[NDArray[Any]] = []
     left = footage.MAX_S * sample_rate  # a file can hold more than the length that it names, and fill the memory
     with path.open("rb") as file, footage.opened(file, "audio") as container:
         frames = chain(container.decode(container.streams.audio[0]), [None])  # None: what the resampler still holds
