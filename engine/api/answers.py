@@ -1,12 +1,12 @@
 """The form of every answer: the contract's envelope, times, links and shortened texts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from engine.api.app_keys import API, CONFIG
 
@@ -19,6 +19,33 @@ STRICT_JSON = partial(json.dumps, allow_nan=False)  # raises ValueError for NaN 
 def answered(message: str, data: Mapping[str, Any], **options: Any) -> web.Response:
     """Return the contract's envelope around `data`."""
     return web.json_response({"success": True, "message": message, "data": data}, dumps=STRICT_JSON, **options)
+
+
+async def listed(
+    request: web.Request, message: str, name: str, entries: AsyncIterator[Any], data: Mapping[str, Any]
+) -> web.StreamResponse:
+    """Send the envelope around `data` and, under `name`, a list of entries, each as soon as the client takes it.
+
+    So an answer of any length costs the memory of one entry. A fault on the way ends the connection.
+    """
+    envelope = STRICT_JSON({"success": True, "message": message, "data": {name: [], **data}})
+    head, _, tail = envelope.partition("]")
+    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/json; charset=utf-8"})
+    await response.prepare(request)
+    if request.method == hdrs.METH_HEAD:
+        return response
+    try:
+        await response.write(head.encode())
+        comma = ""
+        async for entry in entries:
+            await response.write((comma + STRICT_JSON(entry)).encode())
+            comma = ", "
+        await response.write(f"]{tail}".encode())
+    except BaseException:
+        if request.transport:
+            request.transport.abort()
+        raise
+    return response
 
 
 def iso(seconds: float | None) -> str | None:

@@ -7,6 +7,7 @@ answer that follows it is a promise that a power cut can't break.
 import asyncio
 import json
 import logging
+import math
 import re
 import sqlite3
 import time
@@ -17,6 +18,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from engine.admission import BadRequest
 from engine.clock import Clock
 from engine.files.outputs import OwnFile
 from engine.queue.tasks import ENDED, Status, Task, unreadable
@@ -45,6 +47,8 @@ MIGRATIONS = (
 # What versions before it can do without, so that they still open the journal; done at each start.
 ADDITIONS = """
     CREATE INDEX IF NOT EXISTS tasks_by_end ON tasks (finished_at);  -- forgetting costs no more as the history grows
+    CREATE INDEX IF NOT EXISTS tasks_with_inputs ON tasks (status) WHERE instr(record, '/inputs/');
+    CREATE INDEX IF NOT EXISTS replies_by_age ON replies (created_at);
     CREATE TABLE IF NOT EXISTS files (  -- the daemon's own in the output folder, whether their task is kept or not
         name TEXT PRIMARY KEY,
         task_id INTEGER NOT NULL,
@@ -64,11 +68,18 @@ READING = """
     SELECT json_array(max(at), max(at)) FROM (SELECT finished_at AS at FROM tasks UNION SELECT created_at FROM replies)
 """
 KEY_LIFETIME_S = 24 * 3600
+MOST_KEYS = 10_000
+# The largest request needs 0.4 MiB: three texts of 10,000 characters, of which JSON makes up to twelve bytes each.
+MOST_RECORD_BYTES = 512 * 2**10
+MOST_BYTES = 512 * 2**20  # of all rows: beyond that, the oldest ended tasks are forgotten, however few there are
+FREE_PAGES = 4096  # that stay in the file for what comes next
+WAL_BYTES = 4 * 2**20
 # Errors of what is in the file; any other is of the disk, the folder or the lock, and says nothing against the file.
 FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 UPDATE = "UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?"
 ENDS = ", ".join(repr(str(status)) for status in sorted(ENDED))
-UNFINISHED = f"WHERE status NOT IN ({ENDS}) AND finished_at IS NULL ORDER BY rank, id"
+UNFINISHED = f"status NOT IN ({ENDS}) AND finished_at IS NULL"
+OLDEST = "SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY finished_at, id LIMIT 100"
 FILE = "name, task_id, size_bytes, mtime_ns, made_at"  # as OwnFile
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,6 +116,7 @@ class Journal:
     def __init__(self, path: Path, clock: Clock | None = None) -> None:
         self._path, self._clock = path, clock or Clock()
         self._reported: set[int] = set()  # ids of rows that can't be read
+        self._keep: tuple[int, float] = (2**63 - 1, math.inf)  # ended tasks, and their seconds
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._db: sqlite3.Connection
         self.set_aside: Path | None = None
@@ -152,7 +164,8 @@ class Journal:
         """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
 
         If `key` was used in the last 24 hours, nothing is stored and the answer of that time comes back. Raises
-        KeyReused if that was for a request with another digest than `request`.
+        KeyReused if that was for a request with another digest than `request`, and BadRequest for a task that is too
+        large.
         """
         with self._db:
             if key is not None and (known := self._answer(key, request)):
@@ -161,7 +174,10 @@ class Journal:
             assert row.lastrowid is not None
             task.id = row.lastrowid
             self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
-            self._db.execute(UPDATE, self._row(task))
+            if (size := len((values := self._row(task))[2])) > MOST_RECORD_BYTES:
+                rule = f"at most {MOST_RECORD_BYTES} are kept; send shorter texts"
+                raise BadRequest(f"The task would take {size} bytes in the journal, and {rule}")
+            self._db.execute(UPDATE, values)
             if key is not None:
                 insert = "INSERT OR REPLACE INTO replies (key, request, answer, created_at) VALUES (?, ?, ?, ?)"
                 self._db.execute(insert, (key, request, json.dumps({**answer, "task_id": task.id}), self._clock.now()))
@@ -183,13 +199,17 @@ class Journal:
     def save(
         self, /, *tasks: Task, ranks: Mapping[int, float] | None = None, made: Iterable[OwnFile] = (), **facts: Any
     ) -> None:
-        """Commit, together: these versions of tasks, ranks by task id, files that were made, JSON values by name."""
+        """Commit, together: these versions of tasks, ranks by task id, files that were made, JSON values by name.
+
+        Then forget what is no longer to be kept, see `prune`.
+        """
         with self._db:
             self._db.executemany(UPDATE, map(self._row, tasks))
             self._db.executemany(f"INSERT OR REPLACE INTO files ({FILE}) VALUES (?, ?, ?, ?, ?)", made)
             ranked = ((rank, task_id) for task_id, rank in (ranks or {}).items())
             self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
             self._save_facts({**facts, "clock": self._clock.reading()})
+        self._prune()
 
     def _save_facts(self, facts: Mapping[str, Any]) -> None:
         values = ((name, json.dumps(value)) for name, value in facts.items())
@@ -200,7 +220,7 @@ class Journal:
         """The tasks that have not ended, in the order in which they wait. Those that can't be read end as failed."""
         tasks = []
         with self._db:
-            for task_id, record, task in self._read(UNFINISHED):
+            for task_id, record, task in self._read(f"WHERE {UNFINISHED} ORDER BY rank, id"):
                 if task:
                     tasks.append(task)
                     continue
@@ -213,31 +233,68 @@ class Journal:
         """The task with this id, or None if there is no such row (any more)."""
         if abs(task_id) >= 2**63:
             return None  # beyond what SQLite can hold
-        return next(iter(self._tasks("WHERE id = ?", task_id)), None)
+        return next((task for _, _, task in self._read("WHERE id = ?", task_id)), None)
 
     @_in_thread
-    def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
-        """A page of all tasks, newest first, and how many there are."""
+    def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[int], int]:
+        """A page of the ids of all tasks, newest first, and how many there are."""
         where, values = ("WHERE status = ?", (status,)) if status else ("", ())
         total = self._db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
-        return self._tasks(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", *values, limit, offset), total
+        return self._ids(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", *values, limit, offset), total
 
     @_in_thread
     def prune(self, keep_count: int, keep_s: float) -> None:
-        """Forget ended tasks beyond the newest `keep_count`, and those that ended over `keep_s` seconds ago."""
+        """Forget ended tasks beyond the newest `keep_count`, and those that ended over `keep_s` seconds ago.
+
+        From now on, that is done after each change too.
+        """
+        self._keep = keep_count, keep_s
+        self._prune()
+
+    def _prune(self) -> None:
+        """Forget what is no longer to be kept; what can't be forgotten now waits for the next change."""
+        try:
+            with self._db:
+                self._forget(*self._keep)
+            if (free := self._pragma("freelist_count")) > FREE_PAGES:
+                self._db.execute(f"PRAGMA incremental_vacuum({free - FREE_PAGES})").fetchall()  # a page a row
+        except Exception as fault:  # whatever it was, the change is committed
+            log.warning("old tasks can't be forgotten now: %s", fault)
+
+    def _forget(self, keep_count: int, keep_s: float) -> None:
+        now, run = self._clock.now(), self._db.execute
         newest_too_many = (
             "SELECT finished_at, id FROM tasks WHERE finished_at IS NOT NULL"
             " ORDER BY finished_at DESC, id DESC LIMIT 1 OFFSET ?"
         )
-        with self._db:
-            self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (self._clock.now() - keep_s,))
-            self._db.execute(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
-            self._db.execute("DELETE FROM replies WHERE created_at < ?", (self._clock.now() - KEY_LIFETIME_S,))
+        oldest_kept = "SELECT created_at FROM replies ORDER BY created_at DESC LIMIT 1 OFFSET ?"
+        run("DELETE FROM tasks WHERE finished_at < ?", (now - keep_s,))
+        run(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
+        run("DELETE FROM replies WHERE created_at < ?", (now - KEY_LIFETIME_S,))
+        run(f"DELETE FROM replies WHERE created_at < ({oldest_kept})", (MOST_KEYS - 1,))
+        while self._used_bytes() > MOST_BYTES and run(f"DELETE FROM tasks WHERE id IN ({OLDEST})").rowcount:
+            pass
+        run("DELETE FROM facts WHERE name LIKE 'unreadable %' AND substr(name, 12) NOT IN (SELECT id FROM tasks)")
+
+    def _used_bytes(self) -> int:
+        pages = self._pragma("page_count") - self._pragma("freelist_count")
+        return pages * self._pragma("page_size")
+
+    def _pragma(self, name: str) -> int:
+        return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
 
     @_in_thread
-    def inputs(self) -> set[str]:
-        """The names of all stored input files that some row still needs: the last parts of whatever paths it has."""
-        rows = self._db.execute("SELECT record FROM tasks UNION ALL SELECT value FROM facts")
+    def inputs(self, unfinished_only: bool = False) -> set[str]:
+        """The names of the stored input files that are needed: the last parts of whatever paths the rows have.
+
+        By all tasks but the cancelled ones, or by those alone that have not ended.
+        """
+        which = UNFINISHED if unfinished_only else f"status != '{Status.CANCELLED}'"
+        rows = self._db.execute(
+            f"SELECT record FROM tasks WHERE instr(record, '/inputs/') AND {which}"
+            " UNION ALL SELECT value FROM facts WHERE name LIKE 'unreadable %' AND NOT ?",
+            (unfinished_only,),
+        )
         return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
 
     @_in_thread
@@ -267,7 +324,8 @@ class Journal:
 
     def _read(self, rest: str, *values: Any) -> Iterator[tuple[int, str, Task | None]]:
         """Id, record and task of rows; None and a line in the log for one that can't be read."""
-        for task_id, record in self._db.execute(f"SELECT id, record FROM tasks {rest}", values).fetchall():
+        for task_id in self._ids(rest, *values):  # one record at a time: all of them would take much memory
+            record = self._db.execute("SELECT record FROM tasks WHERE id = ?", (task_id,)).fetchone()[0]
             try:
                 yield task_id, record, Task.restore(record, self._path.parent / "inputs")
             except Exception as fault:  # whatever another version, or a person, has written there
@@ -276,8 +334,8 @@ class Journal:
                     log.error("the record of task %d can't be read: %s: %s", task_id, type(fault).__name__, fault)
                 yield task_id, record, None
 
-    def _tasks(self, rest: str, *values: Any) -> list[Task]:
-        return [task for _, _, task in self._read(rest, *values) if task]
+    def _ids(self, rest: str, *values: Any) -> list[int]:
+        return [task_id for (task_id,) in self._db.execute(f"SELECT id FROM tasks {rest}", values)]
 
 
 def _refuse_newer(path: Path) -> None:
@@ -303,7 +361,10 @@ def _connect(path: Path) -> sqlite3.Connection:
     """An open, checked and up-to-date journal. Raises sqlite3.DatabaseError if the file is not one."""
     db = sqlite3.connect(path)
     try:
+        if not db.execute("PRAGMA page_count").fetchone()[0]:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # which only a new file can be given
         db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         db.execute("PRAGMA synchronous = FULL")
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")

@@ -32,6 +32,7 @@ class TaskStore:
         self.wake = asyncio.Event()  # set when there may be something to start
         self.waiting = Order()
         self.started: dict[int, Task] = {}  # those that run, in the order of their start
+        self.released = asyncio.Event()  # set when a task was cancelled that has inputs
         self.paused = False  # no waiting task starts
         self.journal_fault = ""  # while the end or the start of a task can't be written
         self._changing = asyncio.Lock()
@@ -76,11 +77,6 @@ class TaskStore:
                         news = [await self.get(task_id)]
                     task = next((newer for newer in reversed(news) if newer.id == task_id), task)
         return task
-
-    async def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
-        """A page of all tasks, newest first, and how many there are."""
-        tasks, total = await self.journal.history(status, limit, offset)
-        return [self.active(task.id) or task for task in tasks], total
 
     def add(self, task: Task) -> None:
         """Let a new task wait, whose row is in the journal."""
@@ -214,5 +210,7 @@ class TaskStore:
                 self.waiting.add(task)
             else:
                 self.waiting.remove(task.id)
+                if task.status is Status.CANCELLED and task.job.inputs:
+                    self.released.set()
         for task in tasks:
             self.events.publish(KINDS.get(task.status) or EventKind(task.status), task)
