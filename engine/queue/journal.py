@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -71,8 +72,10 @@ KEY_LIFETIME_S = 24 * 3600
 MOST_KEYS = 10_000
 # The largest request needs 0.4 MiB: three texts of 10,000 characters, of which JSON makes up to twelve bytes each.
 MOST_RECORD_BYTES = 512 * 2**10
-MOST_BYTES = 512 * 2**20  # of all rows: beyond that, the oldest ended tasks are forgotten, however few there are
-FREE_PAGES = 4096  # that stay in the file for what comes next
+# All rows may take the most, or a quarter of their disk if that is less, but the least in any case. Beyond that, the
+# oldest ended tasks are forgotten, however few there are.
+LEAST_BYTES, MOST_BYTES = 16 * 2**20, 512 * 2**20
+FREE_PAGES = 1024  # that stay in the file for what comes next, and the most that a change takes out of it
 WAL_BYTES = 4 * 2**20
 # Errors of what is in the file; any other is of the disk, the folder or the lock, and says nothing against the file.
 FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -256,8 +259,8 @@ class Journal:
         try:
             with self._db:
                 self._forget(*self._keep)
-            if (free := self._pragma("freelist_count")) > FREE_PAGES:
-                self._db.execute(f"PRAGMA incremental_vacuum({free - FREE_PAGES})").fetchall()  # a page a row
+            if self._pragma("freelist_count") > FREE_PAGES:  # not all: moved pages need room in the WAL
+                self._db.executescript(f"PRAGMA incremental_vacuum({FREE_PAGES})")  # by `execute` it would be one page
         except Exception as fault:  # whatever it was, the change is committed
             log.warning("old tasks can't be forgotten now: %s", fault)
 
@@ -272,13 +275,14 @@ class Journal:
         run(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
         run("DELETE FROM replies WHERE created_at < ?", (now - KEY_LIFETIME_S,))
         run(f"DELETE FROM replies WHERE created_at < ({oldest_kept})", (MOST_KEYS - 1,))
-        while self._used_bytes() > MOST_BYTES and run(f"DELETE FROM tasks WHERE id IN ({OLDEST})").rowcount:
+        while self._too_large() and run(f"DELETE FROM tasks WHERE id IN ({OLDEST})").rowcount:
             pass
         run("DELETE FROM facts WHERE name LIKE 'unreadable %' AND substr(name, 12) NOT IN (SELECT id FROM tasks)")
 
-    def _used_bytes(self) -> int:
-        pages = self._pragma("page_count") - self._pragma("freelist_count")
-        return pages * self._pragma("page_size")
+    def _too_large(self) -> bool:
+        used = (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
+        room = used + shutil.disk_usage(self._path.parent).free
+        return used > min(MOST_BYTES, max(LEAST_BYTES, room // 4))
 
     def _pragma(self, name: str) -> int:
         return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])

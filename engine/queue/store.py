@@ -16,6 +16,7 @@ from engine.queue.tasks import NoSuchTask, Status, Task, WrongState, ended
 log = logging.getLogger("wangpd.queue")
 T = TypeVar("T")
 SAVE_AGAIN_S = 5.0
+AT_ONCE = 16  # tasks in a commit: submissions wait for it, and a disk that is nearly full must have room for it
 KINDS: Mapping[Status, EventKind] = {Status.QUEUED: EventKind.REQUEUED, Status.PROCESSING: EventKind.STARTED}
 
 
@@ -101,12 +102,16 @@ class TaskStore:
             return task.status
 
     async def clear(self) -> int:
-        """Take out all waiting tasks and return how many there were; those that run go on. Raises JournalFault."""
+        """Take out all waiting tasks and return how many there were; those that run go on.
+
+        Raises JournalFault, and then those whose commit came before are out.
+        """
         async with self._changing:
-            cleared = [ended(task, Status.CANCELLED) for task in self.waiting]
-            await self._commit(*cleared)
+            waiting = list(self.waiting)
+            for first in range(0, len(waiting), AT_ONCE):
+                await self._commit(*(ended(task, Status.CANCELLED) for task in waiting[first : first + AT_ONCE]))
             self.events.publish(EventKind.CLEARED)
-            return len(cleared)
+            return len(waiting)
 
     async def move(self, task_id: int, position: int) -> int:
         """Put a waiting task at `position` and return where it is: never before those that run, or past the end.
