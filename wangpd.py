@@ -341,8 +341,8 @@ async def history(request: web.Request) -> web.StreamResponse:
             with suppress(NoSuchTask):  # it has been forgotten meanwhile
                 yield views.task_state(app, await app[QUEUE].get(task_id))
 
-    data = {"total": total, "limit": query["limit"], "offset": query["offset"]}
-    return await listed(request, f"Found {total} tasks", "tasks", states(), data)
+    data = {"tasks": [], "total": total, "limit": query["limit"], "offset": query["offset"]}
+    return await listed(request, f"Found {total} tasks", data, states())
 
 
 # ---- output files
@@ -488,10 +488,7 @@ async def warm_up(app: web.Application) -> None:
 
 
 async def sweep(app: web.Application) -> None:
-    """Remove the input files that no task needs any more: now, every hour, and soon after tasks were cancelled.
-
-    One may be in a journal set aside.
-    """
+    """Remove the inputs that no task needs, each hour and soon after a cancel; a journal set aside may need them."""
     queue = app[QUEUE]
     while True:
         queue.released.clear()

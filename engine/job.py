@@ -92,14 +92,11 @@ DEVICE_FAULT = "device_fault"  # of the task, but it has left the process unfit 
 STALE_PROCESS = "stale_process"  # the process was found unfit before the task began
 
 
-MOST_CHARS = 2000  # of a fault's sentence
-
-
 class EngineError(Exception):
     """A fault that ends one task: a sentence for the user, and a code for programs. A library's text is cut."""
 
     def __init__(self, message: str, code: str = "generation_failed") -> None:
-        self.message, self.code = message[:MOST_CHARS], code
+        self.message, self.code = message[:2000], code
         super().__init__(self.message, code)  # both in args, so that the exception survives pickling
 
     def __str__(self) -> str:

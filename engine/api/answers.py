@@ -22,14 +22,10 @@ def answered(message: str, data: Mapping[str, Any], **options: Any) -> web.Respo
 
 
 async def listed(
-    request: web.Request, message: str, name: str, entries: AsyncIterator[Any], data: Mapping[str, Any]
+    request: web.Request, message: str, data: Mapping[str, Any], entries: AsyncIterator[Any]
 ) -> web.StreamResponse:
-    """Send the envelope around `data` and, under `name`, a list of entries, each as soon as the client takes it.
-
-    So an answer of any length costs the memory of one entry. A fault on the way ends the connection.
-    """
-    envelope = STRICT_JSON({"success": True, "message": message, "data": {name: [], **data}})
-    head, _, tail = envelope.partition("]")
+    """Send the envelope around `data`, whose empty list gets `entries`, one by one: any length takes little memory."""
+    head, _, tail = STRICT_JSON({"success": True, "message": message, "data": data}).partition("]")
     response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/json; charset=utf-8"})
     await response.prepare(request)
     if request.method == hdrs.METH_HEAD:
@@ -41,7 +37,7 @@ async def listed(
             await response.write((comma + STRICT_JSON(entry)).encode())
             comma = ", "
         await response.write(f"]{tail}".encode())
-    except BaseException:
+    except BaseException:  # no other answer may follow in the middle of this one
         if request.transport:
             request.transport.abort()
         raise

@@ -73,7 +73,7 @@ MOST_KEYS = 10_000
 # The largest request needs 0.4 MiB: three texts of 10,000 characters, of which JSON makes up to twelve bytes each.
 MOST_RECORD_BYTES = 512 * 2**10
 # All rows may take the most, or a quarter of their disk if that is less, but the least in any case. Beyond that, the
-# oldest ended tasks are forgotten, however few there are.
+# oldest ended tasks and keys are forgotten, however few there are.
 LEAST_BYTES, MOST_BYTES = 16 * 2**20, 512 * 2**20
 FREE_PAGES = 1024  # that stay in the file for what comes next, and the most that a change takes out of it
 WAL_BYTES = 4 * 2**20
@@ -82,7 +82,12 @@ FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.S
 UPDATE = "UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?"
 ENDS = ", ".join(repr(str(status)) for status in sorted(ENDED))
 UNFINISHED = f"status NOT IN ({ENDS}) AND finished_at IS NULL"
-OLDEST = "SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY finished_at, id LIMIT 100"
+PAGES = "pragma_page_count, pragma_freelist_count, pragma_page_size"
+USED_BYTES = f"SELECT (page_count - freelist_count) * page_size FROM {PAGES}"
+OLDEST = (
+    "DELETE FROM tasks WHERE id IN (SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY finished_at LIMIT 100)",
+    "DELETE FROM replies WHERE key IN (SELECT key FROM replies ORDER BY created_at LIMIT 100)",
+)
 FILE = "name, task_id, size_bytes, mtime_ns, made_at"  # as OwnFile
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -167,8 +172,7 @@ class Journal:
         """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
 
         If `key` was used in the last 24 hours, nothing is stored and the answer of that time comes back. Raises
-        KeyReused if that was for a request with another digest than `request`, and BadRequest for a task that is too
-        large.
+        KeyReused if that was for a request with another digest than `request`, and BadRequest for too large a task.
         """
         with self._db:
             if key is not None and (known := self._answer(key, request)):
@@ -202,10 +206,7 @@ class Journal:
     def save(
         self, /, *tasks: Task, ranks: Mapping[int, float] | None = None, made: Iterable[OwnFile] = (), **facts: Any
     ) -> None:
-        """Commit, together: these versions of tasks, ranks by task id, files that were made, JSON values by name.
-
-        Then forget what is no longer to be kept, see `prune`.
-        """
+        """Commit, together: these versions of tasks, ranks by task id, files that were made, JSON values by name."""
         with self._db:
             self._db.executemany(UPDATE, map(self._row, tasks))
             self._db.executemany(f"INSERT OR REPLACE INTO files ({FILE}) VALUES (?, ?, ?, ?, ?)", made)
@@ -247,21 +248,17 @@ class Journal:
 
     @_in_thread
     def prune(self, keep_count: int, keep_s: float) -> None:
-        """Forget ended tasks beyond the newest `keep_count`, and those that ended over `keep_s` seconds ago.
-
-        From now on, that is done after each change too.
-        """
+        """Forget ended tasks beyond the newest `keep_count` or over `keep_s` seconds old, now and after each `save`."""
         self._keep = keep_count, keep_s
         self._prune()
 
     def _prune(self) -> None:
-        """Forget what is no longer to be kept; what can't be forgotten now waits for the next change."""
         try:
             with self._db:
                 self._forget(*self._keep)
-            if self._pragma("freelist_count") > FREE_PAGES:  # not all: moved pages need room in the WAL
+            if self._db.execute("PRAGMA freelist_count").fetchone()[0] > FREE_PAGES:
                 self._db.executescript(f"PRAGMA incremental_vacuum({FREE_PAGES})")  # by `execute` it would be one page
-        except Exception as fault:  # whatever it was, the change is committed
+        except Exception as fault:  # whatever it was, the change is committed, and the next one tries again
             log.warning("old tasks can't be forgotten now: %s", fault)
 
     def _forget(self, keep_count: int, keep_s: float) -> None:
@@ -270,35 +267,25 @@ class Journal:
             "SELECT finished_at, id FROM tasks WHERE finished_at IS NOT NULL"
             " ORDER BY finished_at DESC, id DESC LIMIT 1 OFFSET ?"
         )
-        oldest_kept = "SELECT created_at FROM replies ORDER BY created_at DESC LIMIT 1 OFFSET ?"
+        too_old = "SELECT created_at FROM replies ORDER BY created_at DESC LIMIT 1 OFFSET ?"
         run("DELETE FROM tasks WHERE finished_at < ?", (now - keep_s,))
         run(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
-        run("DELETE FROM replies WHERE created_at < ?", (now - KEY_LIFETIME_S,))
-        run(f"DELETE FROM replies WHERE created_at < ({oldest_kept})", (MOST_KEYS - 1,))
-        while self._too_large() and run(f"DELETE FROM tasks WHERE id IN ({OLDEST})").rowcount:
+        run(f"DELETE FROM replies WHERE created_at < ? OR created_at <= ({too_old})", (now - KEY_LIFETIME_S, MOST_KEYS))
+        while self._too_large() and sum(run(deletion).rowcount for deletion in OLDEST):
             pass
         run("DELETE FROM facts WHERE name LIKE 'unreadable %' AND substr(name, 12) NOT IN (SELECT id FROM tasks)")
 
     def _too_large(self) -> bool:
-        used = (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
+        used = int(self._db.execute(USED_BYTES).fetchone()[0])
         room = used + shutil.disk_usage(self._path.parent).free
         return used > min(MOST_BYTES, max(LEAST_BYTES, room // 4))
 
-    def _pragma(self, name: str) -> int:
-        return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
-
     @_in_thread
     def inputs(self, unfinished_only: bool = False) -> set[str]:
-        """The names of the stored input files that are needed: the last parts of whatever paths the rows have.
-
-        By all tasks but the cancelled ones, or by those alone that have not ended.
-        """
+        """The names of the input files that all tasks but the cancelled ones need, or those that have not ended."""
         which = UNFINISHED if unfinished_only else f"status != '{Status.CANCELLED}'"
-        rows = self._db.execute(
-            f"SELECT record FROM tasks WHERE instr(record, '/inputs/') AND {which}"
-            " UNION ALL SELECT value FROM facts WHERE name LIKE 'unreadable %' AND NOT ?",
-            (unfinished_only,),
-        )
+        query = f"SELECT record FROM tasks WHERE instr(record, '/inputs/') AND {which}"
+        rows = self._db.execute(query if unfinished_only else f"{query} UNION ALL SELECT value FROM facts")
         return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
 
     @_in_thread
@@ -335,7 +322,9 @@ class Journal:
             except Exception as fault:  # whatever another version, or a person, has written there
                 if task_id not in self._reported:
                     self._reported.add(task_id)
-                    log.error("the record of task %d can't be read: %s: %s", task_id, type(fault).__name__, fault)
+                    log.error(
+                        "the record of task %d can't be read: %s: %s", task_id, type(fault).__name__, str(fault)[:200]
+                    )
                 yield task_id, record, None
 
     def _ids(self, rest: str, *values: Any) -> list[int]:

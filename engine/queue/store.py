@@ -102,10 +102,7 @@ class TaskStore:
             return task.status
 
     async def clear(self) -> int:
-        """Take out all waiting tasks and return how many there were; those that run go on.
-
-        Raises JournalFault, and then those whose commit came before are out.
-        """
+        """Take out all waiting tasks and return how many there were; some may be out already at a JournalFault."""
         async with self._changing:
             waiting = list(self.waiting)
             for first in range(0, len(waiting), AT_ONCE):
