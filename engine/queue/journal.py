@@ -322,9 +322,7 @@ class Journal:
             except Exception as fault:  # whatever another version, or a person, has written there
                 if task_id not in self._reported:
                     self._reported.add(task_id)
-                    log.error(
-                        "the record of task %d can't be read: %s: %s", task_id, type(fault).__name__, str(fault)[:200]
-                    )
+                    log.error("the record of task %d can't be read: %.300r", task_id, fault)
                 yield task_id, record, None
 
     def _ids(self, rest: str, *values: Any) -> list[int]:
