@@ -125,7 +125,6 @@ def test_the_disk_gets_the_room_back_that_large_tasks_took(idle: Daemon) -> None
         idle.delete("/queue")
         idle.post("/queue/pause")  # the first change after it takes over the room of the write-ahead log
         assert journal_mib(idle) < 30
-    idle.post("/queue/resume")
 
 
 async def test_all_rows_together_have_a_bound_and_the_oldest_go(
@@ -253,15 +252,24 @@ def test_a_page_of_the_history_costs_the_memory_of_one_task(tmp_path: Path) -> N
         assert "Traceback" not in daemon.log.read_text()
 
 
-@pytest.mark.parametrize("query", ["", "?limit=3", "?status=failed", "?offset=1000000"])
+@pytest.mark.parametrize("query", ["", "?limit=3", "?status=failed", "?offset=1000000", "?limit=200"])
 def test_a_page_of_the_history_is_one_object_of_any_length(idle: Daemon, query: str) -> None:
-    idle.submit()
+    for _ in range(5 if query == "?limit=200" else 1):  # that page is longer than what is sent at once
+        idle.submit(prompt=ASTRAL * 10_000 if query == "?limit=200" else "a cat")
     answer = idle.get(f"/tasks{query}")
     assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
     assert list(answer.json()) == ["success", "message", "data"]
     assert list(answer.json()["data"]) == ["tasks", "total", "limit", "offset"]
     looked = idle.request("HEAD", f"/tasks{query}")
     assert (looked.status_code, looked.content) == (200, b"")
+    assert idle.get("/health").status_code == 200
+
+
+def test_a_short_page_of_the_history_has_its_length(tmp_path: Path) -> None:
+    with idle_daemon(tmp_path) as daemon:
+        daemon.submit()
+        answer = daemon.get("/tasks")
+        assert (int(answer.headers["Content-Length"]), len(answer.json()["data"]["tasks"])) == (len(answer.content), 1)
 
 
 # ---- inputs
@@ -363,7 +371,8 @@ def test_pictures_that_fill_the_state_disk_are_refused_and_work_goes_on_by_itsel
         assert sentence.startswith("The disk of state_path has ")
         assert daemon.get("/health/ready").json() == {"detail": sentence}
         assert daemon.get("/queue").json()["data"]["held"] == sentence
-        assert daemon.delete("/queue").status_code == 200
+        answer = daemon.delete("/queue")
+        assert answer.status_code == 200, answer.text
         daemon.post("/queue/resume")
         assert eventually(lambda: daemon.get("/health/ready").status_code == 200)
         assert daemon.run(seed=3, **QUICK)["status"] == "completed"

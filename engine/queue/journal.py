@@ -356,6 +356,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # which only a new file can be given
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+        db.execute("PRAGMA secure_delete = OFF")  # where it is on by default, a deletion writes all that it deletes
         db.execute("PRAGMA synchronous = FULL")
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")

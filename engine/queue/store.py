@@ -16,7 +16,7 @@ from engine.queue.tasks import NoSuchTask, Status, Task, WrongState, ended
 log = logging.getLogger("wangpd.queue")
 T = TypeVar("T")
 SAVE_AGAIN_S = 5.0
-AT_ONCE = 16  # tasks in a commit: submissions wait for it, and a disk that is nearly full must have room for it
+AT_ONCE = 8  # tasks in a commit: submissions wait for it, and a disk that is nearly full must have room for it
 KINDS: Mapping[Status, EventKind] = {Status.QUEUED: EventKind.REQUEUED, Status.PROCESSING: EventKind.STARTED}
 
 
