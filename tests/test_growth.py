@@ -1,10 +1,12 @@
 """What clients make the daemon store is bounded: records, keys, inputs and the journal, however the storm looks."""
 
+import asyncio
 import base64
 import io
 import json
 import signal
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -14,13 +16,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from engine.admission import BadRequest
+from engine.admission import BadRequest, require_files
 from engine.queue import journal as rows
 from engine.queue.journal import Journal
 from engine.queue.tasks import Status, Task, ended
 from tests import stand_ins
 from tests.daemon import Daemon
 from tests.disks import DaemonWithDisks
+from tests.harness import Harness
 from tests.idle import idle_daemon
 from tests.processes import eventually
 from tests.stand_ins import job
@@ -342,6 +345,34 @@ async def test_what_ended_tasks_need_can_be_told_from_what_is_still_to_run(journ
             await journal.save(ended(task, status))
     assert await journal.inputs() == {"a", "b", "d"}
     assert await journal.inputs(unfinished_only=True) == {"a"}
+
+
+async def test_no_task_is_accepted_or_retried_between_the_look_and_the_removal(tmp_path: Path) -> None:
+    looked, go_on = threading.Event(), threading.Event()
+    picture_file = tmp_path / "inputs" / "a"
+    harness = Harness(tmp_path)
+
+    def remove(needed: set[str]) -> int:
+        looked.set()
+        go_on.wait()
+        picture_file.unlink()
+        return len(needed)
+
+    async with harness.open(paused=True) as queue:
+        picture_file.parent.mkdir()
+        picture_file.touch()
+        (old,) = await harness.submit(inputs={"image_start": (picture_file,)})
+        await queue.remove(old)
+        sweeping = asyncio.create_task(queue.sweep(remove))
+        await asyncio.to_thread(looked.wait)
+        others = [asyncio.create_task(queue.submit(job())), asyncio.create_task(queue.retry(old, require_files))]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in others)
+        go_on.set()
+        assert await sweeping == 0
+        await others[0]
+        with pytest.raises(BadRequest, match="image_start: its file is no longer in state_path"):
+            await others[1]
 
 
 # ---- the disk of the state

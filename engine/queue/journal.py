@@ -280,13 +280,19 @@ class Journal:
         room = used + shutil.disk_usage(self._path.parent).free
         return used > min(MOST_BYTES, max(LEAST_BYTES, room // 4))
 
-    @_in_thread
-    def inputs(self, unfinished_only: bool = False) -> set[str]:
+    def _inputs(self, unfinished_only: bool = False) -> set[str]:
         """The names of the input files that all tasks but the cancelled ones need, or those that have not ended."""
         which = UNFINISHED if unfinished_only else f"status != '{Status.CANCELLED}'"
         query = f"SELECT record FROM tasks WHERE instr(record, '/inputs/') AND {which}"
         rows = self._db.execute(query if unfinished_only else f"{query} UNION ALL SELECT value FROM facts")
         return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
+
+    inputs = _in_thread(_inputs)
+
+    @_in_thread
+    def sweep(self, remove: Callable[[set[str]], int], unfinished_only: bool = False) -> int:
+        """Call `remove` with the names of `inputs`, and return what it returns; no task is added meanwhile."""
+        return remove(self._inputs(unfinished_only))
 
     @_in_thread
     def files(self) -> list[OwnFile]:

@@ -145,9 +145,9 @@ class TaskQueue(TaskStore):
             return await self.submit(task.job, task.warnings)
 
     async def sweep(self, remove: Callable[[set[str]], int], *, unfinished_only: bool = False) -> int:
-        """Call `remove` in a thread with the names of the input files that are needed; see Journal.inputs."""
+        """See Journal; no task is retried meanwhile either."""
         async with self._taking:
-            return await asyncio.to_thread(remove, await self.journal.inputs(unfinished_only))
+            return await self.journal.sweep(remove, unfinished_only)
 
     async def remove(self, task_id: int) -> Status:
         """See TaskStore; begins to cancel the work on a running task."""
