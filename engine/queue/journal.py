@@ -271,7 +271,7 @@ class Journal:
         run("DELETE FROM tasks WHERE finished_at < ?", (now - keep_s,))
         run(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
         run(f"DELETE FROM replies WHERE created_at < ? OR created_at <= ({too_old})", (now - KEY_LIFETIME_S, MOST_KEYS))
-        while self._too_large() and sum(run(deletion).rowcount for deletion in OLDEST):
+        while self._too_large() and sum(run(deletion).rowcount for deletion in OLDEST) > 0:
             pass
         run("DELETE FROM facts WHERE name LIKE 'unreadable %' AND substr(name, 12) NOT IN (SELECT id FROM tasks)")
 
