@@ -23,7 +23,7 @@ from aiohttp import hdrs, web
 
 from engine.admission import Admission, BadRequest, Policy, Resolved, files_of
 from engine.api import requests, schemas, views
-from engine.api.answers import answered, iso, link
+from engine.api.answers import answered, iso, link, listed
 from engine.api.app_keys import (
     ADMISSION,
     API,
@@ -71,7 +71,7 @@ from engine.log import set_up as set_up_log
 from engine.queue.endings import Limits
 from engine.queue.journal import Journal, JournalFault, NewerJournal
 from engine.queue.queue import Receipt, TaskQueue
-from engine.queue.tasks import Status
+from engine.queue.tasks import NoSuchTask, Status
 from engine.settings import echo
 from engine.turns import Turns
 from engine.workers.local import Engine
@@ -80,6 +80,7 @@ log = logging.getLogger("wangpd")
 
 API_VERSION = "1.0.0"  # of the contract
 SWEEP_S = 3600
+RELEASE_S = 5  # between two looks at which input files are needed, however many tasks are cancelled
 HEAVY_AT_ONCE = 2
 BODIES_AT_ONCE = 4  # of max_body_mb
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
@@ -236,7 +237,7 @@ async def make_room(app: web.Application, body: Mapping[str, Any]) -> None:
     files = [sent for sents in files_of(body).values() for sent in sents]
     inputs = app[INPUT_FILES]
     if files and not await asyncio.to_thread(inputs.has_room, files):
-        await asyncio.to_thread(inputs.sweep, await app[QUEUE].journal.inputs(unfinished_only=True))
+        await app[QUEUE].journal.sweep(inputs.sweep, unfinished_only=True)
         if not await asyncio.to_thread(inputs.has_room, files):
             raise NoStorage("The files of waiting tasks fill max_inputs_mb; cancel some of these tasks, or raise it")
 
@@ -347,14 +348,19 @@ async def retry_task(request: web.Request) -> web.Response:
 
 
 @routes.operation("Queue", "GET /tasks", schemas.TaskPage, 400, 503, query=requests.HistoryQuery)
-async def history(request: web.Request) -> web.Response:
+async def history(request: web.Request) -> web.StreamResponse:
     """All tasks, ended ones too, newest first."""
     app, query = request.app, request[QUERY]
     status = Status(query["status"]) if query["status"] else None
-    tasks, total = await app[QUEUE].history(status, query["limit"], query["offset"])
-    page = [views.task_state(app, task) for task in tasks]
-    data = {"tasks": page, "total": total, "limit": query["limit"], "offset": query["offset"]}
-    return answered(f"Found {total} tasks", data)
+    ids, total = await app[QUEUE].journal.history(status, query["limit"], query["offset"])
+
+    async def states() -> AsyncIterator[Any]:
+        for task_id in ids:
+            with suppress(NoSuchTask):  # it has been forgotten meanwhile
+                yield views.task_state(app, await app[QUEUE].get(task_id))
+
+    data = {"tasks": [], "total": total, "limit": query["limit"], "offset": query["offset"]}
+    return await listed(request, f"Found {total} tasks", data, states())
 
 
 # ---- output files
@@ -504,14 +510,18 @@ async def warm_up(app: web.Application) -> None:
 
 
 async def sweep(app: web.Application) -> None:
-    """Remove the input pictures that no task needs any more, now and every hour; one may be in a journal set aside."""
+    """Remove the inputs that no task needs, each hour and soon after a cancel; a journal set aside may need them."""
+    queue = app[QUEUE]
     while True:
+        queue.released.clear()
         with suppress(JournalFault, OSError):
-            await app[QUEUE].journal.save()  # the clock: a daemon that only idles knows of the time too
+            await queue.journal.save()  # the clock: a daemon that only idles knows of the time too
             aside = app[CONFIG].state_path.glob("journal.sqlite.unreadable-*")
             if not await asyncio.to_thread(any, aside):
-                await asyncio.to_thread(app[INPUT_FILES].sweep, await app[QUEUE].journal.inputs())
-        await asyncio.sleep(SWEEP_S)
+                await queue.sweep(app[INPUT_FILES].sweep)
+        await asyncio.sleep(RELEASE_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(queue.released.wait(), SWEEP_S)
 
 
 # ---- systemd

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Final
 from engine.files.folders import stats
 from engine.files.publish import published
 
+LEAST_FREE_BYTES = 32 * 2**20  # the disk is the queue's first, see LEAST_STATE_MB
 PREVIEW_WIDTH: Final = 320  # of a thumbnail where the request names no width
 
 
@@ -43,6 +45,8 @@ class ThumbnailCache:
         path = self._folder / f"{key}.jpg"
         with suppress(OSError):
             self._folder.mkdir(exist_ok=True)
+            if shutil.disk_usage(self._folder).free < LEAST_FREE_BYTES:
+                return None
             with published(path, rivals=True, durable=False) as part:
                 part.write_bytes(data)
                 with self._counting:  # before it can be found: what is removed is older
