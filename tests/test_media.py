@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from engine.files import media
+from tests import bombs
 
 LIMIT = 1_000_000  # pixels
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -169,6 +170,76 @@ def test_an_animation_counts_as_its_first_frame() -> None:
 
 def test_a_broken_exif_does_not_cost_a_good_picture() -> None:
     assert checked(encoded(noise(32, 16), "WEBP", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")) == (32, 16)
+
+
+@pytest.mark.parametrize("scans", [101, 200, 5000])
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(scans: int) -> None:
+    data = bombs.jpeg(900, scans)
+    assert "scans" in refusal(data)
+    assert "scans" in refusal(data[:-2] + b"\xff\xff" + data[-2:])  # a fill byte before a marker
+
+
+@pytest.mark.parametrize("scans", [1, 12, 100])
+def test_a_jpeg_of_as_many_scans_as_programs_write_is_accepted(scans: int) -> None:
+    assert checked(bombs.jpeg(900, scans)) == (900, 900)
+
+
+@pytest.mark.parametrize("where", ["beside the picture", "in a comment", "behind the end"])
+def test_what_only_looks_like_scans_is_not_counted(where: str) -> None:
+    data, marks = encoded(noise(64, 64), "JPEG"), b"\xff\xda\0\x02" * 300
+    segment = {"beside the picture": b"\xff\xe1", "in a comment": b"\xff\xfe"}.get(where)
+    if segment:
+        data = data[:2] + segment + struct.pack(">H", len(marks) + 2) + marks + data[2:]
+    else:
+        data += marks  # as a phone appends a film
+    assert checked(data) == (64, 64)
+
+
+def test_a_jpeg_of_very_many_segments_is_refused() -> None:
+    data = encoded(noise(8, 8), "JPEG")
+    assert "segments" in refusal(data[:2] + b"\xff\xe5\0\x02" * 10_000 + data[2:])
+
+
+def test_a_profile_bomb_inside_a_png_takes_no_memory() -> None:
+    image = noise(8, 8)
+    image.info["icc_profile"] = bytes(50_000_000)
+    assert check_peak_mib(encoded(image)) < 60
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "most_mib"),
+    [
+        ("PNG", {"compress_level": 1}, 110),
+        ("JPEG", {}, 40),
+        ("JPEG", {"progressive": True}, 90),
+        ("WEBP", {"method": 0}, 110),
+        ("WEBP", {"method": 0, "lossless": True, "quality": 0}, 150),
+    ],
+)
+def test_a_picture_of_sixteen_million_pixels_is_checked_in_little_memory(
+    format: str, options: dict[str, object], most_mib: int
+) -> None:
+    assert check_peak_mib(encoded(Image.new("RGB", (4096, 4096), RED), format, **options)) < most_mib
+
+
+@pytest.mark.parametrize("side", [4000, 9000, 16_383])
+def test_a_webp_that_claims_a_size_takes_no_memory_for_it(side: int) -> None:
+    size = (side - 1).to_bytes(3, "little")
+    body = b"VP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + size + size + encoded(noise(8, 8), "WEBP")[12:]
+    data = b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+    assert refusal(data)
+    assert check_peak_mib(data) < 60
+
+
+def check_peak_mib(data: bytes) -> int:
+    """The memory of a process that checks this picture, whatever it finds; Python and the decoders take 30 MiB."""
+    check = (
+        "import contextlib, io, sys; from engine.files import media\n"
+        "with contextlib.suppress(media.BadImage): media.check_image(io.BytesIO(sys.stdin.buffer.read()), 50_000_000)\n"
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    )
+    run = subprocess.run([sys.executable, "-c", check], input=data, capture_output=True, check=True)
+    return int(run.stdout) // 1024
 
 
 @given(
