@@ -46,7 +46,7 @@ from engine.api.body import validation_middleware
 from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
 from engine.api.connection import Connection, forgive_slashes
 from engine.api.errors import errors_middleware
-from engine.api.files import folder_away, inline, open_output, open_preview, send_file
+from engine.api.files import PREVIEWS, PreviewPool, folder_away, inline, open_output, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
 from engine.api.listeners import Listeners, url_of
 from engine.api.openapi import JPEG_TYPE, MEDIA_ANSWER, Routes, api_document, endpoints, version
@@ -358,8 +358,8 @@ async def outputs(request: web.Request) -> web.Response:
 async def download(request: web.Request) -> web.StreamResponse:
     """A file, with ranges, conditions and HEAD."""
     opened = await asyncio.to_thread(open_output, request.app, request[PATH]["filename"])
-    content_type = MEDIA_TYPES[opened.path.suffix.lower()][1]
-    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.path.name)})
+    content_type = MEDIA_TYPES[Path(opened.name).suffix.lower()][1]
+    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.name)})
 
 
 @routes.operation(
@@ -368,7 +368,7 @@ async def download(request: web.Request) -> web.StreamResponse:
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
     name, width = request[PATH]["filename"], request[QUERY]["width"]
-    opened = await asyncio.to_thread(open_preview, request.app, name, width)
+    opened = await request.app[PREVIEWS].make(request.app, name, width)
     if isinstance(opened, bytes):  # the cache can't be written now
         return web.Response(body=opened, content_type=JPEG_TYPE)
     return await send_file(request, opened, JPEG_TYPE)
@@ -404,6 +404,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     save, state = config.folders()
     paths, holds = (config.save_path, config.state_path), holder(config)
     app[OUTPUTS] = Outputs(*paths, keep, instance=config.instance, clock=clock, holder=holds, disk=save)
+    app[PREVIEWS] = PreviewPool()
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
@@ -461,6 +462,7 @@ async def lifetime(app: web.Application) -> AsyncIterator[None]:
         await journal.close()
     finally:
         close_engines(app)
+        app[PREVIEWS].close()
         await app[DOWNLOADS].close()
 
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -601,10 +602,10 @@ async def test_a_thumbnail_in_the_making_holds_nobody_up(
 ) -> None:
     begun, go_on, make = threading.Event(), threading.Event(), media.thumbnail
 
-    def held(path: Path, width: int) -> bytes:
+    def held(file: BufferedReader, width: int) -> bytes:
         begun.set()
         assert go_on.wait(60)
-        return make(path, width)
+        return make(file, width)
 
     monkeypatch.setattr(media, "thumbnail", held)
     asked = asyncio.create_task(client.get("/api/v1/preview/picture.png"))

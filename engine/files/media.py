@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -76,23 +77,23 @@ def open_image(path: Path) -> "Image":
         return _flattened(_upright(image))
 
 
-def thumbnail(path: Path, width: int) -> bytes:
-    """Return a JPEG, at most `width` pixels wide. Raises NoPreview if there is nothing to show, or OSError."""
+def thumbnail(file: BufferedReader, width: int) -> bytes:
+    """Return a JPEG of an open file, at most `width` pixels wide. Raises NoPreview if it shows nothing, or OSError."""
+    path = Path(file.name)
     kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("of an unknown type", ""))
     if kind not in ("image", "video"):
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")
-    with path.open("rb") as file:
-        file.peek(1)  # a disk that can't be read shows here, apart from bytes that can't be decoded
-        try:
-            if kind == "video":
-                with footage.opened(file, "video") as container:
-                    return reduced(footage.picture(footage.first_frame(container, container.streams.video[0])), width)
-            with _opened(file) as image:
-                # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as EXIF may turn the picture later.
-                image.draft("RGB", (width, width))
-                return reduced(_flattened(_upright(image)), width)
-        except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
-            raise NoPreview(f"'{path.name}' can't be decoded, so it has no preview") from None
+    file.peek(1)  # a disk that can't be read shows here, apart from bytes that can't be decoded
+    try:
+        if kind == "video":
+            with footage.opened(file, "video") as container:
+                return reduced(footage.picture(footage.first_frame(container, container.streams.video[0])), width)
+        with _opened(file) as image:
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as EXIF may turn the picture later.
+            image.draft("RGB", (width, width))
+            return reduced(_flattened(_upright(image)), width)
+    except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
+        raise NoPreview(f"'{path.name}' can't be decoded, so it has no preview") from None
 
 
 def reduced(image: "Image", width: int) -> bytes:
