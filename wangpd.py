@@ -154,10 +154,13 @@ async def load_model(request: web.Request) -> web.Response:
     return answered(f"Model '{model.id}' is {state}", {"model": model.id, "loaded": loaded})
 
 
-@routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 404)
+@routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 403, 404)
 async def start_download(request: web.Request) -> web.Response:
     """Fetch a model's weights, beside the queue; an interrupted download is continued."""
     app, model = request.app, requested_model(request)
+    if not app[CONFIG].allow_api_download:
+        remedy = f"set it to true in wangpd.toml, or run: wangpd models download {model.id}"
+        raise web.HTTPForbidden(text=f"allow_api_download is false, so nothing is downloaded for a request; {remedy}")
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
         return answered(f"Model '{model.id}' is installed", views.download_state(model.id, None))
     state = views.download_state(model.id, app[DOWNLOADS].start(model.id))
@@ -605,6 +608,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command:
         return run_command(options, config, catalog)
+    if (umask := os.umask(0o077)) & 0o007 == 0o007:
+        os.umask(umask)  # it keeps others out already: whether a group may read is the decision of who set it
     set_up_log(config.log_level)
     # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")

@@ -77,6 +77,8 @@ class Config:
 
     allow_download: bool = key(EngineConfig.allow_download,
         why="Fetch missing weights from the Hugging Face hub when a task needs them.")
+    allow_api_download: bool = key(False,
+        why="Let POST /api/v1/models/ID/download fetch weights; wangpd models download works without it.")
     default_model: str = key("wan_demo",
         why="Model of a request that names none; GET /api/v1/models lists the ids.")
     device: str = key(EngineConfig.device, matches(r"auto$|cpu$|mps$|cuda(:\d+)?$", "auto, cuda, cuda:N, mps or cpu"),

@@ -21,7 +21,7 @@ FORM_TYPE = "multipart/form-data"
 ERRORS = {
     400: "Bad request: the sentence names the field, the value and the rule.",
     401: "A token is required, and none or a wrong one came.",
-    403: "Requested under a host name that is not allowed, or by a web page of another site.",
+    403: "Requested under a host name that is not allowed, by a web page of another site, or for what is switched off.",
     404: "There is no such thing.",
     408: "The body did not arrive in time.",
     412: "The file is another than the conditions of the request name.",

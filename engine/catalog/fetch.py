@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -34,6 +35,12 @@ from engine.job import EngineError
 Report = Callable[[Message], None]
 
 
+MAX_BYTES = 2**63  # of a file
+MAX_INDEX_BYTES = 2**20
+_SEGMENT = re.compile(r"(?!\.\.?$)[^/\\:\x00-\x1f\x7f]{1,200}")  # of a name, on any system
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
 class FetchError(EngineError):
     """Why the weights could not be fetched."""
 
@@ -48,6 +55,17 @@ class RemoteFile:
     target: Path
     size_bytes: int
     etag: str
+
+    def require_safe(self, models_dir: Path) -> None:
+        """Raises FetchError for what a hub must not say: a name that leads elsewhere, or a size that can't be true."""
+        inside = all(map(_SEGMENT.fullmatch, self.name.split("/")))
+        if inside:
+            own = models_dir / self.target.relative_to(models_dir).parts[0]  # which may be a link of its owner's
+            inside = self.target.parent.resolve().is_relative_to(own.resolve())
+        if not inside:
+            raise _outside(self.repo, self.name)
+        if type(self.size_bytes) is not int or not 0 <= self.size_bytes < MAX_BYTES or not _ETAG.fullmatch(self.etag):
+            raise FetchError(f"{self.repo}: the hub gives no true size or checksum of {self.name[:100]!r}", "unsafe")
 
     @property
     def part(self) -> Path:
@@ -67,7 +85,7 @@ class RemoteFile:
     def fetch(self, grown: Callable[[], None]) -> None:
         """Fetch the rest, verify the content and publish it by rename. Calls `grown` after each chunk."""
         self.part.parent.mkdir(parents=True, exist_ok=True)
-        with _translated(self.repo), _Part(self.part, grown) as part:
+        with _translated(self.repo), _Part(io.FileIO(self.part, "ab"), self.size_bytes, grown) as part:
             if part.tell() > self.size_bytes:
                 part.seek(part.truncate(0))
             url = hf_hub_url(self.repo, self.name, revision=self.commit)
@@ -80,14 +98,23 @@ class RemoteFile:
         self.part.replace(self.target)
 
 
-class _Part(io.BufferedWriter):
-    """A file that is appended to. Calls `grown` once it has its new size, after each chunk."""
+def _outside(repo: str, name: str) -> FetchError:
+    return FetchError(f"{repo}: its file {name[:100]!r} would be outside the model's folder", "unsafe")
 
-    def __init__(self, path: Path, grown: Callable[[], None]) -> None:
-        super().__init__(io.FileIO(path, "ab"))
-        self._grown = grown
+
+class _Part(io.BufferedWriter):
+    """A file that is appended to. Calls `grown` once it has its new size, after each chunk.
+
+    Raises ValueError for more than `most_bytes`, which the hub has announced.
+    """
+
+    def __init__(self, raw: Any, most_bytes: int, grown: Callable[[], None] = lambda: None) -> None:
+        super().__init__(raw)
+        self._most_bytes, self._grown = most_bytes, grown
 
     def write(self, chunk: Any, /) -> int:
+        if self.tell() + len(chunk) > self._most_bytes:
+            raise ValueError(f"the hub sends more than the {self._most_bytes} bytes that the file may have")
         size_bytes = super().write(chunk)
         self.flush()
         self._grown()
@@ -111,6 +138,8 @@ def fetch(
             except BlockingIOError:
                 raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
             files = [file for source in weights.missing(model, models_dir) for file in _remote_files(source)]
+            for file in files:
+                file.require_safe(models_dir)
             _require_room(files, models_dir, reserve_bytes)
             total_bytes = sum(file.size_bytes for file in files)
 
@@ -130,14 +159,17 @@ def fetch(
 def _remote_files(source: Source) -> list[RemoteFile]:
     def read(name: str) -> str:
         buffer = io.BytesIO()
-        http_get(hf_hub_url(source.repo, name, revision=info.sha), buffer, headers=build_hf_headers())
+        part: Any = _Part(buffer, MAX_INDEX_BYTES)
+        http_get(hf_hub_url(source.repo, name, revision=info.sha), part, headers=build_hf_headers())
         return buffer.getvalue().decode()
 
     with _translated(source.repo):
         info: Any = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
         there = {entry.rfilename: entry for entry in info.siblings}
         targets = source.pick(list(there), read)
-    etags = {name: there[name].lfs.sha256 if there[name].lfs else there[name].blob_id for name in targets}
+    if strange := next((name for name in targets if name not in there), None):  # with a . or an empty segment in it
+        raise _outside(source.repo, strange)
+    etags = {name: str(there[name].lfs.sha256 if there[name].lfs else there[name].blob_id) for name in targets}
     return [RemoteFile(source.repo, info.sha, name, targets[name], there[name].size, etags[name]) for name in targets]
 
 

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from engine.catalog.models import PACKAGE, Model
+from engine.files.folders import open_regular
 
+MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file; those of the largest models have less than 1 MiB
+MAX_DIMENSIONS = 8
 INDEX = "model_index.json"  # the file that makes a folder a diffusers pipeline
 DENOISER = frozenset({"transformer", "unet"})  # the component that a single file without a name replaces
 # Components that only prepare or schedule. Their folder may hold weights that are not theirs.
@@ -48,6 +52,39 @@ def remedy(model: Model, models_dir: Path) -> str:
     if absent := next((path for path in files if not path.is_file()), None):  # it is on no hub: the user has it
         return f"its entry names the file {absent}, which is not there; put it there"
     return f"install it with: wangpd models download {model.id}"
+
+
+def read_object(text: str | bytes) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError for anything else, also for one that is nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("the JSON is no object")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Sequence[int]]:
+    """Return the tensors in the header of a safetensors file: name → shape. Raises OSError, ValueError."""
+    with open_regular(path, flags=0) as file:
+        size_bytes = int.from_bytes(file.read(8), "little")
+        if size_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {size_bytes} bytes, more than {MAX_HEADER_BYTES}")
+        raw = file.read(size_bytes)
+    if len(raw) < size_bytes:
+        raise ValueError("it is cut off")
+    header = read_object(raw)
+    header.pop("__metadata__", None)
+    shapes = {name: tensor.get("shape") if isinstance(tensor, dict) else None for name, tensor in header.items()}
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_length, shape)):
+            raise ValueError(f"its tensor {name[:100]} has no shape")
+    return cast(dict[str, Sequence[int]], shapes)
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def named_parts(index: Mapping[str, Any]) -> list[str]:
@@ -147,7 +184,7 @@ def _is_whole(folder: Path, model: Model) -> bool:
 
 
 def _own_parts(model: Model, index: str) -> list[str]:
-    return [name for name in named_parts(json.loads(index)) if name not in model.extra_repos]
+    return [name for name in named_parts(read_object(index)) if name not in model.extra_repos]
 
 
 def _bare(model: Model) -> frozenset[str]:
@@ -158,10 +195,21 @@ def _bare(model: Model) -> frozenset[str]:
 def _part_is_whole(part: Path, name: str) -> bool:
     if not has_weights(name):
         return any(path.is_file() for path in part.glob("*"))
-    indexes = [json.loads(path.read_text()) for path in part.glob("*.safetensors.index*.json")]
-    shards = {shard for index in indexes for shard in index["weight_map"].values()}
+    try:
+        shards = set(chain.from_iterable(map(_shards, part.glob("*.safetensors.index*.json"))))
+    except (OSError, ValueError):
+        return False
+    if shards:
+        return all((part / shard).is_file() for shard in shards)
     usual = "*.safetensors" if (part / "config.json").is_file() else "*"  # one file, or none at all, as of a guider
-    return all(any(path.is_file() for path in part.glob(shard)) for shard in shards or {usual})
+    return any(path.is_file() for path in part.glob(usual))
+
+
+def _shards(index: Path) -> list[str]:
+    places = read_object(index.read_text()).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ValueError(f"{index.name} has no weight_map")
+    return list(places.values())
 
 
 def _part(model: Model, name: str, models_dir: Path) -> Path | None:
