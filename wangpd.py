@@ -68,6 +68,7 @@ from engine.queue.endings import Limits
 from engine.queue.journal import Journal, JournalFault, NewerJournal
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.tasks import Status
+from engine.quiet import without_paths
 from engine.settings import echo
 from engine.workers.local import Engine
 
@@ -412,7 +413,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[INPUT_FILES] = Inputs(config.state_path / "inputs")
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     journal = Journal(config.state_path / "journal.sqlite", clock)
-    place, limits = Place((save, state), app[OUTPUTS].lock.take), config.part(Limits)
+    place, limits = Place((save, state), lambda: without_paths(app[OUTPUTS].lock.take(), {})), config.part(Limits)
     app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
     app.add_routes(routes)

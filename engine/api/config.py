@@ -162,7 +162,7 @@ class Config:
         why="Accepted for compatibility with WanGP: wangpd has no other mode than its API.")
     # fmt: on
 
-    shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
+    shown_save_path: str = "outputs"  # `save_path` for clients: as it was written, of an absolute path the last part
     save_mounted: bool = EngineConfig.save_mounted  # looked at when the daemon starts
     instance: str = EngineConfig.instance  # read from `state_path` once that is locked
 
@@ -222,7 +222,8 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     values |= _checked(flags, "command line")
     base = path.parent if path else Path()
-    values["shown_save_path"] = str(values.get("save_path", Config.save_path))
+    shown = Path(values.get("save_path", Config.save_path))
+    values["shown_save_path"] = shown.name if shown.is_absolute() else str(shown)
     if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
         values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
     for name in FOLDERS:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.catalog.models import PACKAGE
+from engine.quiet import without_paths
 
 Message = dict[str, Any]  # fields of Download that the process reports: `error`, or bytes and `file`
 # The states of a download; each is its own name in lower case.
@@ -87,6 +88,9 @@ class Downloads:
             download.stage = Stage.DOWNLOADING
             async for message in messages(download.model_id, self._models_dir, self._reserve_bytes):
                 vars(download).update(message)
+            if fault := download.error:
+                quiet = without_paths(fault["message"], {"models_dir": self._models_dir})
+                download.error = {**fault, "message": quiet}
             download.end(Stage.FAILED if download.error else Stage.COMPLETED)
 
 

@@ -48,9 +48,11 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def remedy(model: Model, models_dir: Path) -> str:
     """How to get this model's weights to where `locate` finds them, as the end of a sentence."""
-    files = (models_dir / file for file in model.files.values())
-    if absent := next((path for path in files if not path.is_file()), None):  # it is on no hub: the user has it
-        return f"its entry names the file {absent}, which is not there; put it there"
+    files = model.files.values()
+    if absent := next(
+        (file for file in files if not (models_dir / file).is_file()), None
+    ):  # on no hub: the user has it
+        return f"its entry names the file {absent}, which is not in models_dir; put it there"
     return f"install it with: wangpd models download {model.id}"
 
 
