@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -88,3 +89,13 @@ def jpeg(side: int, scans: int) -> bytes:
     first = segment(0xC4, b"\0" + one_code + b"\0") + segment(0xDA, b"\x01\x01\0\0\0\0") + bytes(-(-blocks // 8))
     further = segment(0xDA, b"\x01\x01\0\x01\x3f\0") + run
     return start + first + segment(0xC4, b"\x10" + one_code + b"\xe0") + further * (scans - 1) + b"\xff\xd9"
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds almost nothing."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")

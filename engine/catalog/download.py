@@ -89,8 +89,7 @@ class Downloads:
             async for message in messages(download.model_id, self._models_dir, self._reserve_bytes):
                 vars(download).update(message)
             if fault := download.error:
-                quiet = without_paths(fault["message"], {"models_dir": self._models_dir})
-                download.error = {**fault, "message": quiet}
+                download.error = {**fault, "message": without_paths(fault["message"], {"models_dir": self._models_dir})}
             download.end(Stage.FAILED if download.error else Stage.COMPLETED)
 
 

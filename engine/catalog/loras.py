@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from engine.catalog.models import Model
@@ -48,17 +50,13 @@ def _phases(text: str, count: int) -> list[tuple[tuple[float, ...], ...]]:
         raise BadLora(f"loras_multipliers: {len(entries)} entries for {count} LoRAs; give one each, parted by spaces")
     found: list[tuple[tuple[float, ...], ...]] = [((1.0,),)] * count
     for place, entry in enumerate(entries):
-        try:
-            found[place] = tuple(tuple(map(_strength, phase.split(","))) for phase in entry.split(";"))
-        except ValueError:
-            raise BadLora(f"loras_multipliers: '{entry}' must be numbers such as 0.8, 0,0.5,1 or 1;0") from None
+        phases: tuple[tuple[float, ...], ...] = ((math.nan,),)
+        with suppress(ValueError):
+            phases = tuple(tuple(map(float, phase.split(","))) for phase in entry.split(";"))
+        if not all(map(math.isfinite, chain(*phases))):
+            raise BadLora(f"loras_multipliers: '{entry}' must be numbers such as 0.8, 0,0.5,1 or 1;0")
+        found[place] = phases
     return found
-
-
-def _strength(text: str) -> float:
-    if not math.isfinite(strength := float(text)):
-        raise ValueError(text)
-    return strength
 
 
 def _misfit(path: Path, weights: Path) -> str:
@@ -111,8 +109,6 @@ def _shapes(path: Path) -> dict[str, Sequence[int]]:
     """The tensors of a safetensors file: name → shape. Raises BadLora."""
     try:
         return read_tensors(path)
-    except OSError as error:
-        reason = f"'{path.name}' can't be read ({error.strerror}); let the daemon's user read it"
-    except ValueError as error:
-        reason = f"'{path.name}' is no safetensors file ({error}); download it again"
-    raise BadLora(f"activated_loras: {reason}")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)  # without the path
+        raise BadLora(f"activated_loras: '{path.name}' is no safetensors file ({reason}); download it again") from None

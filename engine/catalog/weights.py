@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 from engine.catalog.models import PACKAGE, Model
 from engine.files.folders import open_regular
@@ -67,7 +66,7 @@ def read_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Sequence[int]]:
+def read_tensors(path: Path) -> dict[str, Any]:
     """Return the tensors in the header of a safetensors file: name → shape. Raises OSError, ValueError."""
     with open_regular(path, flags=0) as file:
         size_bytes = int.from_bytes(file.read(8), "little")
@@ -78,15 +77,14 @@ def read_tensors(path: Path) -> dict[str, Sequence[int]]:
         raise ValueError("it is cut off")
     header = read_object(raw)
     header.pop("__metadata__", None)
-    shapes = {name: tensor.get("shape") if isinstance(tensor, dict) else None for name, tensor in header.items()}
+    shapes: dict[str, Any] = {
+        name: tensor.get("shape") if isinstance(tensor, dict) else None for name, tensor in header.items()
+    }
     for name, shape in shapes.items():
-        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_length, shape)):
+        listed = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+        if not listed or not all(type(length) is int and 0 <= length < 2**63 for length in shape):
             raise ValueError(f"its tensor {name[:100]} has no shape")
-    return cast(dict[str, Sequence[int]], shapes)
-
-
-def _is_length(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+    return shapes
 
 
 def named_parts(index: Mapping[str, Any]) -> list[str]:
@@ -197,21 +195,15 @@ def _bare(model: Model) -> frozenset[str]:
 def _part_is_whole(part: Path, name: str) -> bool:
     if not has_weights(name):
         return any(path.is_file() for path in part.glob("*"))
+    indexes = part.glob("*.safetensors.index*.json")
     try:
-        shards = set(chain.from_iterable(map(_shards, part.glob("*.safetensors.index*.json"))))
-    except (OSError, ValueError):
+        shards = {shard for index in indexes for shard in read_object(index.read_text())["weight_map"].values()}
+        if shards:
+            return all((part / shard).is_file() for shard in shards)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # it is cut off, or something else
         return False
-    if shards:
-        return all((part / shard).is_file() for shard in shards)
     usual = "*.safetensors" if (part / "config.json").is_file() else "*"  # one file, or none at all, as of a guider
     return any(path.is_file() for path in part.glob(usual))
-
-
-def _shards(index: Path) -> list[str]:
-    places = read_object(index.read_text()).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise ValueError(f"{index.name} has no weight_map")
-    return list(places.values())
 
 
 def _part(model: Model, name: str, models_dir: Path) -> Path | None:
