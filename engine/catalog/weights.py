@@ -47,10 +47,8 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def remedy(model: Model, models_dir: Path) -> str:
     """How to get this model's weights to where `locate` finds them, as the end of a sentence."""
-    files = model.files.values()
-    if absent := next(
-        (file for file in files if not (models_dir / file).is_file()), None
-    ):  # on no hub: the user has it
+    absent = next((file for file in model.files.values() if not (models_dir / file).is_file()), None)
+    if absent:  # it is on no hub: the user has it
         return f"its entry names the file {absent}, which is not in models_dir; put it there"
     return f"install it with: wangpd models download {model.id}"
 
@@ -66,6 +64,11 @@ def read_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
+def _read(index: Path) -> bytes:
+    with open_regular(index, flags=0) as file:
+        return file.read(MAX_HEADER_BYTES)
+
+
 def read_tensors(path: Path) -> dict[str, Any]:
     """Return the tensors in the header of a safetensors file: name → shape. Raises OSError, ValueError."""
     with open_regular(path, flags=0) as file:
@@ -77,10 +80,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise ValueError("it is cut off")
     header = read_object(raw)
     header.pop("__metadata__", None)
-    shapes: dict[str, Any] = {
-        name: tensor.get("shape") if isinstance(tensor, dict) else None for name, tensor in header.items()
-    }
-    for name, shape in shapes.items():
+    shapes = {}
+    for name, tensor in header.items():
+        shape = shapes[name] = tensor.get("shape") if isinstance(tensor, dict) else None
         listed = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
         if not listed or not all(type(length) is int and 0 <= length < 2**63 for length in shape):
             raise ValueError(f"its tensor {name[:100]} has no shape")
@@ -173,7 +175,7 @@ def _folder(model: Model, models_dir: Path) -> Path | None:
 
 def _is_whole(folder: Path, model: Model) -> bool:
     try:
-        names = set(_own_parts(model, (folder / INDEX).read_text()))
+        names = set(_own_parts(model, _read(folder / INDEX)))
         if not (folder / "scheduler").exists():  # a class with a schedule of its own names a scheduler and saves none
             names.discard("scheduler")
         bare = names & _bare(model)
@@ -183,7 +185,7 @@ def _is_whole(folder: Path, model: Model) -> bool:
         return False
 
 
-def _own_parts(model: Model, index: str) -> list[str]:
+def _own_parts(model: Model, index: str | bytes) -> list[str]:
     return [name for name in named_parts(read_object(index)) if name not in model.extra_repos]
 
 
@@ -197,7 +199,7 @@ def _part_is_whole(part: Path, name: str) -> bool:
         return any(path.is_file() for path in part.glob("*"))
     indexes = part.glob("*.safetensors.index*.json")
     try:
-        shards = {shard for index in indexes for shard in read_object(index.read_text())["weight_map"].values()}
+        shards = {shard for index in indexes for shard in read_object(_read(index))["weight_map"].values()}
         if shards:
             return all((part / shard).is_file() for shard in shards)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):  # it is cut off, or something else

@@ -27,11 +27,7 @@ _DEMUXERS: Final = {
     "image": {rb"RIFF.{4}WEBP": "webp_pipe"},
     "audio": {rb".{8}WAVE": "wav", b"fLaC": "flac", b"OggS": "ogg", rb"ID3|\xff[\xf3\xfb]": "mp3", rb".{4}ftyp": "mov"},
 }
-_FORMATS: Final = {
-    "video": "an MP4, MOV, WebM or MKV video",
-    "image": "a WebP image",
-    "audio": "a WAV, FLAC, MP3 or OGG sound",
-}
+_FORMATS: Final = {"video": "an MP4, MOV, WebM or MKV video", "audio": "a WAV, FLAC, MP3 or OGG sound"}
 
 
 class BadFootage(Exception):
@@ -40,7 +36,7 @@ class BadFootage(Exception):
 
 def check(file: BinaryIO, kind: str, max_pixels: int) -> float:
     """The length in seconds of an open `kind` "video" or "audio", its first moments decoded. Raises BadFootage only."""
-    with opened(file, kind, max_pixels) as container:
+    with opened(file, kind, min(max_pixels, MAX_PIXELS)) as container:
         stream = getattr(container.streams, kind)[0]
         first_frame(container, stream)
         seconds = _seconds(container, stream)
@@ -119,8 +115,8 @@ def opened(file: BinaryIO, kind: str, max_pixels: int = MAX_PIXELS) -> "Iterator
         with av.open(file, mode="r", format=demuxer, options={**limits, "max_streams": str(MAX_STREAMS)}) as container:
             stream: Any = (container.streams.audio if kind == "audio" else container.streams.video)[0]
             if kind != "audio" and stream.width * stream.height > max_pixels:
-                size = f"{stream.width}x{stream.height}"
-                raise BadFootage(f"is {size}, more than the limit of {max_pixels} pixels a frame; send a smaller one")
+                rule = f"more than the limit of {max_pixels} pixels a frame; send a smaller one"
+                raise BadFootage(f"is {stream.width}x{stream.height}, {rule}")
             stream.codec_context.options = limits
             yield container
     except BadFootage:
