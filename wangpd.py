@@ -48,7 +48,7 @@ from engine.api.body import validation_middleware
 from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
 from engine.api.connection import Connection, forgive_slashes
 from engine.api.errors import errors_middleware
-from engine.api.files import folder_away, inline, open_output, open_preview, send_file
+from engine.api.files import PREVIEWS, PreviewPool, folder_away, inline, open_output, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
 from engine.api.listeners import Listeners, url_of
 from engine.api.openapi import JPEG_TYPE, MEDIA_ANSWER, Routes, api_document, endpoints, version
@@ -72,6 +72,7 @@ from engine.queue.endings import Limits
 from engine.queue.journal import Journal, JournalFault, NewerJournal
 from engine.queue.queue import Receipt, TaskQueue
 from engine.queue.tasks import NoSuchTask, Status
+from engine.quiet import without_paths
 from engine.settings import echo
 from engine.turns import Turns
 from engine.workers.local import Engine
@@ -161,10 +162,13 @@ async def load_model(request: web.Request) -> web.Response:
     return answered(f"Model '{model.id}' is {state}", {"model": model.id, "loaded": loaded})
 
 
-@routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 404)
+@routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 403, 404)
 async def start_download(request: web.Request) -> web.Response:
     """Fetch a model's weights, beside the queue; an interrupted download is continued."""
     app, model = request.app, requested_model(request)
+    if not app[CONFIG].allow_api_download:
+        remedy = f"set it to true in wangpd.toml, or run: wangpd models download {model.id}"
+        raise web.HTTPForbidden(text=f"allow_api_download is false, so nothing is downloaded for a request; {remedy}")
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
         return answered(f"Model '{model.id}' is installed", views.download_state(model.id, None))
     state = views.download_state(model.id, app[DOWNLOADS].start(model.id))
@@ -382,8 +386,8 @@ async def outputs(request: web.Request) -> web.Response:
 async def download(request: web.Request) -> web.StreamResponse:
     """A file, with ranges, conditions and HEAD."""
     opened = await asyncio.to_thread(open_output, request.app, request[PATH]["filename"])
-    content_type = MEDIA_TYPES[opened.path.suffix.lower()][1]
-    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.path.name)})
+    content_type = MEDIA_TYPES[Path(opened.name).suffix.lower()][1]
+    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.name)})
 
 
 @routes.operation(
@@ -392,7 +396,7 @@ async def download(request: web.Request) -> web.StreamResponse:
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
     name, width = request[PATH]["filename"], request[QUERY]["width"]
-    opened = await asyncio.to_thread(open_preview, request.app, name, width)
+    opened = await request.app[PREVIEWS].make(request.app, name, width)
     if isinstance(opened, bytes):  # the cache can't be written now
         return web.Response(body=opened, content_type=JPEG_TYPE)
     return await send_file(request, opened, JPEG_TYPE)
@@ -427,6 +431,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     save, state = config.folders()
     paths, holds = (config.save_path, config.state_path), holder(config)
     app[OUTPUTS] = Outputs(*paths, keep, instance=config.instance, clock=clock, holder=holds, disk=save)
+    app[PREVIEWS] = PreviewPool()
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs", config.max_inputs_mb * 2**20)
     app[SPOOL], app[TURNS] = (
@@ -435,7 +440,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     )
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     journal = Journal(config.state_path / "journal.sqlite", clock)
-    place, limits = Place((save, state), app[OUTPUTS].lock.take), config.part(Limits)
+    place, limits = Place((save, state), lambda: without_paths(app[OUTPUTS].lock.take(), {})), config.part(Limits)
     app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
     checks, policy = Checks(app[TURNS], config.max_image_pixels), config.part(Policy)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], checks, policy, lambda: app[QUEUE].machines)
@@ -489,6 +494,7 @@ async def lifetime(app: web.Application) -> AsyncIterator[None]:
         await journal.close()
     finally:
         close_engines(app)
+        app[PREVIEWS].close()
         await app[DOWNLOADS].close()
 
 
@@ -635,6 +641,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command:
         return run_command(options, config, catalog)
+    if (umask := os.umask(0o077)) & 0o007 == 0o007:
+        os.umask(umask)  # it keeps others out already: whether a group may read is the decision of who set it
     set_up_log(config.log_level)
     # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")

@@ -174,7 +174,7 @@ def require_files(job: Job) -> None:
         if not all(map(_readable, paths)):
             raise BadRequest(f"{name}: its file is no longer in state_path; send it again with a new request")
     for path in (lora.path for lora in job.loras if not _readable(lora.path)):
-        raise BadRequest(f"activated_loras: '{path.name}' is no longer in {path.parent}; put it back")
+        raise BadRequest(f"activated_loras: '{path.name}' is no longer in loras_dir; put it back")
 
 
 def _readable(path: Path) -> bool:

@@ -417,7 +417,7 @@ def test_a_lora_that_is_gone_is_said_at_retry(used: StubDaemon) -> None:
     )
     used.start()
     answer = used.post("/queue/1/retry")
-    sentence = f"activated_loras: 'style.safetensors' is no longer in {used.folder / 'loras' / 'wan'}; put it back"
+    sentence = "activated_loras: 'style.safetensors' is no longer in loras_dir; put it back"
     assert (answer.status_code, answer.json()) == (400, {"detail": sentence})
     used.post("/queue/resume")
     assert used.finish(2)["error"] == {"code": "file_gone", "message": sentence}

@@ -77,6 +77,8 @@ class Config:
 
     allow_download: bool = key(EngineConfig.allow_download,
         why="Fetch missing weights from the Hugging Face hub when a task needs them.")
+    allow_api_download: bool = key(False,
+        why="Let POST /api/v1/models/ID/download fetch weights; wangpd models download works without it.")
     default_model: str = key("wan_demo",
         why="Model of a request that names none; GET /api/v1/models lists the ids.")
     device: str = key(EngineConfig.device, matches(r"auto$|cpu$|mps$|cuda(:\d+)?$", "auto, cuda, cuda:N, mps or cpu"),
@@ -162,7 +164,7 @@ class Config:
         why="Accepted for compatibility with WanGP: wangpd has no other mode than its API.")
     # fmt: on
 
-    shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
+    shown_save_path: str = "outputs"  # `save_path` for clients: as it was written, of an absolute path the last part
     save_mounted: bool = EngineConfig.save_mounted  # looked at when the daemon starts
     instance: str = EngineConfig.instance  # read from `state_path` once that is locked
 
@@ -222,7 +224,8 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     values |= _checked(flags, "command line")
     base = path.parent if path else Path()
-    values["shown_save_path"] = str(values.get("save_path", Config.save_path))
+    shown = Path(values.get("save_path", Config.save_path))
+    values["shown_save_path"] = shown.name if shown.is_absolute() else str(shown)
     if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
         values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
     for name in FOLDERS:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import child
+from engine.quiet import without_paths
 
 Message = dict[str, Any]  # fields of Download that the process reports: `error`, or bytes and `file`
 # The states of a download; each is its own name in lower case.
@@ -84,6 +85,8 @@ class Downloads:
             download.stage = Stage.DOWNLOADING
             async for message in messages(download.model_id, self._models_dir, self._reserve_bytes):
                 vars(download).update(message)
+            if fault := download.error:
+                download.error = {**fault, "message": without_paths(fault["message"], {"models_dir": self._models_dir})}
             download.end(Stage.FAILED if download.error else Stage.COMPLETED)
 
 

@@ -120,7 +120,8 @@ class Saver:
             encode.write_sound(path, sound, embedded)
         if kind != "audio" and first.shape[-1] == RGB:
             with suppress(OSError):  # it is published already
-                self._posters.put(key_of(path, PREVIEW_WIDTH), media.reduced(Image.fromarray(first), PREVIEW_WIDTH))
+                key = key_of(path.name, path.stat(), PREVIEW_WIDTH)
+                self._posters.put(key, media.reduced(Image.fromarray(first), PREVIEW_WIDTH))
 
 
 @cache
