@@ -44,7 +44,7 @@ from engine.api.app_keys import (
 )
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
-from engine.api.connection import Connection, forgive_slashes
+from engine.api.connection import Connection, screen_requests
 from engine.api.errors import errors_middleware
 from engine.api.files import folder_away, inline, open_output, open_preview, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
@@ -546,7 +546,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
-        forgive_slashes(cast(web.Server, runner.server))
+        screen_requests(cast(web.Server, runner.server))
         await listeners.start_serving()
         for url in map(url_of, listeners.sockets):
             log.info("wangpd %s listens on %s", version(), f"{url}{API}/" if url.startswith("http") else url)

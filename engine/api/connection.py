@@ -11,35 +11,44 @@ from contextlib import suppress
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.http import RawRequestMessage
+from aiohttp.http import HttpVersion10, RawRequestMessage
 
+from engine.api.app_keys import REFUSAL
 from engine.api.errors import RETRY_AFTER_S, failure
 from engine.log import Counted
 
 log = logging.getLogger("wangpd")
 NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
+NO_VERSION = "HTTP/{0.major}.{0.minor} is not supported; send HTTP/1.1"
 FILE_WITH_SLASH = re.compile(r"/(download|preview)/[^/]+/$")  # no name of a file, and stays 404
 REFUSED_S = 2  # time for a client that is turned away to read why
-REFUSAL = (
+TURNED_AWAY = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
     "Retry-After: {retry_after_s}\r\nConnection: close\r\n\r\n{body}"
 )
 
 
-def forgive_slashes(server: web.Server) -> None:
-    """Have trailing and doubled slashes taken out of every path, before a middleware or the router sees it."""
+def screen_requests(server: web.Server) -> None:
+    """Have every request changed before a middleware or the router sees it.
+
+    Trailing and doubled slashes are taken out of its path. Of another version than HTTP/1, it has a REFUSAL.
+    """
     make = server.request_factory
 
-    def make_plain(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
-        path = message.url.raw_path
+    def make_screened(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+        path, version = message.url.raw_path, message.version
         plain = re.sub("/{2,}", "/", path)
         if not FILE_WITH_SLASH.search(plain):
             plain = plain.rstrip("/") or "/"
         if plain != path:
             message = message._replace(url=message.url.with_path(plain, encoded=True, keep_query=True))
-        return make(message, *rest)
+        if version.major == 1:
+            return make(message, *rest)
+        request = make(message._replace(version=HttpVersion10, should_close=True), *rest)
+        request[REFUSAL] = web.HTTPBadRequest(text=NO_VERSION.format(version))  # the parser takes 0.9 and 2.0 as well
+        return request
 
-    server.request_factory = make_plain
+    server.request_factory = make_screened
 
 
 class Connection(web.RequestHandler):
@@ -66,7 +75,7 @@ class Connection(web.RequestHandler):
         refused = cast(asyncio.Transport, transport)
         refused.set_protocol(asyncio.Protocol())
         body = json.dumps({"detail": f"Too many connections: {self._limit} are open (max_connections)"})
-        refused.write(REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
+        refused.write(TURNED_AWAY.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
         # Half closed: closing with the request unread would reset the connection before the client reads the answer.
         with suppress(OSError):  # it may have gone already
             refused.write_eof()

@@ -15,7 +15,7 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
 
 from engine.api.answers import shortened
-from engine.api.app_keys import API, CLIENT, CONFIG, REQUEST_ID, TOKEN, Handler
+from engine.api.app_keys import API, CLIENT, CONFIG, REFUSAL, REQUEST_ID, TOKEN, Handler
 from engine.log import Counted
 
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
@@ -40,6 +40,8 @@ async def request_id_middleware(request: web.Request, handler: Handler) -> web.S
 @web.middleware
 async def guard_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse a host name that is not allowed, a web page of another site, and a missing or wrong token."""
+    if REFUSAL in request:
+        raise request[REFUSAL]
     app = request.app
     asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
     if request.method == hdrs.METH_OPTIONS and asked and _may_share(request):  # a browser asks before it sends
