@@ -246,7 +246,8 @@ def test_connections_are_counted_over_all_addresses(tmp_path: Path, sockets: Pat
             channel.sendall(head(f"{API}/health"))
             answer = answered(channel)
             assert answer and answer.status == 200
-        assert over_unix(at).status == 503
+        assert over_unix(at, f"{API}/queue").status == 503
+        assert over_unix(at).status == 200  # /health, which has a reserve
 
 
 # ---- Unix sockets
