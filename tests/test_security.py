@@ -216,26 +216,98 @@ OWN_NAMES = [
     *("video.example.org", "video.example.org:7860", "VIDEO.Example.ORG", "video.example.org."),
     *("127.0.0.1", "127.0.0.1:7860", "[::1]", "[::1]:7860"),
     *("[0:0:0:0:0:0:0:1]:7860", "[::0001]", "[::1%25lo]:7860", "[::1%lo]", "::1"),
+    *("127.0.0.2", "192.0.2.7:80", "[2001:db8::1]:7860", "[::2]", "[::ffff:127.0.0.1]", "0:0:0:0:0:0:0:2", "[::2%lo]"),
+    *("localhost", "LOCALHOST:7860", "localhost.", "video.localhost", "a.b.localhost:1"),
+    *(socket.gethostname(), f"{socket.gethostname().upper()}:7860", f"{socket.gethostname().partition('.')[0]}.local"),
 ]
 OTHER_NAMES = [
     *("evil.example", "evil.example:7860", "video.example.org.evil.example", "evil-video.example.org", "example.org"),
-    *("video.example.org@evil.example", "evil.example#video.example.org", "127.0.0.2", "127.0.0.1:80:80", "[::2]", ""),
-    *("[", "]", ":", ":7860", "video.example.org:evil", "localhost"),
-    *("video.example.org%lo", "127.0.0.1%lo", "[::2%lo]", "[::ffff:127.0.0.1]", "0:0:0:0:0:0:0:2"),
+    *("video.example.org@evil.example", "evil.example#video.example.org", "127.0.0.1:80:80", ""),
+    *(
+        "[",
+        "]",
+        ":",
+        ":7860",
+        "video.example.org:evil",
+        "video.example.org%lo",
+        "127.0.0.1%lo",
+        "127.0.0.1.evil.example",
+    ),
+    *("localhost.evil.example", "evillocalhost", "evil.local", f"{socket.gethostname()}.evil.example", "127.0.0.256"),
 ]
 
 
+# What only a browser says; a page can leave out the Referer, and over plain HTTP there is no Sec-Fetch-Site.
+BROWSERS = [
+    {"Origin": "http://HOST", "Sec_Fetch_Site": "same-origin"},
+    {"Origin": "null"},
+    {"Referer": "http://HOST/page"},
+    {"Sec_Fetch_Site": "none"},
+    {"sec_fetch_mode": "navigate"},
+    {"User_Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:150.0) Gecko/20100101 Firefox/150.0"},
+]
+PROGRAMS = [
+    {},
+    {"User_Agent": "curl/8.5.0"},
+    {"User_Agent": "python-requests/2.32 (Mozilla/5.0)"},
+    {"Accept": "text/html"},
+]
+
+
+def of(said: dict[str, str], host: str) -> dict[str, str]:
+    return {name: value.replace("HOST", host) for name, value in said.items()}
+
+
+@pytest.mark.parametrize("said", [*BROWSERS, *PROGRAMS], ids=str)
 @pytest.mark.parametrize("host", OWN_NAMES)
-def test_the_daemon_answers_to_its_names(guarded: Daemon, host: str) -> None:
-    assert asked(guarded, "GET", f"{API}/health", Host=host).status == 200
+def test_the_daemon_answers_to_its_names(guarded: Daemon, host: str, said: dict[str, str]) -> None:
+    assert asked(guarded, "GET", f"{API}/health", Host=host, **of(said, host)).status == 200
+
+
+def refusal(host: str, name: str) -> str:
+    return f"Host: '{host}' is no name of this daemon; if it is one, add '{name}' to allowed_hosts"
 
 
 @pytest.mark.parametrize("host", OTHER_NAMES)
-@pytest.mark.parametrize("path", [f"{API}/queue", f"{API}/download/there.png", "/api/docs"])
+@pytest.mark.parametrize("path", [f"{API}/queue", f"{API}/download/there.png", "/api/docs", f"{API}/health", "/none"])
 def test_the_daemon_answers_to_no_other_name(guarded: Daemon, host: str, path: str) -> None:
     """A page of evil.example whose name now resolves to this machine asks its own origin, so only the name tells."""
     answer = asked(guarded, "GET", path, Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")
-    assert (answer.status, detail(answer)) == (403, f"Host: '{host}' is none of allowed_hosts")
+    assert answer.status == 403
+    assert detail(answer).startswith(f"Host: '{host}' is no name of this daemon; ")
+
+
+@pytest.mark.parametrize("said", BROWSERS, ids=str)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE", "OPTIONS"])
+def test_by_default_a_browser_is_answered_under_the_machines_own_names_only(
+    plain: Daemon, method: str, said: dict[str, str]
+) -> None:
+    for host, name in (("evil.example:7860", "evil.example"), ("gpu.lan", "gpu.lan"), ("", "")):
+        asks = {"Access_Control_Request_Method": "POST"} if method == "OPTIONS" else {}
+        answer = asked(plain, method, f"{API}/queue", Host=host, **of(said, host), **asks)
+        assert answer.status == 403
+        assert method == "HEAD" or detail(answer) == refusal(host, name)
+
+
+@pytest.mark.parametrize("said", PROGRAMS, ids=str)
+@pytest.mark.parametrize("host", ["evil.example:7860", "gpu.lan", ""])
+def test_by_default_a_program_is_answered_under_any_name(plain: Daemon, host: str, said: dict[str, str]) -> None:
+    assert asked(plain, "GET", f"{API}/queue", Host=host, **said).status == 200
+
+
+@pytest.mark.parametrize("said", PROGRAMS, ids=str)
+def test_a_program_needs_a_name_where_some_are_configured(guarded: Daemon, said: dict[str, str]) -> None:
+    answer = asked(guarded, "GET", f"{API}/queue", Host="evil.example", **said)
+    assert (answer.status, detail(answer)) == (403, refusal("evil.example", "evil.example"))
+
+
+@pytest.mark.parametrize("host", ["evil.example", "app.example.org"])
+def test_a_page_that_may_ask_still_needs_a_name_of_the_daemon(guarded: Daemon, host: str) -> None:
+    for method in ("OPTIONS", "GET", "POST"):
+        answer = asked(
+            guarded, method, f"{API}/queue/pause", Host=host, Origin=PAGE, Access_Control_Request_Method="POST"
+        )
+        assert (answer.status, detail(answer)) == (403, refusal(host, host))
 
 
 def test_a_request_without_a_name_is_no_way_round(guarded: Daemon) -> None:
@@ -248,7 +320,10 @@ FORWARDED = [  # who says it, Host, X-Forwarded-Host → status
     ("127.0.0.1", "evil.example", "video.example.org", 403),
     ("127.0.0.1", "video.example.org", "evil.example", 200),
     (PROXY, "127.0.0.1", "video.example.org", 200),
-    (PROXY, "upstream", "video.example.org", 200),
+    (PROXY, "localhost", "video.example.org", 200),
+    (PROXY, "upstream", "video.example.org", 403),
+    (PROXY, "evil.example", "video.example.org", 403),
+    (PROXY, "video.example.org", "localhost", 200),
     (PROXY, "127.0.0.1", "evil.example", 403),
     (PROXY, "127.0.0.1", "video.example.org, evil.example", 403),
     (PROXY, "127.0.0.1", "evil.example, video.example.org", 200),

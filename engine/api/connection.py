@@ -18,7 +18,7 @@ from aiohttp.http import HttpVersion10, RawRequestMessage
 
 from engine.api.app_keys import ENDS_WITH_CLIENT, REFUSAL
 from engine.api.errors import RETRY_AFTER_S, failure
-from engine.api.guard import OPEN_PATHS
+from engine.api.guard import OPEN_PATHS, OWN_HEADERS
 from engine.log import Counted
 
 log = logging.getLogger("wangpd")
@@ -29,7 +29,7 @@ FILE_WITH_SLASH = re.compile(r"/(download|preview)/[^/]+/$")  # no name of a fil
 UNIX_PEER = "unix"
 STALLED_MS = 60_000  # without progress in what is sent, the kernel ends the connection
 LEAST_SHARE = 8
-RESERVE, RESERVE_SHARE = 32, 4  # connections beyond the limit that may ask for /health; of them from one address
+RESERVE, RESERVE_SHARE = 32, 8  # connections beyond the limit that may ask for /health; of them from one address
 RESERVE_S = 2  # in which such a connection must send its request
 TURNED_AWAY_S, MOST_LEAVING = 2, 256  # time for a client that is turned away to read why, and how many may take it
 TURNED_AWAY = (
@@ -84,10 +84,10 @@ class Slots:
         self._leaving = deque[asyncio.Transport]()  # told why, and about to be ended
         self._refusals = Counted(log)
 
-    def take(self, connection: "Connection", address: str) -> bool:
-        """Give the connection a slot, or one of the reserve; sets its `lack`. False if there is none.
+    def take(self, connection: "Connection", address: str) -> None:
+        """Give the connection a slot, or one of the reserve: then its `lack` says why.
 
-        A connection of the reserve that has not sent its request yet makes room for a new one.
+        In a full reserve, the oldest connection of the address, or of all, is turned away for it.
         """
         exempt = address in self._exempt
         if len(self._open) >= self._limit:
@@ -97,17 +97,14 @@ class Slots:
         else:
             self._open[connection] = address
             self._held[address] += 1
-            return True
+            return
         self._refusals.happened(f"connection refused: {connection.lack}")
         own = [other for other, held_by in self._reserve.items() if held_by == address]
-        rivals = list(self._reserve) if exempt or len(own) < RESERVE_SHARE else own
-        if rivals is own or len(rivals) >= RESERVE:
-            silent = next((other for other in rivals if other.silent), None)
-            if silent is None:
-                return False
-            silent.turn_away()
+        if not exempt and len(own) >= RESERVE_SHARE:
+            own[0].turn_away()
+        elif len(self._reserve) >= RESERVE:
+            next(iter(self._reserve)).turn_away()
         self._reserve[connection] = address
-        return True
 
     def free(self, connection: "Connection") -> None:
         """Take the connection's slot back, if it has one."""
@@ -142,51 +139,40 @@ class Connection(web.RequestHandler):
             return (UNIX_PEER,)
         return name and (name[0].removeprefix("::ffff:"), *name[1:])
 
-    @property
-    def silent(self) -> bool:
-        """True while no request has come that is not answered yet."""
-        return not self._messages and self._current_request is None
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection, or answer 503 without reading its request."""
-        self.transport = cast(asyncio.Transport, transport)
+        """Take the connection; one that gets no slot can ask for /health only, and within RESERVE_S."""
+        super().connection_made(transport)
         with suppress(OSError, AttributeError):  # a Unix socket, or a system that is not Linux
             channel = transport.get_extra_info("socket")
             channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
         address, *_ = self.peername or ("-",)  # it may have gone already
-        if not self._slots.take(self, address):
-            self.turn_away()
-            return
-        super().connection_made(transport)
+        self._slots.take(self, address)
         if self.lack:
-            self._expiry = self._loop.call_later(RESERVE_S, self._expire)
+            self._expiry = self._loop.call_later(RESERVE_S, self.turn_away)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Give the slot back once no handler runs for it; one that only waits is cancelled."""
-        task, request, silent = self._task_handler, self._current_request, self.silent
+        """Give the slot back once no handler runs for it; one that changes nothing is cancelled."""
+        task, request = self._task_handler, self._current_request
         super().connection_lost(exc)
         if self._expiry:
             self._expiry.cancel()
-        if silent or task is None:
+        if self.lack or task is None or not self._request_in_progress:
             self._slots.free(self)
-            return
-        task.add_done_callback(lambda _: self._slots.free(self))
-        if request and ENDS_WITH_CLIENT in request:
+        else:
+            task.add_done_callback(lambda _: self._slots.free(self))
+        if task and (self.lack or (request and ENDS_WITH_CLIENT in request)):
             task.cancel()
 
-    def _expire(self) -> None:
-        if self.silent:
-            self.turn_away()
-
     def turn_away(self) -> None:
-        """Answer 503 without reading any more."""
+        """End a connection of the reserve, with 503 unless it has been answered."""
         refused, self.transport = self.transport, None
         if refused is None:
             return
         refused.set_protocol(asyncio.Protocol())
+        if self._keepalive:  # not answered
+            body = json.dumps({"detail": NO_SLOT.format(self.lack)})
+            refused.write(TURNED_AWAY.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
         self.connection_lost(None)
-        body = json.dumps({"detail": NO_SLOT.format(self.lack)})
-        refused.write(TURNED_AWAY.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
         # Half closed: closing with the request unread would reset the connection before the client reads the answer.
         with suppress(OSError):  # it may have gone already
             refused.write_eof()
@@ -209,4 +195,6 @@ class Connection(web.RequestHandler):
         """Send an answer; one raised before any middleware, such as a wrong Expect, becomes JSON like the others."""
         if isinstance(resp, web.HTTPException) and resp.status >= 400:
             resp = failure(cast(web.Request, request), resp)
+        if not resp.prepared:  # add_headers does not see what was refused before it had a route
+            resp.headers.update(OWN_HEADERS)
         return await super().finish_response(request, resp, start_time)
