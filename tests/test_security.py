@@ -1,18 +1,13 @@
 """Security: who may ask, what is told to whom, and which code a checkpoint can bring to run: none."""
 
-import asyncio
 import json
 import os
 import pickle
-import shutil
 import socket
-import subprocess
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
 
 import pytest
 import requests
@@ -20,14 +15,10 @@ from PIL import Image
 
 from engine.catalog.models import Catalog
 from engine.catalog.weights import Weights
-from engine.job import OutputFile
-from engine.queue.journal import Journal
-from engine.queue.tasks import Status, Task
 from tests import tiny
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
 from tests.processes import eventually
-from tests.stand_ins import job
 from tests.wire import Answer, exchange, head
 
 API = "/api/v1"
@@ -460,105 +451,6 @@ def test_neither_the_configuration_nor_an_error_tells_a_path(plain: Daemon) -> N
     ]
     assert plain.get("/config").json()["data"]["save_path"] == "outputs"
     assert not [answer.text for answer in answers if str(plain.folder) in answer.text or "/" + "home" in answer.text]
-
-
-# --------------------------------------------------------------------------------------------------- behind a proxy
-
-NGINX = """
-daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx.log; master_process off;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  server {{
-    listen 127.0.0.1:{port};
-    location /video/ {{
-      proxy_pass {upstream}/;
-      proxy_set_header Host $http_host;
-    }}
-  }}
-}}
-"""
-MADE = OutputFile("made.png", "image", 10, 8, 8, 1, 1, 1)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-async def with_an_ended_task(state: Path) -> int:
-    """Write a journal in which one task has made a file; returns its id."""
-    journal = Journal(state / "journal.sqlite")
-    await journal.open()
-    task = Task(0, job())
-    await journal.add(task, None, "", {})
-    task.status, task.files = Status.COMPLETED, (MADE,)
-    await journal.save(task)
-    await journal.close()
-    return task.id
-
-
-def nginx() -> str:
-    """The program; skips the test on a machine that has none, which a build machine must."""
-    found = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    if found is None and "CI" not in os.environ:
-        pytest.skip("nginx is not installed: sudo apt-get install nginx-light")
-    assert found
-    return found
-
-
-@pytest.fixture(scope="module")
-def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """The address of a daemon behind an nginx that shows it under /video, and the id of a task that has ended."""
-    program, port, folder = nginx(), free_port(), tmp_path_factory.mktemp("proxied")
-    task_id = asyncio.run(with_an_ended_task(folder / "state"))
-    with ExitStack() as stack:
-        daemon = stack.enter_context(idle_daemon(folder, base_path="/video"))
-        Image.new("RGB", (8, 8)).save(daemon.outputs / MADE.filename)
-        (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=port, upstream=daemon.url))
-        server = stack.enter_context(subprocess.Popen([program, "-c", str(folder / "nginx.conf"), "-e", "stderr"]))
-        stack.callback(server.terminate)
-        assert eventually(lambda: listens(port))
-        yield f"http://127.0.0.1:{port}", task_id
-
-
-def test_every_link_leads_through_the_proxy(proxied: tuple[str, int]) -> None:
-    origin, task_id = proxied
-    queued = requests.post(f"{origin}/video/api/v1/generate", json={"prompt": "a"}, timeout=30).json()["data"]
-    (file,) = requests.get(f"{origin}/video/api/v1/status/{task_id}", timeout=30).json()["data"]["files"]
-    for link in (queued["status_url"], file["url"], file["preview_url"]):
-        assert link.startswith("/video/api/v1/")
-        assert requests.get(origin + link, timeout=30).status_code == 200
-
-
-def test_a_page_behind_the_proxy_is_the_daemons_own(proxied: tuple[str, int]) -> None:
-    origin, _ = proxied
-    answers = [
-        requests.post(f"{origin}/video/api/v1/queue/pause", headers={"Origin": page}, timeout=30)
-        for page in (origin, EVIL)
-    ]
-    assert [answer.status_code for answer in answers] == [200, 403]
-
-
-@pytest.mark.parametrize("name", ["docs", "redoc"])
-def test_the_documents_work_behind_the_proxy(proxied: tuple[str, int], name: str) -> None:
-    page_url = f"{proxied[0]}/video/api/{name}"
-    page = requests.get(page_url, timeout=30).text
-    loaded = [part.split('"')[0] for part in page.replace('href="', 'src="').split('src="')[1:]]
-    links = [urljoin(page_url, link) for link in loaded if not link.startswith("data:")]
-    assert len(links) == 3
-    assert {requests.get(link, timeout=30).status_code for link in links} == {200}
-    document_url = urljoin(page_url, "openapi.json")
-    (server,) = requests.get(document_url, timeout=30).json()["servers"]
-    assert requests.get(urljoin(document_url, server["url"]) + "api/v1/health", timeout=30).status_code == 200
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
