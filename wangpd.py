@@ -9,6 +9,7 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -34,6 +35,7 @@ from engine.api.app_keys import (
     DIGEST,
     DOCUMENT,
     DOWNLOADS,
+    ENDS_WITH_CLIENT,
     ENGINES,
     INPUT_FILES,
     OUTPUTS,
@@ -46,7 +48,7 @@ from engine.api.app_keys import (
 )
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
-from engine.api.connection import Connection, forgive_slashes
+from engine.api.connection import Connection, Slots, screen_requests
 from engine.api.errors import errors_middleware
 from engine.api.files import PREVIEWS, PreviewPool, folder_away, inline, open_output, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
@@ -66,7 +68,6 @@ from engine.files.owner import FolderLock, instance_id
 from engine.files.place import NoStorage, Place
 from engine.files.spool import Spool
 from engine.job import GROUP_SIGNALS
-from engine.log import Counted
 from engine.log import set_up as set_up_log
 from engine.queue.endings import Limits
 from engine.queue.journal import Journal, JournalFault, NewerJournal
@@ -85,6 +86,7 @@ RELEASE_S = 5  # between two looks at which input files are needed, however many
 HEAVY_AT_ONCE = 2
 BODIES_AT_ONCE = 4  # of max_body_mb
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
+OPEN_FILES = 65536  # as in the unit
 M_ARENA_MAX = -8  # of malloc.h
 DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
@@ -300,6 +302,7 @@ async def queue_state(request: web.Request) -> web.Response:
 async def task_status(request: web.Request) -> web.Response:
     """The state of a task."""
     queue, task_id, wait_s = request.app[QUEUE], request[PATH]["task_id"], request[QUERY]["wait"]
+    request[ENDS_WITH_CLIENT] = True
     task = await (queue.wait(task_id, wait_s) if wait_s else queue.get(task_id))
     return answered(f"Task {task.id} status", views.task_state(request.app, task))
 
@@ -584,7 +587,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
-        forgive_slashes(cast(web.Server, runner.server))
+        screen_requests(cast(web.Server, runner.server))
         await listeners.start_serving()
         for url in map(url_of, listeners.sockets):
             log.info("wangpd %s listens on %s", version(), f"{url}{API}/" if url.startswith("http") else url)
@@ -604,10 +607,8 @@ async def bind(runner: web.AppRunner, config: Config) -> Listeners:
     # An encoded body is refused, so nothing may inflate it.
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
     options["auto_decompress"] = False
-    loop, refusals = asyncio.get_running_loop(), Counted(log)
-    listeners = Listeners(
-        lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options)
-    )
+    loop, slots = asyncio.get_running_loop(), Slots(config.max_connections, config.trusted_proxies)
+    listeners = Listeners(lambda: Connection(cast(web.Server, runner.server), slots, loop=loop, **options))
     try:
         await asyncio.to_thread(listeners.take, split_hosts(config.host), config.port)
     except CantStart:
@@ -646,6 +647,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up_log(config.log_level)
     # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
+    raise_file_limit()
     with suppress(OSError, AttributeError):  # glibc only: else it keeps what is freed, for each thread apart
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     try:
@@ -660,6 +662,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("wangpd:", error if ours else f"can't go on: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as `max_connections` downloads need, where a shell's limit is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
 
 
 def require_folders(config: Config) -> None:

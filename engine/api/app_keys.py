@@ -32,6 +32,8 @@ TURNS = web.AppKey("turns", Turns)  # at taking large bodies apart, and at decod
 DOCUMENT = web.AppKey("document", dict)  # the OpenAPI document, once a client has asked for it
 
 REQUEST_ID = web.RequestKey("request_id", str)
+REFUSAL = web.RequestKey("refusal", web.HTTPException)  # why it is not answered, if that is so from the start
+ENDS_WITH_CLIENT = web.RequestKey("ends_with_client", bool)  # the handler changes nothing, and may be cancelled
 CLIENT = web.RequestKey("client", str)  # address of the client, as far as it is known
 DIGEST = web.RequestKey("digest", str)  # SHA-256 of the body
 BODY, QUERY, PATH = (web.RequestKey(name, dict) for name in ("body", "query", "path"))

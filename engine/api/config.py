@@ -67,13 +67,13 @@ class Config:
         why="Folder of LoRA files, one folder a family of models.")
 
     allowed_hosts: tuple[str, ...] = key((),
-        why="Host names under which the daemon answers, against DNS rebinding; none: any.")
+        why="Further names under which browsers may ask, such as a proxy's public name; if any, programs need one too.")
     cors_origins: tuple[str, ...] = key((),
         why="Origins of web pages that may use the API, such as https://example.org.")
     token_file: str = key("",
         why="File with a token that requests must send as Authorization: Bearer; none: no login.")
     trusted_proxies: tuple[str, ...] = key((),
-        why="Addresses of proxies whose X-Forwarded-For and -Host are believed.")
+        why="Addresses of proxies whose X-Forwarded-For and -Host are believed, and which may hold every connection.")
 
     allow_download: bool = key(EngineConfig.allow_download,
         why="Fetch missing weights from the Hugging Face hub when a task needs them.")
@@ -139,7 +139,7 @@ class Config:
     max_image_pixels: int = key(50_000_000, between(1, 10**9),
         why="Largest input picture in pixels, so that a small file can't fill the memory.")
     max_connections: int = key(500, between(1, 100_000),
-        why="Connections at a time; one more is answered 503.")
+        why="Connections at a time, half of them from one address; one more is answered 503, except for /health.")
     body_timeout_s: float = key(120.0, between(1, 86400),
         why="Seconds in which a request's body must have arrived.")
 
