@@ -470,13 +470,14 @@ def unread_pipelines(field: Field) -> None:
 def bodies_behind_refusals(field: Field) -> None:
     """Bodies without end, behind heads that are refused at once."""
     blocks = [b"a" * MIB] * field.count(1000, 4)
+    patience_s = 5.0 if field.is_full else 0.3
     for path in ("/none", "/generate", "/health"):
         begun = request("POST", path, Content_Type=JSON, Content_Length=99_999_999_999)
         chunked = request("POST", path, Content_Type=JSON, Transfer_Encoding="chunked")
         framed = [b"100000\r\n" + block + b"\r\n" for block in blocks]
         for door in field.urls:
-            field.ask([begun, *blocks], door, patience_s=1)
-            field.ask([chunked, *framed], door, patience_s=1)
+            field.ask([begun, *blocks], door, patience_s)
+            field.ask([chunked, *framed], door, patience_s)
 
 
 @attack
