@@ -16,7 +16,7 @@ from itertools import repeat
 
 from PIL import Image
 
-from tests import bombs, hostile
+from tests import hostile, hostile_media
 from tests.attack import MAX_BODY_MB, MIB, Attack, Field, hang_up, request
 from tests.honest import parts, small_png
 
@@ -282,7 +282,7 @@ def broken_uploads(field: Field) -> None:
 
 def bomb(field: Field, name: str, make: Callable[[], bytes], setting: str) -> bytes:
     """A request with this file, which is made once."""
-    data = bombs.kept(field.workshop, f"{name}-{field.scale}", make)
+    data = hostile_media.kept(field.workshop, f"{name}-{field.scale}", make)
     return submitted(with_file(setting, data), FORM)
 
 
@@ -298,8 +298,8 @@ def videos_without_a_duration(field: Field) -> None:
     """Matroska of a million packets that change nothing, and of 2,000 such frames in 4k."""
     side = (4096, 2160) if field.is_full else (640, 360)
     files = {
-        "packets": partial(bombs.endless, 64, 64, field.count(1_000_000, 20_000)),
-        "frames": partial(bombs.endless, *side, field.count(2000, 50)),
+        "packets": partial(hostile_media.endless, 64, 64, field.count(1_000_000, 20_000)),
+        "frames": partial(hostile_media.endless, *side, field.count(2000, 50)),
     }
     explode(field, files, "video_guide")
 
@@ -309,11 +309,11 @@ def frames_larger_than_told(field: Field) -> None:
     """64x64 by the container, far more inside: from the first frame, or later, in H.264 and Motion JPEG."""
     side = 12_000 if field.is_full else 7200
     files = {
-        "swap-mp4": partial(bombs.larger_inside, side, "mp4"),
-        "swap-mkv": partial(bombs.larger_inside, side, "matroska"),
-        "later-mp4": partial(bombs.larger_later, side, "mp4"),
-        "later-mkv": partial(bombs.larger_later, side, "matroska"),
-        "jpegs": partial(bombs.larger_jpegs, side),
+        "swap-mp4": partial(hostile_media.larger_inside, side, "mp4"),
+        "swap-mkv": partial(hostile_media.larger_inside, side, "matroska"),
+        "later-mp4": partial(hostile_media.larger_later, side, "mp4"),
+        "later-mkv": partial(hostile_media.larger_later, side, "matroska"),
+        "jpegs": partial(hostile_media.larger_jpegs, side),
     }
     explode(field, files, "video_source")
 
@@ -322,10 +322,10 @@ def frames_larger_than_told(field: Field) -> None:
 def containers_that_lie(field: Field) -> None:
     """Thousands of streams, boxes in boxes, and tables that say more than there is."""
     files = {
-        "streams": partial(bombs.many_streams, field.count(4000, 60)),
-        "boxes": partial(bombs.boxes, field.count(50_000, 500), field.count(100_000, 1000)),
-        "flat": partial(bombs.boxes, 1, field.count(5_000_000, 10_000)),
-        "samples": partial(bombs.claims_samples, 2**31),
+        "streams": partial(hostile_media.many_streams, field.count(4000, 60)),
+        "boxes": partial(hostile_media.boxes, field.count(50_000, 500), field.count(100_000, 1000)),
+        "flat": partial(hostile_media.boxes, 1, field.count(5_000_000, 10_000)),
+        "samples": partial(hostile_media.claims_samples, 2**31),
     }
     explode(field, files, "video_mask")
 
@@ -335,13 +335,13 @@ def sounds(field: Field) -> None:
     """Hours of silence in a few bytes, lengths that are not true, and tags without end."""
     hours = 3600.0 * field.count(50)
     files = {
-        "flac": partial(bombs.silence, "flac", "flac", hours if field.is_full else 100.0),
-        "ogg": partial(bombs.silence, "ogg", "flac", 3590.0 if field.is_full else 100.0),
-        "mp3": partial(bombs.silence, "mp3", "libmp3lame", 3590.0 if field.is_full else 20.0),
-        "wave": partial(bombs.wave, 2**32 - 1),
-        "channels": partial(bombs.wave, 2**32 - 1, 30_000),
-        "claims": partial(bombs.flac_claims, 2**36 - 1),
-        "tags": partial(bombs.tags, field.count(50_000, 100), 1000),
+        "flac": partial(hostile_media.silence, "flac", "flac", hours if field.is_full else 100.0),
+        "ogg": partial(hostile_media.silence, "ogg", "flac", 3590.0 if field.is_full else 100.0),
+        "mp3": partial(hostile_media.silence, "mp3", "libmp3lame", 3590.0 if field.is_full else 20.0),
+        "wave": partial(hostile_media.wave, 2**32 - 1),
+        "channels": partial(hostile_media.wave, 2**32 - 1, 30_000),
+        "claims": partial(hostile_media.flac_claims, 2**36 - 1),
+        "tags": partial(hostile_media.tags, field.count(50_000, 100), 1000),
     }
     explode(field, files, "audio_reference")
 
@@ -351,7 +351,7 @@ def jpegs_of_many_scans(field: Field) -> None:
     """Progressive JPEGs of 99 bytes a scan over 49 million pixels."""
     for count in (field.count(1000, 20), field.count(5000, 40)):
         data = bomb(
-            field, f"scans-{count}", partial(bombs.scans, 7000 if field.is_full else 2000, count), "image_start"
+            field, f"scans-{count}", partial(hostile_media.scans, 7000 if field.is_full else 2000, count), "image_start"
         )
         twice(field, data, data)
 
@@ -361,10 +361,10 @@ def bombs_in_png(field: Field) -> None:
     """All pixels that are allowed, far more than are, texts that unpack, and frames without end."""
     side = 7000 if field.is_full else 2000
     files: dict[str, Callable[[], bytes]] = {
-        "png": partial(bombs.png, side),
+        "png": partial(hostile_media.png, side),
         "header": lambda: hostile.png(2**31 - 1, 2**31 - 1),
-        "texts": lambda: bombs.png(500, extra=bombs.text_chunks(field.count(500, 10), 1_000_000)),
-        "moving": partial(bombs.moving, "PNG", 500, field.count(1000, 20)),
+        "texts": lambda: hostile_media.png(500, extra=hostile_media.text_chunks(field.count(500, 10), 1_000_000)),
+        "moving": partial(hostile_media.moving, "PNG", 500, field.count(1000, 20)),
     }
     explode(field, files, "image_start")
 
@@ -374,9 +374,11 @@ def bombs_in_webp(field: Field) -> None:
     """As large as WebP can be, lossless, and moving."""
     side = 7000 if field.is_full else 2000
     files: dict[str, Callable[[], bytes]] = {
-        "webp": partial(bombs.plain, "WEBP", side, side, lossless=True),
-        "largest": partial(bombs.plain, "WEBP", *((16_383, 16_383) if field.is_full else (8000, 8000)), lossless=True),
-        "moving-webp": partial(bombs.moving, "WEBP", 500, field.count(1000, 20)),
+        "webp": partial(hostile_media.plain, "WEBP", side, side, lossless=True),
+        "largest": partial(
+            hostile_media.plain, "WEBP", *((16_383, 16_383) if field.is_full else (8000, 8000)), lossless=True
+        ),
+        "moving-webp": partial(hostile_media.moving, "WEBP", 500, field.count(1000, 20)),
     }
     explode(field, files, "image_end")
 
@@ -384,8 +386,8 @@ def bombs_in_webp(field: Field) -> None:
 @attack
 def uploaders_who_hang_up(field: Field) -> None:
     """Heavy files, whose senders are gone before they have been looked at."""
-    film = partial(bombs.endless, 4096, 2160, field.count(2000, 50))
-    picture = partial(bombs.scans, 7000 if field.is_full else 2000, field.count(5000, 40))
+    film = partial(hostile_media.endless, 4096, 2160, field.count(2000, 50))
+    picture = partial(hostile_media.scans, 7000 if field.is_full else 2000, field.count(5000, 40))
     heavy = [bomb(field, "hung-film", film, "video_guide"), bomb(field, "hung-picture", picture, "image_start")]
 
     def one(number: int) -> None:
@@ -527,7 +529,7 @@ def previews_at_many_widths(field: Field) -> None:
     noise.save(buffer, "JPEG", quality=95)
     picture, film = field.daemon.outputs / "noise.jpg", field.daemon.outputs / "film.mkv"
     picture.write_bytes(buffer.getvalue())
-    film.write_bytes(bombs.endless(4096, 2160, 20) if field.is_full else bombs.endless(640, 360, 20))
+    film.write_bytes(hostile_media.endless(4096, 2160, 20) if field.is_full else hostile_media.endless(640, 360, 20))
     names = (picture.name, film.name)
     widths = range(900, 900 + field.count(1000, 20))
     asked = [request("GET", f"/preview/{name}?width={width}") for width in widths for name in names]
