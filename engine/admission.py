@@ -3,6 +3,7 @@
 A Job then needs no default and no chance, and nothing is queued that the model could not run.
 """
 
+import io
 import os
 import re
 import secrets
@@ -120,9 +121,9 @@ class Admission:
         for place, data in enumerate(datas):
             try:
                 if about.kind == "image":
-                    media.check_image(data, self._policy.max_image_pixels)
+                    media.check_image(io.BytesIO(data), self._policy.max_image_pixels)
                 else:
-                    seconds = footage.check(data, about.kind, self._policy.max_image_pixels)
+                    seconds = footage.check(io.BytesIO(data), about.kind, self._policy.max_image_pixels)
             except (media.BadImage, footage.BadFootage) as error:
                 where = f"{name}[{place}]" if about.several else name
                 raise BadRequest(f"{where}: the {MEDIA_WORDS[about.kind]} {error}") from None

@@ -1,5 +1,6 @@
 """engine/gpu/save/encode.py: frames become files that are whole, true in colour, with their settings inside."""
 
+import io
 import json
 import os
 import pickle
@@ -258,7 +259,7 @@ def test_settings_survive_in_a_picture(tmp_path: Path, case: str, format: encode
     path = tmp_path / f"x{suffix}"
     encode.write_image(path, noise_frames(1)[0], SETTINGS[case], format)
     assert read_settings(path) == SETTINGS[case]
-    assert media.check_image(path.read_bytes(), 10_000) == (64, 64)
+    assert media.check_image(io.BytesIO(path.read_bytes()), 10_000) == (64, 64)
 
 
 @pytest.mark.parametrize("case", ["plain", "quotes", "ffmetadata", "unicode", "longest"])

@@ -59,12 +59,12 @@ def stored(folder: Path, data: bytes) -> Path:
 @pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
 def test_the_length_of_a_video_is_told(tmp_path: Path, container: str) -> None:
     data = remuxed(film(tmp_path, frames=30, fps=12), container)
-    assert footage.check(data, "video", LIMIT) == pytest.approx(2.5, abs=0.1)
+    assert footage.check(io.BytesIO(data), "video", LIMIT) == pytest.approx(2.5, abs=0.1)
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3"])
 def test_the_length_of_a_sound_is_told(tmp_path: Path, suffix: str) -> None:
-    assert footage.check(tone(tmp_path, suffix), "audio", LIMIT) == pytest.approx(1.0, abs=0.1)
+    assert footage.check(io.BytesIO(tone(tmp_path, suffix)), "audio", LIMIT) == pytest.approx(1.0, abs=0.1)
 
 
 def picture() -> bytes:
@@ -79,28 +79,28 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#
 @pytest.mark.parametrize("data", [b"", b"\0" * 64, picture(), PLAYLIST, b"ffconcat version 1.0\nfile '/etc/passwd'\n"])
 def test_what_is_no_video_is_refused_with_the_formats_that_are(data: bytes) -> None:
     with pytest.raises(BadFootage, match=r"^is not an MP4, MOV, WebM or MKV video$"):
-        footage.check(data, "video", LIMIT)
+        footage.check(io.BytesIO(data), "video", LIMIT)
 
 
 def test_a_video_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadFootage, match="is damaged or cut off"):
-        footage.check(film(tmp_path)[:200], "video", LIMIT)
+        footage.check(io.BytesIO(film(tmp_path)[:200]), "video", LIMIT)
 
 
 def test_a_sound_file_without_sound_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadFootage, match="holds no audio"):
-        footage.check(film(tmp_path), "audio", LIMIT)
+        footage.check(io.BytesIO(film(tmp_path)), "audio", LIMIT)
 
 
 def test_a_video_with_too_many_pixels_is_refused_before_a_frame_is_decoded(tmp_path: Path) -> None:
     with pytest.raises(BadFootage, match=r"^is 32x32, more than the limit of 1000 pixels a frame"):
-        footage.check(film(tmp_path), "video", 1000)
+        footage.check(io.BytesIO(film(tmp_path)), "video", 1000)
 
 
 def test_a_sound_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footage, "MAX_S", 1)
     with pytest.raises(BadFootage, match=r"^is 2 seconds long, but must be longer than 0 and at most 1$"):
-        footage.check(tone(tmp_path, seconds=2), "audio", LIMIT)
+        footage.check(io.BytesIO(tone(tmp_path, seconds=2)), "audio", LIMIT)
 
 
 def shades(frames: list[Image.Image]) -> list[int]:

@@ -3,7 +3,6 @@
 All of it blocks. PyAV is imported inside the functions, since a daemon that only queues must not pay for it.
 """
 
-import io
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -30,9 +29,9 @@ class BadFootage(Exception):
     """An input is no usable video or sound. One sentence without its subject: "is not an MP4 …"."""
 
 
-def check(data: bytes, kind: str, max_pixels: int) -> float:
-    """The length in seconds of a `kind` "video" or "audio", its first moments decoded. Raises BadFootage only."""
-    with opened(io.BytesIO(data), kind) as container:
+def check(file: BinaryIO, kind: str, max_pixels: int) -> float:
+    """The length in seconds of an open `kind` "video" or "audio", its first moments decoded. Raises BadFootage only."""
+    with opened(file, kind) as container:
         stream = getattr(container.streams, kind)[0]
         if kind == "video":
             first_frame(container, max_pixels)

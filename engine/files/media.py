@@ -42,12 +42,12 @@ class NoPreview(Exception):
     """A file has no picture to show. One sentence that names the file."""
 
 
-def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Decode a PNG, JPEG or WebP to its end and return (width, height) in pixels as shown, EXIF orientation applied.
+def check_image(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
+    """Decode an open PNG, JPEG or WebP to its end; return (width, height) in pixels as shown, EXIF orientation applied.
 
     Raises BadImage and nothing else; for more than `max_pixels` before memory is taken for them.
     """
-    with _opened(io.BytesIO(data), max_pixels) as image:
+    with _opened(file, max_pixels) as image:
         return _upright(image).size
 
 
