@@ -75,6 +75,10 @@ soak: $(STAMP)
 attack: $(STAMP)
 	@ATTACK_SCALE=$${ATTACK_SCALE:-1} $(PYTEST) tests/test_attack.py -s $(ARGS)
 
+fuzz: $(STAMP)
+	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/$(PIP_INSTALL) -e '.[fuzz]'
+	@$(VENV)/bin/python -m tests.fuzz.run
+
 check: $(STAMP)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .

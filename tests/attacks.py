@@ -322,7 +322,8 @@ def frames_larger_than_told(field: Field) -> None:
 def containers_that_lie(field: Field) -> None:
     """Thousands of streams, boxes in boxes, and tables that say more than there is."""
     files = {
-        "streams": partial(hostile_media.many_streams, field.count(4000, 60)),
+        "sounds": partial(hostile_media.many_sounds, field.count(900, 60)),
+        "tracks": partial(hostile_media.many_tracks, field.count(10_000, 60)),
         "boxes": partial(hostile_media.boxes, field.count(50_000, 500), field.count(100_000, 1000)),
         "flat": partial(hostile_media.boxes, 1, field.count(5_000_000, 10_000)),
         "samples": partial(hostile_media.claims_samples, 2**31),

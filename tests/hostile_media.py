@@ -103,8 +103,8 @@ def larger_jpegs(side: int) -> bytes:
     return buffer.getvalue()
 
 
-def many_streams(count: int) -> bytes:
-    """A video with so many sounds that are empty."""
+def many_sounds(count: int) -> bytes:
+    """A Matroska video with so many sounds that are empty. PyAV writes at most 999."""
     buffer = io.BytesIO()
     out: Any = av.open(buffer, "w", format="matroska")
     stream = out.add_stream("libx264", rate=RATE)
@@ -118,6 +118,16 @@ def many_streams(count: int) -> bytes:
     out.mux(stream.encode(None))
     out.close()
     return buffer.getvalue()
+
+
+def many_tracks(count: int) -> bytes:
+    """An MP4 with its only track so many times."""
+    data = film(64, 64, packets(64, 64, 5), "mp4")
+    movie, track = data.index(b"moov") - 4, data.index(b"trak") - 4
+    (movie_size,), (track_size,) = (struct.unpack_from(">I", data, at) for at in (movie, track))
+    copies = data[track : track + track_size] * (count - 1)
+    size = struct.pack(">I", movie_size + len(copies))
+    return data[:movie] + size + data[movie + 4 : track] + copies + data[track:]
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
