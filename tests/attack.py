@@ -35,7 +35,9 @@ MAX_BODY_MB, MOST_CONNECTIONS = 64, {False: 60, True: 500}  # by: at full size
 MOST_BYTES = 400 * MIB + 4 * MAX_BODY_MB * MIB  # of the daemon and what it has started: and one budget of bodies
 HEALTH_S, SUBMISSION_S = 0.2, 2.0
 WATCHDOG_S, STARVED_S = 1, 15.0  # told to the daemon, and the longest silence: systemd's unit would end it after 30
+MOST_LOG_BYTES = 512 * 1024  # that all of them may write
 LOG_BYTES, STATE_BYTES = 64 * 1024, 4 * MIB  # that an attack may leave behind
+MOST_PREVIEW_BYTES = 260 * MIB  # of the cache, which is let go by its own limit and is worth keeping
 DESCRIPTORS = 24  # more or less, by the honest clients who come and go
 SETTLE_S = 90.0  # until all is as before; far above, so that it only ends a hang
 BROKEN = {*range(500, 600)} - {501, 503, 505}  # nginx says that it does not know such a method or version of HTTP
@@ -176,16 +178,18 @@ class Holding:
 
     resident_bytes: int
     descriptors: int
-    state_bytes: int
+    state_bytes: int  # but for the cache of previews
     log_bytes: int
+    preview_bytes: int
 
     @classmethod
     def of(cls, daemon: Daemon) -> "Holding":
         """As it is now. Raises OSError if it is not there."""
         pid = daemon.process.pid
         resident = resident_bytes(pid) + sum(map(shared_out_bytes, helpers(pid)))
-        log_bytes = daemon.log.stat().st_size
-        return cls(resident, len(list(Path(f"/proc/{pid}/fd").iterdir())), folder_bytes(daemon.state), log_bytes)
+        descriptors, previews = len(list(Path(f"/proc/{pid}/fd").iterdir())), folder_bytes(daemon.state / "thumbnails")
+        state_bytes = folder_bytes(daemon.state) - previews
+        return cls(resident, descriptors, state_bytes, daemon.log.stat().st_size, previews)
 
 
 def helpers(pid: int) -> set[int]:
@@ -443,6 +447,7 @@ class Siege:
             "WATCHDOG_USEC": str(WATCHDOG_S * 1_000_000),
         }
         self.rows: list[Row] = []
+        self.first: Holding | None = None  # after the first attack, which brings in what is imported when needed
         self._stack = ExitStack()
 
     def __enter__(self) -> "Siege":
@@ -485,7 +490,17 @@ class Siege:
         row.state_peak_bytes = sampler.state_bytes
         row.silence_s = self._supervisor.longest_gap_s(began)
         row.broken += self._judge(row)
+        self.first = self.first or Holding.of(self.daemon)
         return row
+
+    def left_behind(self) -> list[str]:
+        """What all attacks together have left, a sentence each."""
+        assert self.first
+        now = Holding.of(self.daemon)
+        faults = grown(self.first, now)
+        if now.log_bytes > MOST_LOG_BYTES:
+            faults.append(f"{now.log_bytes / 1024:.0f} KiB of log, and may have {MOST_LOG_BYTES / 1024:.0f}")
+        return faults
 
     def _settle(self, row: Row, before: Holding) -> None:
         """Wait until all is as before and the daemon answers everywhere; what does not come to be is a fault."""
@@ -542,5 +557,6 @@ def grown(before: Holding, now: Holding) -> list[str]:
         f"state: {before.state_bytes / MIB:.1f} MiB became {now.state_bytes / MIB:.1f}": (
             now.state_bytes > before.state_bytes + STATE_BYTES
         ),
+        f"previews: {now.preview_bytes / MIB:.0f} MiB": now.preview_bytes > MOST_PREVIEW_BYTES,
     }
     return [sentence for sentence, fault in faults.items() if fault]

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.attack import TITLE, Siege
+from tests.attack import SETTLE_S, TITLE, Siege
 from tests.attacks import ATTACKS
+from tests.processes import eventually
 
 SCALE = float(os.environ.get("ATTACK_SCALE", "0.01"))
 ONLY = [name for name in os.environ.get("ATTACK_ONLY", "").split(",") if name]
@@ -34,3 +35,8 @@ def test_no_attack_hurts(siege: Siege, name: str) -> None:
     row = siege.endure(name, ATTACKS[name])
     sys.stdout.write(f"\r{row}\n")
     assert row.broken + (row.slow if SCALE >= 1 else []) == []
+
+
+def test_all_attacks_together_leave_nothing_behind(siege: Siege) -> None:
+    siege.endure("quiet", lambda _: None)
+    assert eventually(lambda: siege.left_behind() == [], SETTLE_S), siege.left_behind()
