@@ -21,7 +21,7 @@ PIP_NEWS := 2> >(sed '/^WARNING/d' >&2) | \
 	awk '/ Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|^Installing/ {print "  " substr($$0, 1, 110); fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-models test-all crash soak check fix docs clean install
+.PHONY: help demo run test test-models test-all crash soak attack fuzz check fix docs clean install
 
 help:
 	@echo 'make demo     set everything up, start wangpd, send it a prompt, show the progress, leave an MP4 in outputs/'
@@ -30,6 +30,8 @@ help:
 	@echo 'make test-all run those of every model of the catalogue too'
 	@echo 'make crash    kill the daemon 120 times under load, and give it 10,000 tasks (CRASH_SEED=7 repeats a storm)'
 	@echo 'make soak     10 minutes of clients, kills, full disks, clock jumps and freezes (SOAK_S=60 SOAK_SEED=7 SOAK_PHASES=save_full)'
+	@echo 'make attack   attack a daemon behind nginx at full size, while honest clients measure (ATTACK_ONLY=slow_heads,ranges)'
+	@echo 'make fuzz     mutate what comes from outside for an hour, guided by coverage (FUZZ_S=300 FUZZ_ONLY=form)'
 	@echo 'make check    format, lint and types: says what is wrong, changes nothing'
 	@echo 'make fix      format, and repair what the linter can'
 	@echo 'make docs     write wangpd.toml and the tables of the documentation from the code'
@@ -69,6 +71,13 @@ crash: $(STAMP)
 
 soak: $(STAMP)
 	@SOAK_S=$${SOAK_S:-600} $(PYTEST) tests/test_soak.py -rP $(ARGS)
+
+attack: $(STAMP)
+	@ATTACK_SCALE=$${ATTACK_SCALE:-1} $(PYTEST) tests/test_attack.py -s $(ARGS)
+
+fuzz: $(STAMP)
+	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/$(PIP_INSTALL) -e '.[fuzz]'
+	@$(VENV)/bin/python -m tests.fuzz.run
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff format --check .
