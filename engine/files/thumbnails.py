@@ -47,7 +47,7 @@ class ThumbnailCache:
         with suppress(OSError):
             self._folder.mkdir(exist_ok=True)
             if shutil.disk_usage(self._folder).free < LEAST_FREE_BYTES:
-                return None
+                return
             with published(path, rivals=True, durable=False) as part:
                 part.write_bytes(data)
                 with self._counting:  # before it can be found: what is removed is older
