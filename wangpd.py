@@ -9,44 +9,48 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import hdrs, web
 
-from engine.admission import Admission, BadRequest, Policy, Resolved
+from engine.admission import Admission, BadRequest, Policy, Resolved, files_of
 from engine.api import requests, schemas, views
-from engine.api.answers import answered, iso, link
+from engine.api.answers import answered, iso, link, listed
 from engine.api.app_keys import (
     ADMISSION,
     API,
     BODY,
     CATALOG,
+    CLIENT,
     CONFIG,
     DIGEST,
     DOCUMENT,
     DOWNLOADS,
+    ENDS_WITH_CLIENT,
     ENGINES,
-    HEAVY,
     INPUT_FILES,
     OUTPUTS,
     PATH,
     QUERY,
     QUEUE,
+    SPOOL,
     TOKEN,
+    TURNS,
 )
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
-from engine.api.connection import Connection, forgive_slashes
+from engine.api.connection import Connection, Slots, screen_requests
 from engine.api.errors import errors_middleware
-from engine.api.files import folder_away, inline, open_output, open_preview, send_file
+from engine.api.files import PREVIEWS, PreviewPool, folder_away, inline, open_output, send_file
 from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
 from engine.api.listeners import Listeners, url_of
 from engine.api.openapi import JPEG_TYPE, MEDIA_ANSWER, Routes, api_document, endpoints, version
@@ -56,27 +60,33 @@ from engine.catalog.download import Downloads
 from engine.catalog.models import Catalog, Model, default_settings
 from engine.cli import parse_arguments, run_command
 from engine.clock import Clock
+from engine.files.checks import Checks
 from engine.files.inputs import Inputs
 from engine.files.media import MEDIA_TYPES
 from engine.files.outputs import Outputs, Retention
 from engine.files.owner import FolderLock, instance_id
-from engine.files.place import Place
+from engine.files.place import NoStorage, Place
+from engine.files.spool import Spool
 from engine.job import GROUP_SIGNALS
-from engine.log import Counted
 from engine.log import set_up as set_up_log
 from engine.queue.endings import Limits
 from engine.queue.journal import Journal, JournalFault, NewerJournal
 from engine.queue.queue import Receipt, TaskQueue
-from engine.queue.tasks import Status
+from engine.queue.tasks import NoSuchTask, Status
+from engine.quiet import without_paths
 from engine.settings import echo
+from engine.turns import Turns
 from engine.workers.local import Engine
 
 log = logging.getLogger("wangpd")
 
 API_VERSION = "1.0.0"  # of the contract
 SWEEP_S = 3600
+RELEASE_S = 5  # between two looks at which input files are needed, however many tasks are cancelled
 HEAVY_AT_ONCE = 2
+BODIES_AT_ONCE = 4  # of max_body_mb
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
+OPEN_FILES = 65536  # as in the unit
 M_ARENA_MAX = -8  # of malloc.h
 DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
@@ -154,10 +164,13 @@ async def load_model(request: web.Request) -> web.Response:
     return answered(f"Model '{model.id}' is {state}", {"model": model.id, "loaded": loaded})
 
 
-@routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 404)
+@routes.operation("Models", "POST /models/{model_type}/download", schemas.DownloadState, 403, 404)
 async def start_download(request: web.Request) -> web.Response:
     """Fetch a model's weights, beside the queue; an interrupted download is continued."""
     app, model = request.app, requested_model(request)
+    if not app[CONFIG].allow_api_download:
+        remedy = f"set it to true in wangpd.toml, or run: wangpd models download {model.id}"
+        raise web.HTTPForbidden(text=f"allow_api_download is false, so nothing is downloaded for a request; {remedy}")
     if await asyncio.to_thread(weights.locate, model, app[CONFIG].models_dir):
         return answered(f"Model '{model.id}' is installed", views.download_state(model.id, None))
     state = views.download_state(model.id, app[DOWNLOADS].start(model.id))
@@ -216,11 +229,23 @@ async def generate(request: web.Request) -> web.Response:
     if not dry:  # first, so that a refused request leaves no picture behind
         await app[QUEUE].place.look()
         app[QUEUE].require_open()
-    async with app[HEAVY]:
-        resolved = await asyncio.to_thread(app[ADMISSION].admit, body, store=not dry)
+    examined = await app[ADMISSION].examine(body, request[CLIENT], lambda: request.transport is None)
+    if not dry:
+        await make_room(app, examined)
+    resolved = await asyncio.to_thread(app[ADMISSION].admit, examined, store=not dry)
     if dry:
         return dry_run(app, resolved)
     return accepted(app, await app[QUEUE].submit(resolved.job, resolved.warnings, key=idempotency_key, request=digest))
+
+
+async def make_room(app: web.Application, body: Mapping[str, Any]) -> None:
+    """Let go of the files of ended tasks if those of this one have no room else. Raises NoStorage."""
+    files = [sent for sents in files_of(body).values() for sent in sents]
+    inputs = app[INPUT_FILES]
+    if files and not await asyncio.to_thread(inputs.has_room, files):
+        await app[QUEUE].journal.sweep(inputs.sweep, unfinished_only=True)
+        if not await asyncio.to_thread(inputs.has_room, files):
+            raise NoStorage("The files of waiting tasks fill max_inputs_mb; cancel some of these tasks, or raise it")
 
 
 def requested_key(request: web.Request) -> str | None:
@@ -277,6 +302,7 @@ async def queue_state(request: web.Request) -> web.Response:
 async def task_status(request: web.Request) -> web.Response:
     """The state of a task."""
     queue, task_id, wait_s = request.app[QUEUE], request[PATH]["task_id"], request[QUERY]["wait"]
+    request[ENDS_WITH_CLIENT] = True
     task = await (queue.wait(task_id, wait_s) if wait_s else queue.get(task_id))
     return answered(f"Task {task.id} status", views.task_state(request.app, task))
 
@@ -329,14 +355,19 @@ async def retry_task(request: web.Request) -> web.Response:
 
 
 @routes.operation("Queue", "GET /tasks", schemas.TaskPage, 400, 503, query=requests.HistoryQuery)
-async def history(request: web.Request) -> web.Response:
+async def history(request: web.Request) -> web.StreamResponse:
     """All tasks, ended ones too, newest first."""
     app, query = request.app, request[QUERY]
     status = Status(query["status"]) if query["status"] else None
-    tasks, total = await app[QUEUE].history(status, query["limit"], query["offset"])
-    page = [views.task_state(app, task) for task in tasks]
-    data = {"tasks": page, "total": total, "limit": query["limit"], "offset": query["offset"]}
-    return answered(f"Found {total} tasks", data)
+    ids, total = await app[QUEUE].journal.history(status, query["limit"], query["offset"])
+
+    async def states() -> AsyncIterator[Any]:
+        for task_id in ids:
+            with suppress(NoSuchTask):  # it has been forgotten meanwhile
+                yield views.task_state(app, await app[QUEUE].get(task_id))
+
+    data = {"tasks": [], "total": total, "limit": query["limit"], "offset": query["offset"]}
+    return await listed(request, f"Found {total} tasks", data, states())
 
 
 # ---- output files
@@ -358,8 +389,8 @@ async def outputs(request: web.Request) -> web.Response:
 async def download(request: web.Request) -> web.StreamResponse:
     """A file, with ranges, conditions and HEAD."""
     opened = await asyncio.to_thread(open_output, request.app, request[PATH]["filename"])
-    content_type = MEDIA_TYPES[opened.path.suffix.lower()][1]
-    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.path.name)})
+    content_type = MEDIA_TYPES[Path(opened.name).suffix.lower()][1]
+    return await send_file(request, opened, content_type, **{hdrs.CONTENT_DISPOSITION: inline(opened.name)})
 
 
 @routes.operation(
@@ -368,7 +399,7 @@ async def download(request: web.Request) -> web.StreamResponse:
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
     name, width = request[PATH]["filename"], request[QUERY]["width"]
-    opened = await asyncio.to_thread(open_preview, request.app, name, width)
+    opened = await request.app[PREVIEWS].make(request.app, name, width)
     if isinstance(opened, bytes):  # the cache can't be written now
         return web.Response(body=opened, content_type=JPEG_TYPE)
     return await send_file(request, opened, JPEG_TYPE)
@@ -398,19 +429,24 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     )
     app[CONFIG], app[DOCUMENT], app[TOKEN] = config, {}, read_token(config)
     app[CATALOG] = read_catalog(config) if catalog is None else catalog
-    app[HEAVY] = asyncio.Semaphore(HEAVY_AT_ONCE)
     clock = Clock()
     keep = Retention(config.keep_outputs_days * 86400, config.keep_outputs_mb * 2**20)
     save, state = config.folders()
     paths, holds = (config.save_path, config.state_path), holder(config)
     app[OUTPUTS] = Outputs(*paths, keep, instance=config.instance, clock=clock, holder=holds, disk=save)
+    app[PREVIEWS] = PreviewPool()
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
-    app[INPUT_FILES] = Inputs(config.state_path / "inputs")
+    app[INPUT_FILES] = Inputs(config.state_path / "inputs", config.max_inputs_mb * 2**20)
+    app[SPOOL], app[TURNS] = (
+        Spool(config.state_path, state, BODIES_AT_ONCE * config.max_body_mb * 2**20),
+        Turns(HEAVY_AT_ONCE),
+    )
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     journal = Journal(config.state_path / "journal.sqlite", clock)
-    place, limits = Place((save, state), app[OUTPUTS].lock.take), config.part(Limits)
+    place, limits = Place((save, state), lambda: without_paths(app[OUTPUTS].lock.take(), {})), config.part(Limits)
     app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
-    app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], config.part(Policy), lambda: app[QUEUE].machines)
+    checks, policy = Checks(app[TURNS], config.max_image_pixels), config.part(Policy)
+    app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], checks, policy, lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)
     app.on_response_prepare.append(add_headers)
@@ -461,6 +497,7 @@ async def lifetime(app: web.Application) -> AsyncIterator[None]:
         await journal.close()
     finally:
         close_engines(app)
+        app[PREVIEWS].close()
         await app[DOWNLOADS].close()
 
 
@@ -482,14 +519,18 @@ async def warm_up(app: web.Application) -> None:
 
 
 async def sweep(app: web.Application) -> None:
-    """Remove the input pictures that no task needs any more, now and every hour; one may be in a journal set aside."""
+    """Remove the inputs that no task needs, each hour and soon after a cancel; a journal set aside may need them."""
+    queue = app[QUEUE]
     while True:
+        queue.released.clear()
         with suppress(JournalFault, OSError):
-            await app[QUEUE].journal.save()  # the clock: a daemon that only idles knows of the time too
+            await queue.journal.save()  # the clock: a daemon that only idles knows of the time too
             aside = app[CONFIG].state_path.glob("journal.sqlite.unreadable-*")
             if not await asyncio.to_thread(any, aside):
-                await asyncio.to_thread(app[INPUT_FILES].sweep, await app[QUEUE].journal.inputs())
-        await asyncio.sleep(SWEEP_S)
+                await queue.sweep(app[INPUT_FILES].sweep)
+        await asyncio.sleep(RELEASE_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(queue.released.wait(), SWEEP_S)
 
 
 # ---- systemd
@@ -546,7 +587,7 @@ async def serve(config: Config, catalog: Catalog) -> None:
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
-        forgive_slashes(cast(web.Server, runner.server))
+        screen_requests(cast(web.Server, runner.server))
         await listeners.start_serving()
         for url in map(url_of, listeners.sockets):
             log.info("wangpd %s listens on %s", version(), f"{url}{API}/" if url.startswith("http") else url)
@@ -566,10 +607,8 @@ async def bind(runner: web.AppRunner, config: Config) -> Listeners:
     # An encoded body is refused, so nothing may inflate it.
     options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
     options["auto_decompress"] = False
-    loop, refusals = asyncio.get_running_loop(), Counted(log)
-    listeners = Listeners(
-        lambda: Connection(cast(web.Server, runner.server), config.max_connections, refusals, loop=loop, **options)
-    )
+    loop, slots = asyncio.get_running_loop(), Slots(config.max_connections, config.trusted_proxies)
+    listeners = Listeners(lambda: Connection(cast(web.Server, runner.server), slots, loop=loop, **options))
     try:
         await asyncio.to_thread(listeners.take, split_hosts(config.host), config.port)
     except CantStart:
@@ -603,9 +642,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command:
         return run_command(options, config, catalog)
+    if (umask := os.umask(0o077)) & 0o007 == 0o007:
+        os.umask(umask)  # it keeps others out already: whether a group may read is the decision of who set it
     set_up_log(config.log_level)
     # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
+    raise_file_limit()
     with suppress(OSError, AttributeError):  # glibc only: else it keeps what is freed, for each thread apart
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     try:
@@ -620,6 +662,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("wangpd:", error if ours else f"can't go on: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as `max_connections` downloads need, where a shell's limit is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
 
 
 def require_folders(config: Config) -> None:

@@ -3,11 +3,11 @@
 A Job then needs no default and no chance, and nothing is queued that the model could not run.
 """
 
-import io
+import asyncio
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +18,8 @@ from engine.catalog import loras, weights
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.catalog.models import Catalog, FrameRule, Model
 from engine.catalog.weights import Weights
-from engine.files import footage, media
-from engine.files.inputs import Inputs
+from engine.files.checks import Checks, Unusable
+from engine.files.inputs import Inputs, Sent
 from engine.job import EngineError, Job, Lora
 from engine.planning import windows
 from engine.planning.machine import Machine
@@ -60,7 +60,6 @@ class Policy:
     models_dir: Path
     loras_dir: Path
     allow_download: bool
-    max_image_pixels: int
     profile: float
     transformer_quantization: str
     vae_config: int
@@ -70,23 +69,56 @@ class Admission:
     """Turns checked request bodies into Jobs. `machines` returns the devices that have been measured so far."""
 
     def __init__(
-        self, catalog: Catalog, inputs: Inputs, policy: Policy, machines: Callable[[], Iterable[Machine]]
+        self,
+        catalog: Catalog,
+        inputs: Inputs,
+        checks: Checks,
+        policy: Policy,
+        machines: Callable[[], Iterable[Machine]],
     ) -> None:
-        self._catalog, self._inputs, self._policy, self._machines = catalog, inputs, policy, machines
+        self._catalog, self._inputs, self._checks = catalog, inputs, checks
+        self._policy, self._machines = policy, machines
+
+    async def examine(self, body: Mapping[str, Any], client: str, gone: Callable[[], bool]) -> Mapping[str, Any]:
+        """Return the body, whose videos and sounds have their lengths, once every file in it has been decoded.
+
+        Raises BadRequest, UnknownModel, NoStorage, and ConnectionError once the client is `gone`.
+        """
+        files = files_of(body)
+        if not files:
+            return body
+        await asyncio.to_thread(lambda: self.require_weights(self._model(body)))
+        places = [(name, place) for name, sents in files.items() for place in range(len(sents))]
+        kinds = [(INPUTS[name].kind, files[name][place].path) for name, place in places]
+        try:
+            lengths = await self._checks.seconds(kinds, client, gone)
+        except Unusable as fault:
+            (at, sentence), (name, place) = fault.args, places[fault.args[0]]
+            where = f"{name}[{place}]" if INPUTS[name].several else name
+            raise BadRequest(f"{where}: the {MEDIA_WORDS[kinds[at][0]]} {sentence}") from None
+        known = {name: list(sents) for name, sents in files.items()}
+        for (name, place), seconds in zip(places, lengths, strict=True):
+            known[name][place] = known[name][place]._replace(seconds=seconds)
+        return {**body, **known}
+
+    def _model(self, body: Mapping[str, Any]) -> Model:
+        return self._catalog.get(body.get("model_type") or self._policy.default_model)
 
     def admit(self, body: Mapping[str, Any], *, store: bool) -> Resolved:
-        """Check and decide all, or raise BadRequest or UnknownModel; then, with `store`, keep the inputs. Blocks."""
-        model = self._catalog.get(body.get("model_type") or self._policy.default_model)
+        """Check and decide all, or raise BadRequest or UnknownModel; then, with `store`, keep the inputs. Blocks.
+
+        The files of `body` have been examined.
+        """
+        model = self._model(body)
         found = self.require_weights(model)
-        sent = {name: body[name] for name in INPUTS if body.get(name, []) != []}
-        files = {name: value if isinstance(value, list) else [value] for name, value in sent.items()}
-        given = {name: self._checked_input(name, datas) for name, datas in files.items()}
+        files = files_of(body)
+        given = {name: Media(tuple(map(self._inputs.path, sents)), sents[0].seconds) for name, sents in files.items()}
         resolved = resolve(self._catalog, model, body, given)
         job = resolved.job
         if body.get("activated_loras"):
             job = replace(job, loras=self._loras(model, job.task, found, body))
-        for data in (data for datas in files.values() for data in datas if store):
-            self._inputs.store(data)
+        for sent in (sent for sents in files.values() for sent in sents if store):
+            self._inputs.store(sent)
         warnings = (*hints.ignored(body.get(UNKNOWN, ())), *resolved.warnings)
         policy = self._policy
         memory: dict[str, Any] = {"profile": policy.profile, "quantization": policy.transformer_quantization}
@@ -115,20 +147,6 @@ class Admission:
         _choose_task(model, frozenset(job.inputs), job.task)
         require_files(job)
 
-    def _checked_input(self, name: str, datas: list[bytes]) -> Media:
-        """The input of one field, each file whole and of a size that fits in memory. Raises BadRequest."""
-        about, seconds = INPUTS[name], 0.0
-        for place, data in enumerate(datas):
-            try:
-                if about.kind == "image":
-                    media.check_image(io.BytesIO(data), self._policy.max_image_pixels)
-                else:
-                    seconds = footage.check(io.BytesIO(data), about.kind, self._policy.max_image_pixels)
-            except (media.BadImage, footage.BadFootage) as error:
-                where = f"{name}[{place}]" if about.several else name
-                raise BadRequest(f"{where}: the {MEDIA_WORDS[about.kind]} {error}") from None
-        return Media(tuple(self._inputs.path(data) for data in datas), seconds)
-
     def _loras(self, model: Model, task: str, found: Weights | None, body: Mapping[str, Any]) -> tuple[Lora, ...]:
         """The LoRAs of a request. Raises BadRequest for one that is not there or does not fit the weights."""
         if not model.pipelines[task].loras:
@@ -144,13 +162,19 @@ class Admission:
             raise BadRequest(str(error)) from None
 
 
+def files_of(body: Mapping[str, Any]) -> dict[str, Sequence[Sent]]:
+    """Return the files of a checked body by their fields, at least one each."""
+    sent = {name: body[name] for name in INPUTS if body.get(name)}
+    return {name: value if isinstance(value, list) else [value] for name, value in sent.items()}
+
+
 def require_files(job: Job) -> None:
     """Raises BadRequest if an input or a LoRA of an admitted job is gone. Blocks."""
     for name, paths in job.inputs.items():
         if not all(map(_readable, paths)):
             raise BadRequest(f"{name}: its file is no longer in state_path; send it again with a new request")
     for path in (lora.path for lora in job.loras if not _readable(lora.path)):
-        raise BadRequest(f"activated_loras: '{path.name}' is no longer in {path.parent}; put it back")
+        raise BadRequest(f"activated_loras: '{path.name}' is no longer in loras_dir; put it back")
 
 
 def _readable(path: Path) -> bool:

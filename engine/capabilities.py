@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
+import rtoml
+
 from engine.catalog.models import Model
 
 AUTO, NONE, GGUF = "auto", "none", "gguf"
@@ -23,8 +25,10 @@ class Requirement:
     package: str = ""  # as it is imported; "": nothing is needed
     install: str = ""  # as pip names it
     backend: str = ""  # of an attention kernel: diffusers' name for it
-    devices: tuple[str, ...] = ("cuda", "mps", "cpu")  # the torch device types on which it works
-    capability: tuple[int, int] = (0, 0)  # the least compute capability of a CUDA GPU
+    exact: bool = False  # of an attention kernel: it does not round to 8 bits
+    shareable: bool = False  # of an attention kernel: diffusers can split the tokens among several devices
+    devices: Sequence[str] = ("cuda", "mps", "cpu")  # the torch device types on which it works
+    capability: Sequence[int] = (0, 0)  # the least compute capability of a CUDA GPU
     instead: str = NONE  # the value to use where it does not work
 
     @property
@@ -39,28 +43,11 @@ class Requirement:
         return f"{setting}: '{value}' needs a package that is not here; install it: pip install '{self.install}'"
 
 
-KERNELS: Mapping[str, Requirement] = {
-    "sdpa": Requirement(backend="native"),
-    "cudnn": Requirement(backend="_native_cudnn"),
-    "flash": Requirement("flash_attn", "flash-attn", "flash"),
-    "flash3": Requirement("flash_attn_interface", "flash-attn-3", "_flash_3"),
-    "sage": Requirement("sageattention", "sageattention", "sage"),
-    "sage2": Requirement("sageattention", "sageattention>=2", "_sage_qk_int8_pv_fp8_cuda"),
-    "xformers": Requirement("xformers", "xformers", "xformers"),
-}
-# Those for which diffusers can split the tokens among several devices.
-SHAREABLE_KERNELS = (AUTO, "sdpa", "cudnn", "flash", "sage")
-
-# Quantised weights.
-KINDS: Mapping[str, Requirement] = {
-    NONE: Requirement(),
-    AUTO: Requirement("torchao", "torchao>=0.18"),
-    "int8": Requirement("torchao", "torchao>=0.18"),
-    # It multiplies matrices in 8 bits, for which older GPUs have no circuits.
-    "fp8": Requirement("torchao", "torchao>=0.18", devices=("cuda",), capability=(8, 9), instead="int8"),
-    "nf4": Requirement("bitsandbytes", "bitsandbytes>=0.46", devices=("cuda", "cpu"), instead="int8"),
-    GGUF: Requirement("gguf", "gguf>=0.17"),
-}
+KERNELS, KINDS = (
+    {value: Requirement(**needs) for value, needs in table.items()}
+    for table in rtoml.load(Path(__file__).with_suffix(".toml")).values()
+)
+SHAREABLE_KERNELS = (AUTO, *(name for name, kernel in KERNELS.items() if kernel.shareable))
 
 
 def attention_fault(mode: str) -> str:
@@ -75,7 +62,7 @@ def quantization_fault(kind: str, device: str = "auto", capability: tuple[int, i
         return fault
     if device.partition(":")[0] not in ("auto", *needs.devices):
         rule = f"does not work on device '{device}'"
-    elif capability is not None and capability < needs.capability:
+    elif capability is not None and capability < tuple(needs.capability):
         wanted, has = (".".join(map(str, pair)) for pair in (needs.capability, capability))
         rule = f"needs compute capability {wanted}, this card has {has}"
     else:

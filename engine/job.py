@@ -93,11 +93,11 @@ STALE_PROCESS = "stale_process"  # the process was found unfit before the task b
 
 
 class EngineError(Exception):
-    """A fault that ends one task: a sentence for the user, and a code for programs."""
+    """A fault that ends one task: a sentence for the user, and a code for programs. A library's text is cut."""
 
     def __init__(self, message: str, code: str = "generation_failed") -> None:
-        super().__init__(message, code)  # both in args, so that the exception survives pickling
-        self.message, self.code = message, code
+        self.message, self.code = message[:2000], code
+        super().__init__(self.message, code)  # both in args, so that the exception survives pickling
 
     def __str__(self) -> str:
         return self.message

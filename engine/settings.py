@@ -1,19 +1,20 @@
-"""The request settings, a row each: schemas, echo, defaults, the pipeline's roles and the documentation derive from it.
+"""The request settings of `settings.toml`: schemas, echo, defaults, the pipeline's roles and the docs derive from them.
 
-A new setting that a pipeline has a parameter for is a row here with a role, and that role in the catalogue's `call`.
-One that code uses is a row here, and `value(job, name)` where it is used.
+A new setting that a pipeline has a parameter for is a row there with a role, and that role in the catalogue's `call`.
+One that code uses is a row there, and `value(job, name)` where it is used.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
+
+import rtoml
 
 from engine.catalog.abilities import STEP_CACHES, TASKS
 from engine.job import Job
 
-VIDEO = frozenset({"video"})
-VISUAL = VIDEO | {"image"}
-EVERY = VISUAL | {"audio"}
+EVERY = frozenset({"video", "image", "audio"})
 LENGTH = int | str  # frames, or a duration such as "5s"
 NO_VALUE = object()  # neutral, of what WanGP does not have
 
@@ -70,67 +71,19 @@ _SPELLED: Mapping[str, Callable[[Job], Any]] = {
 }
 _JOB_FIELDS = frozenset(field.name for field in fields(Job)) - {"settings"}
 
-# fmt: off
-_ROWS = (
-    Setting("prompt", str, 1, 10_000, role="prompt", always=True, neutral="",
-            example="a red circle moving right", help="What to show."),
-    Setting("negative_prompt", str, 0, 10_000, default="", unused="", role="negative_prompt", neutral="",
-            help="What to avoid."),
-    Setting("model_type", str, guides=True,
-            help="Id of the model; left out, the configured `default_model`."),
-    Setting("resolution", str, default="832x480", kinds=VISUAL, neutral="832x480",
-            pattern=r"[0-9]{1,5}x[0-9]{1,5}", pattern_rule="WIDTHxHEIGHT in pixels, such as 832x480",
-            help="WIDTHxHEIGHT in pixels, each a multiple of the model's size step."),
-    Setting("video_length", LENGTH, 1, 1000, default=81, kinds=VIDEO, field="frames", needs="video_length",
-            neutral=81,
-            help='Frames, or a duration such as "5s"; rounded to what the model can make, with a warning.'),
-    Setting("num_inference_steps", int, 1, 100, default=30, role="steps", field="steps", neutral=30,
-            help="Denoising steps."),
-    Setting("guidance_scale", float, 0, 20, default=5.0, role="guidance", neutral=5, help="Classifier-free guidance."),
-    Setting("guidance2_scale", float, 0, 20, role="guidance_2", neutral=5,
-            help="Guidance of the second, low-noise expert of a model that has one (Wan 2.2 A14B)."),
-    Setting("embedded_guidance_scale", float, 0, 20, default=0.0, unused=0.0, role="embedded_guidance", neutral=6,
-            help="Guidance that a distilled model takes as an input."),
-    Setting("flow_shift", float, 0, 100, above_low=True, default=5.0, role="shift", neutral=3,
-            help="Shift of the noise schedule."),
-    Setting("seed", int, -1, 2**63 - 1, default=-1, always=True, neutral=-1,
-            help="-1 draws one, which the answer reports. File i has seed + i."),
-    Setting("batch_size", int, 1, 10, default=1, always=True, neutral=1, help="Files a run."),
-    Setting("repeat_generation", int, 1, 10, default=1, always=True, neutral=1, help="Runs."),
-    Setting("use_model_defaults", bool, default=True, guides=True,
-            help="true: what is left out takes the model's default; false: the default given here."),
-    Setting("denoising_strength", float, 0, 1, default=0.8, role="strength", neutral=1,
-            help="How much a source picture or video is changed: 0 hardly, 1 wholly."),
-    Setting("duration_seconds", float, 1, 600, default=10.0, role="duration", field="duration_s", neutral=0,
-            help="Length of a sound."),
-    Setting("lyrics", str, 0, 10_000, default="", unused="", role="lyrics", needs="lyrics", help="What is sung."),
-    Setting("activated_loras", tuple[str, ...], 0, 20, neutral=(),
-            help="LoRA files, by the names that `GET /loras` lists."),
-    Setting("loras_multipliers", str, 0, 2000, default="", needs="activated_loras", neutral="",
-            help="Strength of each LoRA, separated by spaces; 0,0.5,1 spreads values over the steps, 1;0 over two "
-                 "experts."),
-    Setting("skip_steps_cache_type", str, default="", choices=("", *STEP_CACHES), needs="skip_steps_cache_type",
-            neutral="",
-            help="Step cache: mag, tea, fbc or taylorseer, as far as the model can; empty: every step is computed."),
-    Setting("skip_steps_multiplier", float, 1, 4, default=1.75, needs="skip_steps_cache_type", neutral=1.75,
-            help="How many times faster the denoising should be."),
-    Setting("skip_steps_start_step_perc", float, 0, 100, default=0.0, needs="skip_steps_cache_type", neutral=0,
-            help="Percent of the steps, from the first, that are always computed."),
-    Setting("sliding_window_size", int, 0, 1000, kinds=VIDEO, field="window_frames", needs="sliding_window_size",
-            neutral=129,
-            help="Frames that are made at once; a longer video is made window by window, as far as the model can "
-                 "continue from its own frames. 0: the whole video at once. Left out, the model's usual length."),
-    Setting("sliding_window_overlap", int, 1, 97, kinds=VIDEO, field="window_overlap", needs="sliding_window_size",
-            neutral=5,
-            help="Frames that a window shares with the one before. Left out, what suits the model."),
-    Setting("sliding_window_color_correction_strength", float, 0, 1, default=1.0, kinds=VIDEO,
-            field="color_correction", needs="sliding_window_size", neutral=0,
-            help="How far each window takes over the colours of the one before: 0 not, 1 wholly."),
-    Setting("task", str, choices=tuple(TASKS), guides=True,
-            help="What the model should do, where the inputs leave more than one choice."),
-)
-# fmt: on
-SETTINGS: Mapping[str, Setting] = {row.name: row for row in _ROWS}
+_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "length": LENGTH, "[str]": tuple[str, ...]}
+# What other tables list.
+_CHOICES = {"skip_steps_cache_type": ("", *STEP_CACHES), "task": tuple(TASKS)}
+
+
+def _setting(name: str, row: Mapping[str, Any]) -> Setting:
+    kinds, choices = frozenset(row.get("kinds", EVERY)), _CHOICES.get(name, ())
+    return Setting(name, **{**row, "type": _TYPES[row["type"]], "kinds": kinds, "choices": choices})
+
+
+SETTINGS: Mapping[str, Setting] = {
+    name: _setting(name, row) for name, row in rtoml.load(Path(__file__).with_suffix(".toml")).items()
+}
 
 
 def value(job: Job, name: str) -> Any:

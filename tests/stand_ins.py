@@ -105,6 +105,26 @@ def lose_the_device(_task_id: int, _job: Job, _model: Model) -> Result:
     raise EngineError("The device failed while denoising: CUDA error", DEVICE_FAULT)
 
 
+def fail_at_length(_task_id: int, _job: Job, _model: Model) -> Result:
+    """End in a fault whose sentence is a megabyte long."""
+    raise EngineError("e" * 2**20)
+
+
+def raise_at_length(_task_id: int, _job: Job, _model: Model) -> Result:
+    """End in an exception that the worker did not translate, with a megabyte of text."""
+    raise ValueError("v" * 2**20)
+
+
+def break_at_length(task_id: int, _job: Job, _model: Model) -> Result:
+    """The worker's own `generate`, in which a library raises an exception with a megabyte of text."""
+
+    def broken(*_: Any) -> Result:
+        raise RuntimeError("r" * 2**20)
+
+    worker._session = BrokenStudio()  # type: ignore[assignment]
+    return worker._guarded(task_id, broken)
+
+
 def step_slowly(task_id: int, job: Job, _model: Model) -> Result:
     """Take a tenth of a second for each step, and nothing for all else; the first of a process loads for a second."""
     meter = Meter(worker._board, task_id)

@@ -119,6 +119,15 @@ def test_config_shows_save_path_as_it_was_written(flags: dict[str, str], shown: 
     assert load_config(written(tmp_path, 'save_path = "clips"\n'), flags).shown_save_path == shown
 
 
+@pytest.mark.parametrize("path", ["/srv/clips", "/home/somebody/my films/", "/clips"])
+def test_of_an_absolute_save_path_the_last_part_is_shown(path: str, tmp_path: Path) -> None:
+    for config in (
+        load_config(written(tmp_path, f'save_path = "{path}"\n'), {}),
+        load_config(written(tmp_path, ""), {"save_path": path}),
+    ):
+        assert (config.shown_save_path, config.save_path) == (Path(path).name, Path(path))
+
+
 # ---- where the file is looked for
 
 

@@ -85,8 +85,17 @@ def against(hub: Hub, daemon: Daemon) -> Daemon:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, running_hub: Hub) -> Iterator[Daemon]:
-    with against(running_hub, Daemon(tmp_path_factory.mktemp("downloads"), min_free_mb=1)) as daemon:
+    with against(
+        running_hub, Daemon(tmp_path_factory.mktemp("downloads"), min_free_mb=1, allow_api_download=True)
+    ) as daemon:
         yield daemon
+
+
+@pytest.fixture
+def own_daemon(tmp_path: Path) -> Iterator[Daemon]:
+    running = Daemon(tmp_path / "own", allow_api_download=True)
+    yield running
+    running.stop()
 
 
 @pytest.fixture
@@ -526,3 +535,99 @@ def test_a_task_that_can_not_fetch_says_why(tmp_path: Path, hub: Hub) -> None:
     sentence = f"Model 'wan_vace_14B' could not be downloaded: the hub has no {repo}, or shows it only to"
     assert (failed["status"], failed["error"]["code"]) == ("failed", "no_weights")
     assert failed["error"]["message"].startswith(sentence)
+
+
+# ------------------------------------------------------------------------------------------------ allow_api_download
+
+
+@pytest.mark.parametrize("model", [PLAIN.id, "wan_vace_14B", "wan_demo"])
+def test_a_request_downloads_nothing_unless_that_is_allowed(tmp_path: Path, hub: Hub, model: str) -> None:
+    with against(hub, Daemon(tmp_path / "own")) as daemon:
+        answer = daemon.post(f"/models/{model}/download")
+        assert answer.status_code == 403
+        assert answer.json()["detail"].startswith("allow_api_download is false, so nothing is downloaded")
+        assert f"wangpd models download {model}" in answer.json()["detail"]
+        assert daemon.get(f"/models/{model}/download").status_code == (200 if model == "wan_demo" else 404)
+        assert daemon.delete(f"/models/{model}/download").status_code == 400
+        assert hub.names() == hub.revisions == []
+
+
+def test_the_command_downloads_where_requests_may_not(tmp_path: Path, hub: Hub) -> None:
+    with against(hub, Daemon(tmp_path / "own")) as daemon:
+        assert daemon.post(f"/models/{PLAIN.id}/download").status_code == 403
+        assert command(daemon, "download", PLAIN.id).returncode == 0
+        assert installed(daemon, PLAIN)
+
+
+# ------------------------------------------------------------------------------------- a hub that means no good
+
+OUTSIDE = {
+    "above": "../../victim",
+    "above, in the middle": "vae/../../../victim",
+    "here": "./vae",
+    "nothing": "vae//more",
+    "a drive": "C:victim",
+    "a backslash": "..\\..\\victim",
+    "a control character": "vae\x01",
+    "absolute": "/tmp/wangpd-victim",
+}
+
+
+@pytest.mark.parametrize("component", OUTSIDE.values(), ids=OUTSIDE)
+def test_a_name_that_leads_out_of_the_models_folder_is_refused(local: Daemon, hub: Hub, component: str) -> None:
+    index = json.loads(NEEDED["model_index.json"]) | {component: ["diffusers", "X"]}
+    hub.repos[PLAIN.repo] = NEEDED | {
+        "model_index.json": json.dumps(index).encode(),
+        f"{component}/config.json": b"{}",
+        f"{component}/model.safetensors": b"x" * 10,
+    }
+    before = everything(local.folder)
+    post(local)
+    now = ended(local)
+    assert now["status"] == "failed"
+    if "//" in component or component.startswith("./"):  # no file has such a name, so it is not found
+        assert now["error"]["code"] in ("unsafe", "incomplete")
+    else:
+        assert "outside the model's folder" in now["error"]["message"]
+    new = everything(local.folder) - before
+    assert {path for path in new if not path.startswith("models") or "victim" in path} <= {"hf", "hf/hub"}
+    assert not Path("/tmp/wangpd-victim").exists()
+
+
+@pytest.mark.parametrize("folder", ["transformer", "vae", "scheduler"])
+def test_a_link_inside_the_models_folder_is_not_followed_out_of_it(local: Daemon, folder: str, tmp_path: Path) -> None:
+    (local.models / PLAIN.id).mkdir(parents=True)
+    (local.models / PLAIN.id / folder).symlink_to(tmp_path)
+    post(local)
+    assert ended(local)["error"]["code"] == "unsafe"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_models_folder_on_another_disk_is_used(local: Daemon, tmp_path: Path) -> None:
+    local.models.mkdir(exist_ok=True)
+    (local.models / PLAIN.id).symlink_to(tmp_path)
+    post(local)
+    assert_completed(local)
+    assert files(tmp_path) == NEEDED
+
+
+@pytest.mark.parametrize("size", [-1, -(2**70), 1.5])
+def test_a_size_that_cannot_be_true_is_refused(local: Daemon, hub: Hub, size: int) -> None:
+    hub.claimed_bytes["transformer/config.json"] = size
+    post(local)
+    assert ended(local)["error"]["code"] == "unsafe"
+
+
+@pytest.mark.parametrize(
+    "index", [b"[]", b"null", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b'{"vae": ["x", "y"' + b" " * 2**21]
+)
+def test_an_index_that_is_none_ends_the_download_with_a_sentence(local: Daemon, hub: Hub, index: bytes) -> None:
+    hub.repos[PLAIN.repo] = NEEDED | {"model_index.json": index}
+    post(local)
+    now = ended(local)
+    assert now["status"] == "failed"
+    assert now["error"]["code"] != "process_died", now["error"]
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

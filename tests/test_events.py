@@ -234,7 +234,8 @@ class HeldJournal:
 
 async def doors(queue: TaskQueue, task_id: int, since: int) -> dict[str, Any]:
     """What a client can see of a task, through every door."""
-    history, _ = await queue.history(None, 10, 0)
+    ids, _ = await queue.journal.history(None, 10, 0)
+    history = [await queue.get(each) for each in ids]
     return {
         "status": (await queue.get(task_id)).status,
         "queue": [(task.id, task.status) for task in queue.listing()],

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from aiohttp.test_utils import TestClient
 from PIL import Image
 
 import wangpd
+from engine.api import files
+from engine.api.files import MOST_PREVIEWS
 from engine.catalog.models import Model
 from engine.files import media
 from engine.gpu import worker
@@ -601,10 +604,10 @@ async def test_a_thumbnail_in_the_making_holds_nobody_up(
 ) -> None:
     begun, go_on, make = threading.Event(), threading.Event(), media.thumbnail
 
-    def held(path: Path, width: int) -> bytes:
+    def held(file: BufferedReader, width: int) -> bytes:
         begun.set()
         assert go_on.wait(60)
-        return make(path, width)
+        return make(file, width)
 
     monkeypatch.setattr(media, "thumbnail", held)
     asked = asyncio.create_task(client.get("/api/v1/preview/picture.png"))
@@ -613,6 +616,60 @@ async def test_a_thumbnail_in_the_making_holds_nobody_up(
     assert not asked.done()
     go_on.set()
     assert (await asked).content_type == "image/jpeg"
+
+
+@pytest.fixture
+def held_previews(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No preview is made until the event is set."""
+    go_on, make = threading.Event(), media.thumbnail
+
+    def held(file: BufferedReader, width: int) -> bytes:
+        assert go_on.wait(60)
+        return make(file, width)
+
+    monkeypatch.setattr(media, "thumbnail", held)
+    yield go_on
+    go_on.set()
+
+
+@pytest.mark.parametrize("waiting", [2, 20, MOST_PREVIEWS])
+async def test_slow_previews_take_no_thread_that_others_need(
+    client: TestClient[Any, Any], held_previews: threading.Event, waiting: int
+) -> None:
+    asked = [asyncio.create_task(client.get(f"/api/v1/preview/picture.png?width={32 + n}")) for n in range(waiting)]
+    await asyncio.sleep(0)
+    for _ in range(3):
+        assert (await client.get("/api/v1/download/picture.png")).status == 200
+        assert (await client.post("/api/v1/generate?dry_run=1", json={"prompt": "a"})).status == 200
+        assert (await client.get("/api/v1/models?installed=true")).status == 200
+    assert not any(task.done() for task in asked)
+    held_previews.set()
+    assert {(await task).status for task in asked} == {200}
+
+
+async def test_one_preview_too_many_is_503_and_the_others_are_made(
+    client: TestClient[Any, Any], held_previews: threading.Event
+) -> None:
+    url = "/api/v1/preview/picture.png"
+    asked = [asyncio.create_task(client.get(url, params={"width": 32 + n})) for n in range(MOST_PREVIEWS + 3)]
+    done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    while len(done) < 3:
+        done, waiting = await asyncio.wait(asked, timeout=0.1)
+    refused = [task.result() for task in done]
+    assert [answer.status for answer in refused] == [503] * 3
+    assert "Retry-After" in refused[0].headers
+    held_previews.set()
+    assert {(await task).status for task in waiting} == {200}
+
+
+@pytest.mark.usefixtures("held_previews")
+async def test_a_preview_that_takes_too_long_is_503(
+    client: TestClient[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PREVIEW_S", 0.2)
+    answers = [await client.get(f"/api/v1/preview/picture.png?width={width}") for width in (32, 33, 34)]
+    assert [answer.status for answer in answers] == [503] * 3
+    assert "takes too long" in (await answers[2].json())["detail"]
 
 
 # ---------------------------------------------------------------------------------------------- what a task leaves held

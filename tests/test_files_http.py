@@ -4,8 +4,11 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
-from collections.abc import Iterator
+import stat
+import threading
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +18,7 @@ import pytest
 import requests
 from PIL import Image
 
+from tests import bombs
 from tests.daemon import Daemon
 from tests.idle import idle_daemon
 from tests.wire import exchange, head
@@ -386,6 +390,80 @@ def test_what_cannot_be_decoded_has_no_preview(idle: Daemon, name: str) -> None:
     answer = idle.get(f"/preview/{name}")
     sentence = f"'{name}' can't be decoded, so it has no preview"
     assert (answer.status_code, answer.json()) == (400, {"detail": sentence})
+
+
+def peak_mib(daemon: Daemon) -> int:
+    """The most memory that the daemon has had, files in memory included."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{daemon.process.pid}/status").read_text())[0]) // 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("inside.mp4", lambda: bombs.video(bombs.packets(9000), "mp4")),
+        ("inside.mkv", lambda: bombs.video(bombs.packets(9000), "matroska")),
+        ("scans.jpg", lambda: bombs.jpeg(7000, 2000)),
+        ("header.png", lambda: bombs.png(30_000, 30_000)),
+    ],
+)
+def test_a_preview_takes_no_memory_for_a_bomb(idle: Daemon, name: str, make: Callable[[], bytes]) -> None:
+    """9000x9000 is 120 MB a frame, and 360 MB as a picture."""
+    (idle.outputs / name).write_bytes(make())
+    before = peak_mib(idle)
+    answer = idle.get(f"/preview/{name}")
+    (idle.outputs / name).unlink()
+    assert answer.status_code == 400
+    assert peak_mib(idle) - before < 110
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a folder", "a device"])
+@pytest.mark.parametrize("call", ["download", "preview"])
+def test_what_is_no_file_is_404_and_nothing_waits_for_it(idle: Daemon, kind: str, call: str) -> None:
+    path = idle.outputs / "odd.mp4"
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            os.chdir(idle.outputs)  # a socket's path holds 108 bytes
+            listener.bind("odd.mp4")
+    elif kind == "a folder":
+        path.mkdir()
+    elif os.geteuid() == 0:
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
+    try:
+        assert idle.get(f"/{call}/odd.mp4", timeout=20).status_code == 404
+    finally:
+        path.rmdir() if kind == "a folder" else path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("call", ["download", "preview"])
+def test_no_race_for_a_name_gives_away_another_file(idle: Daemon, call: str) -> None:
+    """While a request is under way its file becomes a link to a secret, a FIFO, a file again."""
+    path, secret = idle.outputs / "race.png", idle.folder / "secret.png"
+    Image.new("RGB", (64, 64), "red").save(secret)
+    Image.new("RGB", (64, 64), "blue").save(idle.folder / "open.png")
+    over = threading.Event()
+
+    def change() -> None:
+        new = idle.folder / "new.png"
+        while not over.is_set():
+            for make in (lambda: shutil.copy(idle.folder / "open.png", new), lambda: new.symlink_to(secret)):
+                make()
+                new.replace(path)
+            os.mkfifo(new)
+            new.replace(path)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        answers = [idle.get(f"/{call}/race.png", timeout=20) for _ in range(150)]
+    finally:
+        over.set()
+        changing.join()
+        path.unlink()
+    assert {answer.status_code for answer in answers} <= {200, 404}
+    shown = [Image.open(io.BytesIO(answer.content)).convert("RGB").getpixel((9, 9)) for answer in answers if answer.ok]
+    assert all(isinstance(pixel, tuple) and pixel[2] > 200 and pixel[0] < 50 for pixel in shown)
 
 
 # -- request ids

@@ -2,17 +2,22 @@
 
 import io
 import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from engine.files import footage
 from engine.files.footage import BadFootage
 from engine.gpu.save import encode
+from tests import bombs
 
 SIDE, LIMIT = 32, 10_000
 
@@ -65,6 +70,12 @@ def test_the_length_of_a_video_is_told(tmp_path: Path, container: str) -> None:
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3"])
 def test_the_length_of_a_sound_is_told(tmp_path: Path, suffix: str) -> None:
     assert footage.check(io.BytesIO(tone(tmp_path, suffix)), "audio", LIMIT) == pytest.approx(1.0, abs=0.1)
+
+
+SEEDS = {
+    "video": [bombs.video(bombs.packets(64), container) for container in ("mp4", "mov", "matroska", "webm")],
+    "audio": [bombs.sound(format) for format in ("wav", "flac", "mp3", "ogg", "mp4")],
+}
 
 
 def picture() -> bytes:
@@ -120,7 +131,7 @@ def shades(frames: list[Image.Image]) -> list[int]:
 def test_frames_are_those_that_are_shown_at_their_times(
     tmp_path: Path, fps: int, count: int, expected: list[int]
 ) -> None:
-    frames = footage.read_frames(stored(tmp_path, film(tmp_path)), fps, count)
+    frames = list(footage.read_frames(stored(tmp_path, film(tmp_path)), fps, count))
     wanted = [levels(12)[i] for i in expected]
     assert len(frames) == len(wanted)
     assert np.abs(np.array(shades(frames)) - wanted).max() <= 3
@@ -134,8 +145,86 @@ def test_the_frames_of_a_video_filmed_sideways_are_upright(tmp_path: Path) -> No
     turn = ["-display_rotation", "90", "-i", tmp_path / "level.mp4", "-c", "copy", tmp_path / "turned.mp4"]
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *turn], check=True)
     for found in (
-        footage.read_frames(tmp_path / "turned.mp4", 12, 1),
+        list(footage.read_frames(tmp_path / "turned.mp4", 12, 1)),
         footage.read_last_frames(tmp_path / "turned.mp4", 12, 1),
     ):
         assert found[0].size == (SIDE, 2 * SIDE)
         assert shades([found[0].crop((0, SIDE, SIDE, 2 * SIDE)), found[0].crop((0, 0, SIDE, SIDE))]) == [255, 0]
+
+
+# ------------------------------------------------------------------------------------------ small files, much work
+
+BIG = 1000  # pixels a side, of frames in a stream that is 64x64 by its container
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
+def test_a_stream_larger_than_its_container_says_is_refused_by_its_own_size(container: str) -> None:
+    data = bombs.video(bombs.packets(BIG), container)
+    with pytest.raises(BadFootage, match=f"^is {BIG}x{BIG}, more than the limit of 10000 pixels a frame"):
+        footage.check(io.BytesIO(data), "video", LIMIT)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
+@pytest.mark.parametrize("read", [footage.read_frames, footage.read_last_frames])
+def test_a_stream_that_grows_midway_is_read_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, read: Callable[..., Iterable[Image.Image]]
+) -> None:
+    path = stored(tmp_path, bombs.video(bombs.packets(64, 4) + bombs.packets(BIG), container))
+    assert (BIG, BIG) in {frame.size for frame in read(path, 25, 9)}
+    monkeypatch.setattr(footage.opened.__wrapped__, "__defaults__", (LIMIT,))
+    with pytest.raises(BadFootage):
+        list(read(path, 25, 9))
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
+def test_a_frame_that_is_too_large_takes_no_memory(tmp_path: Path, container: str) -> None:
+    side = 6000  # 54 MB a frame, and FFmpeg decodes two to find out what a stream is
+    path = stored(tmp_path, bombs.video(bombs.packets(side), container))
+    check = (
+        "import sys; from engine.files import footage\n"
+        "try: footage.check(open(sys.argv[1], 'rb'), 'video', 10_000_000)\n"
+        "except footage.BadFootage as error: print(error)\n"
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    )
+    run = subprocess.run([sys.executable, "-c", check, path], capture_output=True, text=True, check=True)
+    sentence, peak_kib = run.stdout.splitlines()
+    assert f"{side}x{side}" in sentence
+    assert int(peak_kib) < 90 * 1024
+
+
+@pytest.mark.parametrize("frames", [2, 50, 1000])
+def test_a_length_that_the_header_lacks_is_that_of_the_packets(frames: int) -> None:
+    data = bombs.video(bombs.packets(64, frames), "matroska", live="1")
+    assert footage.check(io.BytesIO(data), "video", LIMIT) == pytest.approx(frames / 25, abs=0.1)
+
+
+def test_more_packets_than_a_film_has_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footage, "MAX_PACKETS", 40)
+    data = bombs.video(bombs.packets(64, 60), "matroska", live="1")
+    with pytest.raises(BadFootage, match=r"^does not say how long it is and has over 40 packets"):
+        footage.check(io.BytesIO(data), "video", LIMIT)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
+def test_no_more_streams_are_looked_at_than_a_film_has(container: str) -> None:
+    packets = bombs.packets(64)
+    assert 0 < footage.check(io.BytesIO(bombs.video(packets, container, sounds=60)), "video", LIMIT) < 1
+    try:
+        with footage.opened(io.BytesIO(bombs.video(packets, container, sounds=300)), "video") as opened:
+            assert len(opened.streams) == footage.MAX_STREAMS
+    except BadFootage:
+        assert container != "matroska"  # FFmpeg leaves the others out; of a QuickTime file it then reads nothing
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_no_bytes_raise_anything_but_bad_footage(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["video", "audio"]))
+    whole = bytearray(data.draw(st.sampled_from(SEEDS[kind])))
+    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=6)):
+        whole[at] = value
+    cut = data.draw(st.integers(0, len(whole)))
+    try:
+        assert 0 < footage.check(io.BytesIO(bytes(whole[:cut] or whole)), kind, LIMIT) <= footage.MAX_S
+    except BadFootage as error:
+        assert len(str(error)) < 200

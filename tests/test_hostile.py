@@ -73,13 +73,54 @@ def test_every_hostile_request_is_refused_with_a_sentence_and_changes_nothing(fo
     assert fort.get("/queue").json()["data"]["total_tasks"] == 0
 
 
-def test_what_is_no_http_is_refused_or_hung_up_on_and_changes_nothing(fort: Daemon) -> None:
+def test_what_is_no_http_is_refused_with_a_sentence_and_hung_up_on(fort: Daemon) -> None:
+    before = everything(fort)
+    faults = []
+    for attack in hostile.connections():
+        with connected(fort.url) as channel:
+            with suppress(ConnectionError):  # it may have read enough already
+                channel.sendall(attack.request)
+            answer = answered(channel)
+            faults.append(fault(attack, answer))
+            assert answer is None or ends(channel), attack.label
+    assert list(filter(None, faults)) == []
+    assert everything(fort) == before
+
+
+def test_what_is_no_http_and_has_an_end_is_refused_or_hung_up_on_and_changes_nothing(fort: Daemon) -> None:
+    """A client that says that it sends no more may find the connection closed before it is answered."""
     before = everything(fort)
     for attack in hostile.connections():
         answer = ended(fort, attack)
         assert answer is None or not fault(attack, answer), fault(attack, answer)
     assert everything(fort) == before
     assert fort.get("/health").status_code == 200
+
+
+VERSIONS = ["", " HTTP/0.9", " HTTP/2.0"]  # none is HTTP/0.9
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("path", ["/", "/api/v1/health", "/api/v1/queue/pause", "/api/docs/files/none", "/none"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+def test_a_version_of_http_that_is_not_supported_is_400_and_ends_the_connection(
+    fort: Daemon, method: str, path: str, version: str
+) -> None:
+    with connected(fort.url) as channel:
+        channel.sendall(f"{method} {path}{version}\r\nHost: a\r\nConnection: keep-alive\r\n\r\n".encode())
+        answer = answered(channel, method)
+        assert answer is not None
+        assert answer.status == 400
+        said = f"{version.strip() or 'HTTP/0.9'} is not supported; send HTTP/1.1"
+        assert method == "HEAD" or json.loads(answer.body) == {"detail": said}
+        assert ends(channel)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_version_of_http_that_is_supported_is_answered(fort: Daemon, version: str) -> None:
+    answer = exchange(fort.url, f"GET /api/v1/health HTTP/{version}\r\nHost: a\r\n\r\n".encode())
+    assert answer is not None
+    assert answer.status == 200
 
 
 @pytest.mark.parametrize(
@@ -102,6 +143,13 @@ def test_who_hangs_up_within_a_body_is_no_fault_of_the_daemon(
             channel.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
         assert eventually(lambda: f" {path} 400 " in daemon.log.read_text().replace("/api/v1", " "))
         assert "Traceback" not in daemon.log.read_text()
+
+
+def ends(channel: socket.socket) -> bool:
+    """True once the daemon has hung up; raises TimeoutError if it does not."""
+    with suppress(ConnectionError):  # a reset, where more had been sent than it wanted to read
+        return channel.recv(1) == b""
+    return True
 
 
 def ended(daemon: Daemon, attack: Attack) -> Answer | None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from engine.admission import resolve
 from engine.catalog.models import Catalog
+from engine.files import footage
 from engine.gpu.run import conditioning
 from engine.gpu.save import encode
 from engine.job import Job
@@ -80,6 +81,17 @@ def test_an_end_picture_belongs_to_the_last_frame(tmp_path: Path) -> None:
     start, end = picture(tmp_path, "start", "black"), picture(tmp_path, "end", "white")
     conditions = roles(job("ltxv_0_9_5_2B", "flf2v", image_start=start, image_end=end))["conditions"]
     assert [(condition.frame_index, levels([condition.image])) for condition in conditions] == [(0, [0]), (4, [255])]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3"])
+def test_a_sound_that_is_longer_than_it_said_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"noise.{suffix}"
+    encode.write_sound(path, encode.Sound(np.zeros((2, 48000), np.float32), 16000), None)
+    monkeypatch.setattr(footage, "MAX_S", 1)
+    sound = roles(job("ace_step_v1_5_turbo", "a2a", audio_source=path), 44100)["source_audio"]
+    assert sound.shape[-1] == 44100
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])

@@ -96,15 +96,13 @@ async def test_an_unknown_id_is_none(journal: Journal, task_id: int) -> None:
 
 async def test_history_comes_newest_first_in_pages_with_the_total(journal: Journal) -> None:
     ids = [(await added(journal)).id for _ in range(5)]
-    tasks, total = await journal.history(None, 2, 1)
-    assert ([task.id for task in tasks], total) == ([ids[3], ids[2]], 5)
+    assert await journal.history(None, 2, 1) == ([ids[3], ids[2]], 5)
 
 
 async def test_history_of_one_state_counts_only_that(journal: Journal) -> None:
     await added(journal)
     done = await ended(journal)
-    tasks, total = await journal.history(Status.COMPLETED, 10, 0)
-    assert ([task.id for task in tasks], total) == ([done.id], 1)
+    assert await journal.history(Status.COMPLETED, 10, 0) == ([done.id], 1)
 
 
 # ---- ids
@@ -204,14 +202,14 @@ async def test_a_key_is_free_again_after_its_life(journal: Journal, monkeypatch:
 async def test_the_newest_records_are_kept(journal: Journal) -> None:
     ids = [(await ended(journal)).id for _ in range(5)]
     await journal.prune(2, 3600)
-    assert [task.id for task in (await journal.history(None, 10, 0))[0]] == [ids[4], ids[3]]
+    assert (await journal.history(None, 10, 0))[0] == [ids[4], ids[3]]
 
 
 async def test_records_are_forgotten_by_age(journal: Journal) -> None:
     await ended(journal, time.time() - 100)
     young = await ended(journal)
     await journal.prune(10, 50)
-    assert [task.id for task in (await journal.history(None, 10, 0))[0]] == [young.id]
+    assert (await journal.history(None, 10, 0))[0] == [young.id]
 
 
 @pytest.mark.parametrize("jump_s", [2 * 365 * 86400.0, 7200.0, -86400.0])
@@ -234,8 +232,9 @@ async def test_an_active_task_is_never_forgotten(journal: Journal, status: Statu
 
 async def test_the_pictures_of_every_kept_task_are_needed(journal: Journal, tmp_path: Path) -> None:
     await added(journal)
-    await journal.add(Task(0, job(inputs={"image_start": (tmp_path / "a",)})), None, "", {})
-    await journal.add(Task(0, job(inputs={"image_refs": (tmp_path / "b", tmp_path / "c")})), None, "", {})
+    folder = tmp_path / "inputs"
+    await journal.add(Task(0, job(inputs={"image_start": (folder / "a",)})), None, "", {})
+    await journal.add(Task(0, job(inputs={"image_refs": (folder / "b", folder / "c")})), None, "", {})
     assert await journal.inputs() == {"a", "b", "c"}
 
 

@@ -230,7 +230,7 @@ def opened(daemon: Daemon, stack: ExitStack, count: int) -> list[socket.socket]:
 def test_one_connection_too_many_is_503_and_the_others_go_on(small_house: Daemon) -> None:
     with ExitStack() as stack:
         channels = opened(small_house, stack, MOST_CONNECTIONS)
-        answer = exchange(small_house.url, head(f"{API}/health"))
+        answer = exchange(small_house.url, head(f"{API}/queue"))
         assert answer is not None
         assert (answer.status, answer.headers["Retry-After"], answer.headers["Connection"]) == (503, "10", "close")
         assert parsed(answer.body) == {"detail": f"Too many connections: {MOST_CONNECTIONS} are open (max_connections)"}
@@ -243,15 +243,15 @@ def test_one_connection_too_many_is_503_and_the_others_go_on(small_house: Daemon
 def test_a_place_that_becomes_free_is_given_to_the_next(small_house: Daemon) -> None:
     with ExitStack() as stack:
         opened(small_house, stack, MOST_CONNECTIONS)
-        assert small_house.get("/health").status_code == 503
-    assert eventually(lambda: small_house.get("/health").status_code == 200)
+        assert small_house.get("/queue").status_code == 503
+    assert eventually(lambda: small_house.get("/queue").status_code == 200)
 
 
 def test_a_burst_of_connections_does_not_pass_the_limit(small_house: Daemon) -> None:
     with ExitStack() as stack:
         channels = [stack.enter_context(connected(small_house.url)) for _ in range(60)]
         for channel in channels:
-            channel.sendall(head(f"{API}/health"))
+            channel.sendall(head(f"{API}/queue"))
         found = [answered(channel) for channel in channels]
     statuses = [answer.status for answer in found if answer]
     assert (statuses.count(200), statuses.count(503)) == (MOST_CONNECTIONS, 60 - MOST_CONNECTIONS)
@@ -263,7 +263,9 @@ def test_who_was_turned_away_is_not_kept(small_house: Daemon) -> None:
         opened(small_house, stack, MOST_CONNECTIONS)
         before = len(list(handles.iterdir()))
         for _ in range(30):
-            assert answered(stack.enter_context(connected(small_house.url))) is not None
+            channel = stack.enter_context(connected(small_house.url))
+            channel.sendall(head(f"{API}/queue"))
+            assert answered(channel) is not None
         assert eventually(lambda: len(list(handles.iterdir())) <= before)
 
 

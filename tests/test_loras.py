@@ -1,18 +1,26 @@
 """LoRAs: found, checked against the model before anything is loaded, and switched without loading it again."""
 
+import json
+import math
+import os
 import re
+import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine.catalog import loras
 from engine.catalog.loras import BadLora
 from engine.catalog.models import PACKAGE, Catalog
+from engine.catalog.weights import read_tensors
 from engine.gpu.run.adapters import strength
 from engine.job import Lora
 from tests.daemon import Daemon
@@ -32,6 +40,9 @@ def layers(seed: int, *, width: int = WIDTH, blocks: int = BLOCKS, gain: float =
     down = {f"{name}.lora_A.weight": torch.randn(RANK, width, generator=rng) * gain for name in names}
     up = {f"{name}.lora_B.weight": torch.randn(width, RANK, generator=rng) * gain for name in names}
     return down | up
+
+
+LAYERS = layers(1)
 
 
 def written(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> Path:
@@ -99,11 +110,99 @@ BROKEN = {
 }
 
 
+def header(raw: bytes, size: int | None = None) -> bytes:
+    return struct.pack("<Q", len(raw) if size is None else size) + raw
+
+
+BROKEN |= {
+    name: (header(raw), "is no safetensors file")
+    for name, raw in {
+        "deep list": b"[" * 200_000,
+        "deep object": b'{"a":' * 100_000,
+        "no UTF-8": b'{"\xff":1}',
+        "a list": b"[]",
+        "null": b"null",
+        "a huge number": b'{"a.lora_A.weight":{"shape":[' + b"9" * 5000 + b"]}}",
+        "a number beyond 64 bits": b'{"a.lora_A.weight":{"shape":[1,99999999999999999999]}}',
+        "very many dimensions": b'{"a.lora_A.weight":{"shape":[' + b"9," * 100_000 + b"9]}}",
+        "no shape": b'{"a.lora_A.weight":{},"a.lora_B.weight":{}}',
+        "a shape of text": b'{"a.lora_A.weight":{"shape":"12"}}',
+        "a shape of booleans": b'{"a.lora_A.weight":{"shape":[true]}}',
+        "a tensor that is none": b'{"a.lora_A.weight":7}',
+        "zeros": bytes(64),
+        "100 MB": b" " * 100_000_000,
+    }.items()
+}
+BROKEN["a header beyond the file"] = header(b"{}", 2**20), "is no safetensors file"
+BROKEN["no numbers at all"] = (
+    header(b'{"a.lora_A.weight":{"shape":[]},"a.lora_B.weight":{"shape":[]}}'),
+    "no counterpart",
+)
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_is_refused(tmp_path: Path, case: str) -> None:
     data, reason = BROKEN[case]
     written(tmp_path, "a", layers(1)).write_bytes(data)
     with pytest.raises(BadLora, match=reason):
+        chosen(tmp_path, "a")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["shape", "x"]), inner, max_size=3),
+    max_leaves=8,
+)
+NUMBER = "9" * 30
+NAMES = st.sampled_from(
+    [*layers(1), "a.lora_down.weight", "a.lora_up.weight", "__metadata__"]
+    + [f"blocks.{NUMBER}.x.lora_{side}.weight" for side in "AB"]
+)
+ENTRIES = JSON | st.fixed_dictionaries({"shape": st.lists(st.integers(-3, 2**66) | JSON, max_size=4)})
+
+
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@given(
+    content=st.dictionaries(NAMES | st.text(max_size=6), ENTRIES, max_size=6) | JSON,
+    off=st.sampled_from([0, -1, 5, 2**63]),
+)
+def test_no_header_raises_anything_but_bad_lora(tmp_path: Path, content: Any, off: int) -> None:
+    raw = json.dumps(content).encode()
+    written(tmp_path, "a", layers(1)).write_bytes(header(raw, min(max(0, len(raw) + off), 2**64 - 1)))
+    with suppress(BadLora):
+        chosen(tmp_path, "a")
+
+
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@given(data=st.binary(max_size=300), size=st.integers(0, 400))
+def test_no_bytes_raise_anything_but_bad_lora(tmp_path: Path, data: bytes, size: int) -> None:
+    written(tmp_path, "a", layers(1)).write_bytes(header(data, size))
+    with pytest.raises(BadLora):
+        chosen(tmp_path, "a")
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "a device"])
+def test_a_name_without_a_file_is_refused_and_nothing_waits_for_it(tmp_path: Path, kind: str) -> None:
+    path = written(tmp_path, "a", layers(1))
+    path.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(BadLora, match=r"there is none$"):
+        chosen(tmp_path, "a")
+    with pytest.raises(OSError):  # and if it took the place of a file just now
+        read_tensors(path)
+
+
+def test_very_long_names_are_read_in_linear_time(tmp_path: Path) -> None:
+    """A search that began again at each character of such a name would take hours."""
+    names = [f"{'_' * 1_000_000}{number}.lora_A.weight" for number in range(5)]
+    raw = json.dumps({name: {"shape": [4, 4]} for name in names}).encode()
+    written(tmp_path, "a", layers(1)).write_bytes(header(raw))
+    with pytest.raises(BadLora, match="no counterpart"):
         chosen(tmp_path, "a")
 
 
@@ -138,12 +237,33 @@ def test_multipliers_are_read_as_wangp_reads_them(tmp_path: Path, text: str, pha
     assert [lora.phases for lora in chosen(tmp_path, "a", "b", multipliers=text)] == phases
 
 
-@pytest.mark.parametrize("text", ["1 2 3", "strong", "1;;2", "1,", "1 nan? 2"])
+@pytest.mark.parametrize(
+    "text", ["1 2 3", "strong", "1;;2", "1,", "1 nan? 2", "nan", "inf", "1,-inf", "1e999", "0;nan"]
+)
 def test_wrong_multipliers_are_refused(tmp_path: Path, text: str) -> None:
     for name in "ab":
         written(tmp_path, name, layers(1))
     with pytest.raises(BadLora, match=r"^loras_multipliers: "):
         chosen(tmp_path, "a", "b", multipliers=text)
+
+
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@given(text=st.text(alphabet="0123456789.,;+-e_naif# \n\u0661\u2028", max_size=40))
+def test_no_multipliers_raise_anything_but_bad_lora(tmp_path: Path, text: str) -> None:
+    for name in "abc":
+        written(tmp_path, name, LAYERS)
+    with suppress(BadLora):
+        strengths = [
+            value for lora in chosen(tmp_path, *"abc", multipliers=text) for phase in lora.phases for value in phase
+        ]
+        assert all(map(math.isfinite, strengths))
+
+
+@pytest.mark.parametrize("line", ["\n" * 100_000, " " * 100_000 + "x", "#" * 100_000])
+def test_long_multipliers_are_read_in_linear_time(tmp_path: Path, line: str) -> None:
+    written(tmp_path, "a", layers(1))
+    with suppress(BadLora):
+        chosen(tmp_path, "a", multipliers=line)
 
 
 def test_several_values_are_spread_evenly_over_the_steps() -> None:

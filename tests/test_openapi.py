@@ -17,6 +17,9 @@ import requests
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from PIL import Image
 
+from engine.api.answers import MAX_LISTED_CHARS
+from engine.catalog.download import Stage
+from engine.queue.tasks import Status
 from tests import contract
 from tests.daemon import ROOT, Daemon
 from tests.idle import idle_daemon
@@ -110,6 +113,13 @@ def test_nothing_is_required_of_a_client_but_the_prompt(document: dict[str, Any]
         for operation in path.values():
             assert {item["in"] for item in parameters(operation) if item.get("required")} <= {"path"}
     assert document["components"]["schemas"]["GenerateForm"]["required"] == ["prompt"]
+
+
+def test_the_document_names_every_state_and_how_much_of_a_prompt_is_listed(document: dict[str, Any]) -> None:
+    about = {name: schema.get("properties", {}) for name, schema in document["components"]["schemas"].items()}
+    assert about["TaskState"]["status"]["description"] == "; ".join(Status)
+    assert about["DownloadState"]["status"]["description"] == "`installed`; " + "; ".join(Stage)
+    assert f" {MAX_LISTED_CHARS} characters" in about["QueuedTask"]["prompt"]["description"]
 
 
 def test_the_example_of_every_body_can_be_sent_as_it_is(idle: Daemon, document: dict[str, Any]) -> None:

@@ -36,7 +36,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that really were decoded for a thumbnail."""
     names: list[str] = []
     decode = media.thumbnail
-    monkeypatch.setattr(media, "thumbnail", lambda path, width: (names.append(path.name), decode(path, width))[1])
+    monkeypatch.setattr(
+        media, "thumbnail", lambda file, width: (names.append(Path(file.name).name), decode(file, width))[1]
+    )
     return names
 
 
@@ -52,6 +54,15 @@ def put(folder: Path, name: str, at: float | None = None, data: bytes = b"x") ->
     stamp = time.time() - 3600 if at is None else at
     os.utime(path, (stamp, stamp))
     return path
+
+
+def found(outputs: Outputs, name: str) -> Path | None:
+    """Where the file is that a request for this name would get."""
+    file = outputs.find(name)
+    if file is None:
+        return None
+    with file:
+        return Path(file.name)
 
 
 def settle(folder: Path, age_s: float = 600.0) -> None:
@@ -132,7 +143,7 @@ def test_everything_listed_can_be_found(folder: Path, outputs: Outputs) -> None:
     for name in ("plain.mp4", "with space.png", "ünï 猫 😀.webp", "50%2f.mp4", "narrow\u202fspace.png", "a'b\"c.wav"):
         put(folder, name)
     assert len(outputs.listing()) == 6
-    assert all(outputs.find(entry.filename) == folder / entry.filename for entry in outputs.listing())
+    assert all(found(outputs, entry.filename) == folder / entry.filename for entry in outputs.listing())
 
 
 def test_a_missing_folder_is_no_empty_one(tmp_path: Path) -> None:
@@ -345,14 +356,14 @@ def test_a_hostile_name_finds_nothing(folder: Path, outputs: Outputs, tmp_path: 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_name_raises_or_leads_out_of_the_folder(folder: Path, outputs: Outputs, name: str) -> None:
     for candidate in (name, f"{name}.mp4", f"../{name}.mp4"):
-        found = outputs.find(candidate)
-        assert found is None or found.parent == folder
+        path = found(outputs, candidate)
+        assert path is None or path.parent == folder
 
 
 def test_a_media_file_is_found_whatever_the_case_of_its_suffix(folder: Path, outputs: Outputs) -> None:
     for name in ("a.mp4", "b.MP4", "c.JpEg"):
         assert outputs.find(name) is None
-        assert outputs.find(put(folder, name).name) == folder / name
+        assert found(outputs, put(folder, name).name) == folder / name
 
 
 @pytest.mark.parametrize("target", ["inside", "outside", "loop", "nowhere"])
@@ -378,8 +389,12 @@ def test_folders_pipes_and_sockets_find_nothing(folder: Path, outputs: Outputs) 
 
 def shown(outputs: Outputs, path: Path, width: int) -> bytes:
     """The JPEG that a client would get."""
-    thumbnail = outputs.thumbnail(path, width)
-    return thumbnail if isinstance(thumbnail, bytes) else thumbnail.read_bytes()
+    with path.open("rb") as file:
+        thumbnail = outputs.thumbnail(file, width)
+    if isinstance(thumbnail, bytes):
+        return thumbnail
+    with thumbnail:
+        return thumbnail.read()
 
 
 def test_a_thumbnail_is_decoded_once(folder: Path, outputs: Outputs, decoded: list[str]) -> None:
@@ -422,9 +437,20 @@ def test_a_file_with_no_picture_leaves_nothing_in_the_cache(folder: Path, output
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_thumbnail_of_a_deleted_file_says_so(folder: Path, outputs: Outputs) -> None:
-    with pytest.raises(FileNotFoundError):
-        shown(outputs, folder / "gone.png", 64)
+@pytest.mark.parametrize("successor", ["another picture", "a link", "nothing"])
+def test_the_thumbnail_is_of_the_file_that_was_opened(folder: Path, outputs: Outputs, successor: str) -> None:
+    path = picture(folder, "a.png")
+    whole = shown(outputs, path, 64)
+    with path.open("rb") as file:
+        path.unlink()
+        if successor == "another picture":
+            Image.new("RGB", (300, 200), "blue").save(path)
+        elif successor == "a link":
+            path.symlink_to("/etc/passwd")
+        thumbnail = outputs.thumbnail(file, 64)
+    assert not isinstance(thumbnail, bytes)
+    with thumbnail:
+        assert thumbnail.read() == whole
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(folder: Path, tmp_path: Path, decoded: list[str]) -> None:
@@ -458,7 +484,8 @@ def test_the_cache_stays_within_its_limit_and_drops_the_oldest(tmp_path: Path) -
         assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 1000
     assert cache.get("k0") is None
     newest = cache.get("k29")
-    assert newest and newest.read_bytes() == bytes([30]) * 100
+    assert newest and newest.read() == bytes([30]) * 100
+    newest.close()
 
 
 def test_a_cache_within_its_limit_drops_nothing(tmp_path: Path) -> None:

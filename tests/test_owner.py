@@ -247,14 +247,22 @@ def test_the_clock_goes_on_with_the_uptime(monkeypatch: pytest.MonkeyPatch) -> N
     assert clock.now() == 500.0 + DAY_S
 
 
-def test_inputs_that_a_request_has_just_stored_are_kept_whatever_the_clock_shows(tmp_path: Path) -> None:
-    inputs = Inputs(tmp_path)
-    stored = inputs.store(b"new")
-    old(stored)
-    (tmp_path / "left").write_bytes(b"of an earlier daemon")
-    (tmp_path / "needed").write_bytes(b"of a task")
+async def test_inputs_of_a_request_under_way_are_kept_whatever_the_clock_shows(tmp_path: Path) -> None:
+    folder, inputs = tmp_path / "inputs", Inputs(tmp_path / "inputs", 2**20)
+    folder.mkdir()
+    (folder / "left").write_bytes(b"of an earlier daemon")
+    (folder / "needed").write_bytes(b"of a task")
+    (tmp_path / ".sent-left").write_bytes(b"of a request that died with an earlier daemon")
+    async with inputs.receiving() as receive:
+        stored, other = receive([b"ne", b"w"]), receive([b"other"])
+        inputs.store(stored)
+        old(inputs.path(stored))
+        assert inputs.sweep({"needed"}) == 2
+        assert names(folder) == {stored.sha256, "needed"}
+        assert other.path.read_bytes() == b"other"
+    assert names(tmp_path) == {"inputs"}
     assert inputs.sweep({"needed"}) == 1
-    assert names(tmp_path) == {stored.name, "needed"}
+    assert names(folder) == {"needed"}
 
 
 # ------------------------------------------------------------------------------------------------ one folder, one owner

@@ -1,5 +1,6 @@
 """A fault of the place is no fault of the task: disks, devices and processes that fail, and come back."""
 
+import asyncio
 import base64
 import errno
 import fcntl
@@ -7,6 +8,7 @@ import io
 import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +17,7 @@ import av
 import pytest
 from PIL import Image
 
-from engine.files.place import Folder
+from engine.files.place import Folder, Place
 from engine.gpu.load import devices
 from engine.job import EngineError
 from tests.daemon import Daemon
@@ -415,6 +417,33 @@ def test_a_write_that_failed_is_tried_before_the_folder_counts_as_well(
         folder.suspect = True
         assert folder.fault() == "save_path can't be used now (Disk quota exceeded); bring the folder back"
     assert (folder.fault(), folder.suspect, list(tmp_path.iterdir())) == ("", False, [])
+
+
+async def test_a_write_that_fails_during_a_look_is_tried_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`/health/ready` looks whenever somebody asks it."""
+    looking, going_on = threading.Event(), threading.Event()
+
+    def slow_access(*_: Any) -> bool:
+        looking.set()
+        return going_on.wait(60)
+
+    def over_quota(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr("engine.files.place.PATIENCE_S", 60)
+    monkeypatch.setattr("engine.files.place.TemporaryFile", over_quota)
+    place = Place([Folder(tmp_path, "save_path", 1, "1 is needed")])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", slow_access)
+        first = asyncio.create_task(place.look())
+        assert await asyncio.to_thread(looking.wait, 60)
+        second = asyncio.create_task(place.doubt())
+        await asyncio.sleep(0)
+        going_on.set()
+        assert await first == ""
+    assert await second == "save_path can't be used now (Disk quota exceeded); bring the folder back"
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES])

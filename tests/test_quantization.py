@@ -27,6 +27,7 @@ from engine.capabilities import KINDS
 from engine.catalog.models import PACKAGE, Catalog
 from engine.catalog.weights import Weights
 from engine.gpu.load import offloading, prepared, quantization
+from engine.gpu.load.quantization import ModelSource
 from engine.gpu.run import adapters
 from engine.gpu.session import ModelSession
 from engine.job import EngineConfig, EngineError
@@ -188,7 +189,7 @@ def test_loras_and_caches_work_on_int8(quantised: Daemon, in_int8: np.ndarray, f
 
 
 def load(kind: str, models_dir: Path, weights: Weights = WEIGHTS, model: Any = DEMO) -> Any:
-    return quantization.load(model, "t2v", weights, CPU, kind=kind, models_dir=models_dir)[0]
+    return quantization.load(ModelSource(model, "t2v", weights, kind), CPU, models_dir)[0]
 
 
 def frames(pipe: Any) -> torch.Tensor:
@@ -256,7 +257,7 @@ def test_the_written_weights_are_as_small_as_they_should_be(
 
 @pytest.mark.parametrize("kind", TOLERATED)
 def test_the_parts_weigh_what_they_take(kind: str, tmp_path: Path) -> None:
-    _, parts = quantization.load(DEMO, "t2v", WEIGHTS, CPU, kind=kind, models_dir=tmp_path)
+    _, parts = quantization.load(ModelSource(DEMO, "t2v", WEIGHTS, kind), CPU, tmp_path)
     (path,) = tmp_path.rglob("*.safetensors")
     assert parts.denoisers == pytest.approx(path.stat().st_size, rel=0.05)
     assert (parts.quantization, parts.parameters) == (kind, DEMO.transformer_bf16_bytes // 2)
@@ -456,7 +457,5 @@ def test_the_recipe_is_in_what_is_kept_and_is_not_added_twice(tmp_path: Path) ->
 
 
 def test_weights_that_are_read_back_can_be_dropped_by_the_system(tmp_path: Path) -> None:
-    changed = [
-        quantization.load(DEMO, "t2v", WEIGHTS, CPU, kind="int8", models_dir=tmp_path)[1].changed for _ in range(2)
-    ]
+    changed = [quantization.load(ModelSource(DEMO, "t2v", WEIGHTS, "int8"), CPU, tmp_path)[1].changed for _ in range(2)]
     assert changed == [True, False]

@@ -106,7 +106,7 @@ async def test_who_waits_while_a_task_runs_is_told_of_its_end_without_a_look_at_
 async def test_what_can_not_be_forgotten_costs_the_queue_nothing(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Journal, "prune", lambda *_: 1 / 0)
+    monkeypatch.setattr(Journal, "_forget", lambda *_: 1 / 0)
     async with harness.open():
         for task_id in await harness.submit(2):
             await harness.started(task_id)
@@ -606,8 +606,8 @@ async def test_history_tells_of_running_waiting_and_ended_tasks(harness: Harness
         await harness.started(first)
         harness.engine.finish()
         await harness.started(second)
-        tasks, total = await queue.history(None, 10, 0)
-        assert [(task.id, task.status) for task in tasks] == [
+        ids, total = await queue.journal.history(None, 10, 0)
+        assert [(task_id, await harness.status(task_id)) for task_id in ids] == [
             (third, Status.QUEUED),
             (second, Status.PROCESSING),
             (first, Status.COMPLETED),

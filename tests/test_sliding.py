@@ -16,7 +16,7 @@ from PIL import Image
 
 from engine.admission import Media, resolve
 from engine.catalog.models import Catalog, FrameRule
-from engine.gpu.run import conditioning, pace, sliding
+from engine.gpu.run import conditioning, sliding
 from engine.gpu.run.conditioning import Call
 from engine.job import Job
 from engine.planning.windows import windows
@@ -228,28 +228,28 @@ def levels(frames: torch.Tensor) -> list[int]:
 
 
 def test_a_jump_is_spread_until_the_pace_is_even() -> None:
-    assert levels(pace.evened(flat(0, 4, 8, 40, 44, 48), usual=4)) == [0, 10, 19, 29, 38, 48]
+    assert levels(sliding.evened(flat(0, 4, 8, 40, 44, 48), usual=4)) == [0, 10, 19, 29, 38, 48]
 
 
 def test_frames_without_a_jump_stay_as_they_are() -> None:
     frames = flat(0, 20, 40, 61, 80)
-    assert pace.evened(frames, usual=20) is frames
+    assert sliding.evened(frames, usual=20) is frames
 
 
 @given(st.lists(st.integers(0, 255), min_size=3, max_size=12), st.floats(0, 100))
 def test_evened_frames_keep_their_ends_and_change_by_no_more_than_the_mean(shades: list[int], usual: float) -> None:
     before = flat(*shades)
-    after = pace.evened(before, usual)
+    after = sliding.evened(before, usual)
     assert levels(after)[:: len(after) - 1] == [shades[0], shades[-1]]
-    limit = max(float(pace.changes(before).mean()), pace.JUMP * usual)
-    assert pace.changes(after).max() <= limit + 1  # each of two frames is rounded to a whole level
+    limit = max(float(sliding.changes(before).mean()), sliding.JUMP * usual)
+    assert sliding.changes(after).max() <= limit + 1  # each of two frames is rounded to a whole level
 
 
 def test_no_jump_is_left_where_two_windows_are_joined() -> None:
     """The end of the one moves by 6 a frame, the other by 2: the fade alone would hurry and then halt."""
     end, window = flat(*range(40, 100, 6)), flat(*range(94, 160, 2))
-    steps = pace.changes(torch.cat([end[:1], sliding.joined(end, window)]))
-    cross_fade = pace.changes(torch.cat([end[:1], sliding.faded(end[1:], window)]))
+    steps = sliding.changes(torch.cat([end[:1], sliding.joined(end, window)]))
+    cross_fade = sliding.changes(torch.cat([end[:1], sliding.faded(end[1:], window)]))
     assert steps.sum() == cross_fade.sum()
     assert steps.max() < 0.75 * cross_fade.max()
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, FluxPipeline
 
 from engine.gpu.run import decoding
-from engine.gpu.save import background, encode, saving
+from engine.gpu.save import encode, saving
 from engine.job import EngineError
 from tests.daemon import Daemon
 from tests.frames import read_video
@@ -76,7 +76,7 @@ def test_a_vae_that_is_not_known_to_be_safe_stays_as_it_is() -> None:
 
 
 def fed(pieces: Iterator[int], write: Callable[[Iterator[int]], Any]) -> Any:
-    return background.feed(ThreadPoolExecutor(1), pieces, write, lambda _: background.MOST_WAITING_BYTES // 5)
+    return saving.feed(ThreadPoolExecutor(1), pieces, write, lambda _: saving.MOST_WAITING_BYTES // 5)
 
 
 def test_the_next_piece_is_made_while_the_last_one_is_written() -> None:

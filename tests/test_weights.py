@@ -353,7 +353,7 @@ def test_a_single_file_that_is_not_there_is_named(models_dir: Path) -> None:
     model = dataclasses.replace(PLAIN, id="own", base=PLAIN.id, single_file="own.gguf")
     put_bare(models_dir / PLAIN.id)
     assert weights.locate(model, models_dir) is None
-    sentence = f"its entry names the file {models_dir / 'own.gguf'}, which is not there; put it there"
+    sentence = "its entry names the file own.gguf, which is not in models_dir; put it there"
     assert weights.remedy(model, models_dir) == sentence
 
 

@@ -2,41 +2,48 @@
 
 import asyncio
 import hashlib
+import mmap
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from aiohttp import hdrs, web
-from aiohttp.http_exceptions import HttpProcessingError
 from marshmallow import EXCLUDE, Schema, ValidationError, fields
+from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser, parse_options_header
 
 from engine import awake, hints
 from engine.admission import UNKNOWN, BadRequest
 from engine.api.answers import shortened
-from engine.api.app_keys import BODY, CONFIG, DIGEST, HEAVY, PATH, QUERY, Handler
-from engine.api.fields import File, first_fault
-from engine.api.json_text import parsed
+from engine.api.app_keys import BODY, CLIENT, CONFIG, DIGEST, INPUT_FILES, PATH, QUERY, SPOOL, TURNS, Handler
+from engine.api.fields import CHUNK_BYTES, File, decoded, first_fault
+from engine.api.json_text import CHARSET, LONG_BYTES, PLAIN_BYTES, TOO_LARGE, cut, parsed
 from engine.api.lenient import meant
 from engine.api.openapi import FORM_TYPE, JSON_TYPE
+from engine.files.inputs import Receive, Sent
+from engine.files.spool import SMALL_BYTES, Arrived
 
 # None of them can come from a web page of another site without the browser asking first.
 JSON_TYPES = re.compile(r"(application|text)/json|application/[\w.-]+\+json")
+MOST_PARTS = 100
 BROKEN_FORM = "The form is malformed or cut off; send it again, as curl -F does"
 NO_TEXT = "A part of the form is not UTF-8; send text as UTF-8 or with its charset, and a file with a file name"
-Body = tuple[dict[str, Any], "hashlib._Hash"]  # the values as they were sent, and a digest of them
+Values = tuple[dict[str, Any], "hashlib._Hash"]  # as they were sent, and a digest of them
 
 
 @web.middleware
 async def validation_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Validate path, query and body by the schemas of the handler, and leave the values in the request."""
-    for described in getattr(request.match_info.handler, "__schemas__", ()):
-        schema, location = described["schema"], described["location"]
-        if location == "match_info":
-            request[PATH] = validated(schema, request.match_info)
-        elif location == "querystring":  # of a name that is given twice, the first value counts
-            request[QUERY] = validated(schema, dict(reversed(list(request.query.items()))))
-        else:
-            request[BODY] = await _read_body(request, schema)
+    described = {each["location"]: each["schema"] for each in getattr(request.match_info.handler, "__schemas__", ())}
+    if schema := described.pop("match_info", None):
+        request[PATH] = validated(schema, request.match_info)
+    if schema := described.pop("querystring", None):  # of a name that is given twice, the first value counts
+        request[QUERY] = validated(schema, dict(reversed(list(request.query.items()))))
+    for schema in described.values():
+        async with request.app[INPUT_FILES].receiving() as receive:
+            request[BODY] = await _read_body(request, schema, receive)
+            return await handler(request)
     return await handler(request)
 
 
@@ -59,71 +66,140 @@ def validated(schema: Schema, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, UNKNOWN: unknown} if unknown else known
 
 
-async def _read_body(request: web.Request, schema: Schema) -> dict[str, Any]:
+async def _read_body(request: web.Request, schema: Schema, receive: Receive) -> dict[str, Any]:
     """The object that was sent, as JSON or as a form; request[DIGEST] identifies it.
 
-    Raises BadRequest; a body that is too large raises 413.
+    Raises BadRequest or NoStorage; a body that is too large raises 413.
     """
     encodings = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ()))
     if set(re.split(r"[, ]+", encodings.lower())) - {"", "identity"}:
         rule = "is not supported; send the body as it is"
         raise web.HTTPUnsupportedMediaType(text=f"Content-Encoding: '{shortened(encodings)}' {rule}")
-    read = _read_form if request.content_type == FORM_TYPE else _read_json
-    if read is _read_json and not JSON_TYPES.fullmatch(request.content_type):
+    read = _form_values if request.content_type == FORM_TYPE else _json_values
+    if read is _json_values and not JSON_TYPES.fullmatch(request.content_type):
         raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE} or {FORM_TYPE}")
-    if (request.content_length or 0) > request.client_max_size:
-        raise web.HTTPRequestEntityTooLarge(request.client_max_size)
-    try:
-        async with awake.timeout(request.app[CONFIG].body_timeout_s):
-            body = await read(request, schema)
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
-
-    def checked() -> tuple[dict[str, Any], str]:
-        values, digest = body()
-        return validated(schema, values), digest.hexdigest()
-
-    async with request.app[HEAVY]:
-        valid, request[DIGEST] = await asyncio.to_thread(checked)
+    most = request.client_max_size
+    if (request.content_length or 0) > most:
+        raise web.HTTPRequestEntityTooLarge(most)
+    app, client = request.app, request[CLIENT]
+    async with app[SPOOL].body(client) as body, AsyncExitStack() as turn:
+        try:
+            async with awake.timeout(app[CONFIG].body_timeout_s):
+                while data := await request.content.readany():
+                    if body.size_bytes + len(data) > most:
+                        raise web.HTTPRequestEntityTooLarge(most)
+                    await body.add(data)
+        except TimeoutError:
+            raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
+        if body.size_bytes > SMALL_BYTES:
+            await turn.enter_async_context(app[TURNS].turn(client))
+        valid, request[DIGEST] = await asyncio.to_thread(_checked, read, request, body, schema, receive)
     return valid
 
 
-async def _read_json(request: web.Request, _: Schema) -> Callable[[], Body]:
-    """Return a function that parses the bytes that came; it blocks."""
-    raw, charset = await request.read(), request.charset
-    return lambda: (parsed(raw, charset), hashlib.sha256(raw))
+def _checked(
+    read: Callable[..., Values], request: web.Request, body: Arrived, schema: Schema, receive: Receive
+) -> tuple[dict[str, Any], str]:
+    """The valid values of a body that has arrived, its files received, and its digest. Raises BadRequest, NoStorage."""
+    body.file.seek(0)
+    values, digest = read(request, body, schema, receive)
+    valid = validated(schema, values)
+    for name in (name for name in valid if _is_file(schema, name)):
+        if isinstance(files := valid[name], list):
+            valid[name] = [_received(f"{name}[{place}]", file, receive) for place, file in enumerate(files)]
+        else:
+            valid[name] = _received(name, files, receive)
+    return valid, digest.hexdigest()
 
 
-async def _read_form(request: web.Request, schema: Schema) -> Callable[[], Body]:
-    """Likewise for a form: files as they are, repeated where the field is a list, and every other value as in JSON."""
+def _received(name: str, file: str | bytes | Sent, receive: Receive) -> Sent:
+    """The file that a text in base64 holds, unless it was received before. Raises BadRequest, NoStorage."""
+    if isinstance(file, Sent):
+        return file
     try:
-        received = await request.post()
+        return receive(decoded(file.encode(errors="replace") if isinstance(file, str) else file))
+    except ValueError:
+        raise BadRequest(f"{name}: is not valid base64; send the file's bytes in base64") from None
+
+
+def _is_file(schema: Schema, name: str) -> bool:
+    field = schema.fields.get(name)
+    return isinstance(field.inner if isinstance(field, fields.List) else field, File)
+
+
+def _json_values(request: web.Request, body: Arrived, schema: Schema, _: Receive) -> Values:
+    """The object that was sent as JSON; a large file in it is a LongText."""
+    if body.size_bytes <= PLAIN_BYTES:
+        raw = body.file.read()
+        return parsed(raw, request.charset), hashlib.sha256(raw)
+    with mmap.mmap(body.file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        text, long_texts = cut(mapped)
+    values = parsed(text, request.charset)
+
+    def whole(name: str, value: Any) -> Any:
+        text = long_texts.get(value) if isinstance(value, str) else None
+        if text is None or _is_file(schema, name):
+            return value if text is None else text
+        return text[:LONG_BYTES].decode(errors="replace")  # too long by any rule
+
+    for name, value in values.items():
+        values[name] = [whole(name, item) for item in value] if isinstance(value, list) else whole(name, value)
+    return values, hashlib.file_digest(body.file, "sha256")
+
+
+def _form_values(request: web.Request, body: Arrived, schema: Schema, receive: Receive) -> Values:
+    """The values of a form: files as they were received, repeated where the field is a list, all others as in JSON."""
+    values: dict[str, Any] = {}
+    digest, plain_bytes = hashlib.sha256(), 0  # of the parts: the boundary between them differs each time
+    try:
+        boundary = parse_options_header(request.headers[hdrs.CONTENT_TYPE])[1].get("boundary", "")
+        events = PushMultipartParser(boundary, max_segment_count=MOST_PARTS).parse_blocking(body.file.read, CHUNK_BYTES)
+        for part in events:  # each begins with its head
+            assert isinstance(part, MultipartSegment)
+            value = _part_value(part, _hashed(part, iter(partial(next, events), None), digest), schema, receive)
+            plain_bytes += len(value) if isinstance(value, str) else 0
+            if plain_bytes > PLAIN_BYTES:
+                raise BadRequest(TOO_LARGE)
+            if isinstance(schema.fields.get(part.name), fields.List):
+                values.setdefault(part.name, []).append(value)
+            else:
+                values[part.name] = value
+    except ParserLimitReached:
+        raise BadRequest(f"The form has more than {MOST_PARTS} parts, or a part with very long headers") from None
+    except MultipartError:
+        raise BadRequest(BROKEN_FORM) from None
+    return values, digest
+
+
+def _hashed(part: MultipartSegment, chunks: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+    """Yield the chunks of a part, and let `digest` know of them."""
+    digest.update(ascii(part.name).encode())
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    digest.update(b" %d " % part.size)
+
+
+def _part_value(part: MultipartSegment, chunks: Iterable[bytes], schema: Schema, receive: Receive) -> Sent | str:
+    """The value of a part, all of whose chunks are read. Raises BadRequest, NoStorage."""
+    name = part.name
+    if not name:
+        raise BadRequest(BROKEN_FORM)
+    if _is_file(schema, name):
+        is_text = part.filename is None and (part.content_type or "text/plain").startswith("text/")
+        sent = _received(name, b"".join(chunks), receive) if is_text else receive(chunks)
+        return sent if sent.size_bytes or part.filename else ""  # a file input without a file
+    text = b""
+    for chunk in chunks:
+        text += chunk[: LONG_BYTES - len(text)]
+    if name not in schema.fields:
+        return ""
+    charset = part.charset or "utf-8"
+    if not CHARSET.fullmatch(charset):
+        raise BadRequest(BROKEN_FORM)
+    try:
+        return text.decode(charset)
     except UnicodeDecodeError:
         raise BadRequest(NO_TEXT) from None
-    except (ValueError, LookupError, AssertionError, HttpProcessingError):  # LookupError: a charset that is none
+    except LookupError:
         raise BadRequest(BROKEN_FORM) from None
-    return lambda: _form_body(received.items(), schema)
-
-
-def _form_body(received: Iterable[tuple[str, Any]], schema: Schema) -> Body:
-    """The values of the parts. Raises BadRequest."""
-    values: dict[str, Any] = {}
-    digest = hashlib.sha256()  # of the parts: the boundary between them differs each time
-    for name, sent in received:
-        data = sent.file.read() if isinstance(sent, web.FileField) else sent
-        data = data.encode() if isinstance(data, str) else bytes(data)
-        digest.update(b"%d %s %d " % (len(name), name.encode(), len(data)))
-        digest.update(data)
-        field = schema.fields.get(name)
-        inner = field.inner if isinstance(field, fields.List) else field
-        # A file input without a file is an empty text.
-        is_file = isinstance(inner, File) and (isinstance(sent, web.FileField) or (data and not isinstance(sent, str)))
-        try:
-            value = data if is_file or not field else data.decode()
-        except UnicodeDecodeError:
-            raise BadRequest(NO_TEXT) from None
-        if inner is not field:
-            values.setdefault(name, []).append(value)
-        else:
-            values[name] = value
-    return values, digest

@@ -67,16 +67,18 @@ class Config:
         why="Folder of LoRA files, one folder a family of models.")
 
     allowed_hosts: tuple[str, ...] = key((),
-        why="Host names under which the daemon answers, against DNS rebinding; none: any.")
+        why="Further names under which browsers may ask, such as a proxy's public name; if any, programs need one too.")
     cors_origins: tuple[str, ...] = key((),
         why="Origins of web pages that may use the API, such as https://example.org.")
     token_file: str = key("",
         why="File with a token that requests must send as Authorization: Bearer; none: no login.")
     trusted_proxies: tuple[str, ...] = key((),
-        why="Addresses of proxies whose X-Forwarded-For and -Host are believed.")
+        why="Addresses of proxies whose X-Forwarded-For and -Host are believed, and which may hold every connection.")
 
     allow_download: bool = key(EngineConfig.allow_download,
         why="Fetch missing weights from the Hugging Face hub when a task needs them.")
+    allow_api_download: bool = key(False,
+        why="Let POST /api/v1/models/ID/download fetch weights; wangpd models download works without it.")
     default_model: str = key("wan_demo",
         why="Model of a request that names none; GET /api/v1/models lists the ids.")
     device: str = key(EngineConfig.device, matches(r"auto$|cpu$|mps$|cuda(:\d+)?$", "auto, cuda, cuda:N, mps or cpu"),
@@ -132,10 +134,12 @@ class Config:
         why="Tasks that may wait; one more is answered 503.")
     max_body_mb: int = key(64, between(1, 2048),
         why="Largest request body in MiB; base64 pictures need a third more than their files.")
+    max_inputs_mb: int = key(10_240, between(1, 10**9),
+        why="MiB of pictures, videos and sounds kept for tasks; those of ended tasks go first.")
     max_image_pixels: int = key(50_000_000, between(1, 10**9),
         why="Largest input picture in pixels, so that a small file can't fill the memory.")
     max_connections: int = key(500, between(1, 100_000),
-        why="Connections at a time; one more is answered 503.")
+        why="Connections at a time, half of them from one address; one more is answered 503, except for /health.")
     body_timeout_s: float = key(120.0, between(1, 86400),
         why="Seconds in which a request's body must have arrived.")
 
@@ -160,7 +164,7 @@ class Config:
         why="Accepted for compatibility with WanGP: wangpd has no other mode than its API.")
     # fmt: on
 
-    shown_save_path: str = "outputs"  # `save_path` as it was written, which is what /config reports
+    shown_save_path: str = "outputs"  # `save_path` for clients: as it was written, of an absolute path the last part
     save_mounted: bool = EngineConfig.save_mounted  # looked at when the daemon starts
     instance: str = EngineConfig.instance  # read from `state_path` once that is locked
 
@@ -220,7 +224,8 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     values |= _checked(flags, "command line")
     base = path.parent if path else Path()
-    values["shown_save_path"] = str(values.get("save_path", Config.save_path))
+    shown = Path(values.get("save_path", Config.save_path))
+    values["shown_save_path"] = shown.name if shown.is_absolute() else str(shown)
     if token_file := values.get("token_file"):  # systemd's ${CREDENTIALS_DIRECTORY} may be in it
         values["token_file"] = str(Path(base, os.path.expandvars(token_file)).absolute())
     for name in FOLDERS:

@@ -1,76 +1,182 @@
-"""A client's connection, below HTTP: the limit on how many there are, and JSON for what aiohttp itself refuses.
+"""A client's connection, below HTTP: how many there may be, when one ends, and JSON for what aiohttp itself refuses.
 
-Overrides three methods of aiohttp's RequestHandler; tests/test_limits.py fails where a release of aiohttp changes them.
+Overrides methods of aiohttp's RequestHandler; tests/test_limits.py fails where a release of aiohttp changes them.
 """
 
 import asyncio
 import json
 import logging
 import re
+import socket
+from collections import Counter, deque
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.http import RawRequestMessage
+from aiohttp.http import HttpVersion10, RawRequestMessage
 
+from engine.api.app_keys import ENDS_WITH_CLIENT, REFUSAL
 from engine.api.errors import RETRY_AFTER_S, failure
+from engine.api.guard import OPEN_PATHS, OWN_HEADERS
 from engine.log import Counted
 
 log = logging.getLogger("wangpd")
 NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
+NO_VERSION = "HTTP/{0.major}.{0.minor} is not supported; send HTTP/1.1"
+NO_SLOT = "Too many connections: {}"
 FILE_WITH_SLASH = re.compile(r"/(download|preview)/[^/]+/$")  # no name of a file, and stays 404
-REFUSED_S = 2  # time for a client that is turned away to read why
-REFUSAL = (
+UNIX_PEER = "unix"
+STALLED_MS = 60_000  # without progress in what is sent, the kernel ends the connection
+LEAST_SHARE = 8
+RESERVE, RESERVE_SHARE = 32, 8  # connections beyond the limit that may ask for /health; of them from one address
+RESERVE_S = 2  # in which such a connection must send its request
+TURNED_AWAY_S, MOST_LEAVING = 2, 256  # time for a client that is turned away to read why, and how many may take it
+TURNED_AWAY = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
-    "Retry-After: {retry_after_s}\r\nConnection: close\r\n\r\n{body}"
+    "Retry-After: {retry_after_s}\r\nServer: wangpd\r\nConnection: close\r\n\r\n{body}"
 )
 
 
-def forgive_slashes(server: web.Server) -> None:
-    """Have trailing and doubled slashes taken out of every path, before a middleware or the router sees it."""
+def screen_requests(server: web.Server) -> None:
+    """Have every request changed before a middleware or the router sees it.
+
+    Trailing and doubled slashes are taken out of its path. It has a REFUSAL if its version is not HTTP/1, and on a
+    connection of the reserve if it is not for /health.
+    """
     make = server.request_factory
 
-    def make_plain(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
-        path = message.url.raw_path
+    def make_screened(message: RawRequestMessage, payload: Any, connection: Any, *rest: Any) -> web.BaseRequest:
+        path, version = message.url.raw_path, message.version
+        refusal: web.HTTPException | None = None
         plain = re.sub("/{2,}", "/", path)
         if not FILE_WITH_SLASH.search(plain):
             plain = plain.rstrip("/") or "/"
         if plain != path:
             message = message._replace(url=message.url.with_path(plain, encoded=True, keep_query=True))
-        return make(message, *rest)
+        if connection.lack:
+            message = message._replace(should_close=True)
+            if plain not in OPEN_PATHS:
+                refusal = web.HTTPServiceUnavailable(text=NO_SLOT.format(connection.lack))
+        if version.major != 1:  # the parser takes 0.9 and 2.0 as well
+            message = message._replace(version=HttpVersion10, should_close=True)
+            refusal = web.HTTPBadRequest(text=NO_VERSION.format(version))
+        request = make(message, payload, connection, *rest)
+        if refusal:
+            request[REFUSAL] = refusal
+        return request
 
-    server.request_factory = make_plain
+    server.request_factory = make_screened
+
+
+class Slots:
+    """Which connections may be open: `limit` in all, half of them from one address, and a reserve for /health.
+
+    An address that is `exempt` may have all of them, like clients of a Unix socket.
+    """
+
+    def __init__(self, limit: int, exempt: Collection[str]) -> None:
+        self._limit, self._exempt = limit, {*exempt, UNIX_PEER}
+        self._share = limit // 2 if limit >= 2 * LEAST_SHARE else limit
+        self._open: dict[Connection, str] = {}
+        self._reserve: dict[Connection, str] = {}  # the oldest first
+        self._held = Counter[str]()  # of those in `_open`, by address
+        self._leaving = deque[asyncio.Transport]()  # told why, and about to be ended
+        self._refusals = Counted(log)
+
+    def take(self, connection: "Connection", address: str) -> None:
+        """Give the connection a slot, or one of the reserve: then its `lack` says why.
+
+        In a full reserve, the oldest connection of the address, or of all, is turned away for it.
+        """
+        exempt = address in self._exempt
+        if len(self._open) >= self._limit:
+            connection.lack = f"{self._limit} are open (max_connections)"
+        elif not exempt and self._held[address] >= self._share:
+            connection.lack = f"{self._share} are open from {address} (half of max_connections)"
+        else:
+            self._open[connection] = address
+            self._held[address] += 1
+            return
+        self._refusals.happened(f"connection refused: {connection.lack}")
+        own = [other for other, held_by in self._reserve.items() if held_by == address]
+        if not exempt and len(own) >= RESERVE_SHARE:
+            own[0].turn_away()
+        elif len(self._reserve) >= RESERVE:
+            next(iter(self._reserve)).turn_away()
+        self._reserve[connection] = address
+
+    def free(self, connection: "Connection") -> None:
+        """Take the connection's slot back, if it has one."""
+        self._reserve.pop(connection, None)
+        if address := self._open.pop(connection, ""):
+            self._held[address] -= 1
+            if not self._held[address]:
+                del self._held[address]
+
+    def leave(self, refused: asyncio.Transport) -> None:
+        """End it once its client has had time to read why, at once if many others leave."""
+        self._leaving.append(refused)
+        asyncio.get_running_loop().call_later(TURNED_AWAY_S, refused.abort)
+        if len(self._leaving) > MOST_LEAVING:
+            self._leaving.popleft().abort()
 
 
 class Connection(web.RequestHandler):
-    """A connection with aiohttp's protocol, unless it is one too many; aiohttp's own refusals become JSON."""
+    """A connection with aiohttp's protocol, if it gets a slot; aiohttp's own refusals become JSON."""
 
-    def __init__(self, server: web.Server, limit: int, refusals: Counted, **options: Any) -> None:
+    def __init__(self, server: web.Server, slots: Slots, **options: Any) -> None:
         super().__init__(server, **options)
-        self._server, self._limit, self._refusals = server, limit, refusals
+        self._slots = slots
+        self.lack = ""  # why it is in the reserve
+        self._expiry: asyncio.TimerHandle | None = None
 
     @property
     def peername(self) -> Any:
         """The client's address: "unix" over a Unix socket, whose clients name themselves; IPv4 as such on `::` too."""
         name = self.transport and self.transport.get_extra_info("peername")
         if isinstance(name, str | bytes):
-            return ("unix",)
+            return (UNIX_PEER,)
         return name and (name[0].removeprefix("::ffff:"), *name[1:])
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection, or answer 503 without reading its request."""
-        if len(self._server.connections) < self._limit:
-            super().connection_made(transport)
+        """Take the connection; one that gets no slot can ask for /health only, and within RESERVE_S."""
+        super().connection_made(transport)
+        with suppress(OSError, AttributeError):  # a Unix socket, or a system that is not Linux
+            channel = transport.get_extra_info("socket")
+            channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+        address, *_ = self.peername or ("-",)  # it may have gone already
+        self._slots.take(self, address)
+        if self.lack:
+            self._expiry = self._loop.call_later(RESERVE_S, self.turn_away)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Give the slot back once no handler runs for it; one that changes nothing is cancelled."""
+        task, request = self._task_handler, self._current_request
+        super().connection_lost(exc)
+        if self._expiry:
+            self._expiry.cancel()
+        if self.lack or task is None or not self._request_in_progress:
+            self._slots.free(self)
+        else:
+            task.add_done_callback(lambda _: self._slots.free(self))
+        if task and (self.lack or (request and ENDS_WITH_CLIENT in request)):
+            task.cancel()
+
+    def turn_away(self) -> None:
+        """End a connection of the reserve, with 503 unless it has been answered."""
+        refused, self.transport = self.transport, None
+        if refused is None:
             return
-        self._refusals.happened(f"connection refused: {self._limit} are open (max_connections)")
-        refused = cast(asyncio.Transport, transport)
         refused.set_protocol(asyncio.Protocol())
-        body = json.dumps({"detail": f"Too many connections: {self._limit} are open (max_connections)"})
-        refused.write(REFUSAL.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
+        if self._keepalive:  # not answered
+            body = json.dumps({"detail": NO_SLOT.format(self.lack)})
+            refused.write(TURNED_AWAY.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
+        self.connection_lost(None)
         # Half closed: closing with the request unread would reset the connection before the client reads the answer.
         with suppress(OSError):  # it may have gone already
             refused.write_eof()
-        asyncio.get_running_loop().call_later(REFUSED_S, refused.abort)
+        self._slots.leave(refused)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -89,4 +195,6 @@ class Connection(web.RequestHandler):
         """Send an answer; one raised before any middleware, such as a wrong Expect, becomes JSON like the others."""
         if isinstance(resp, web.HTTPException) and resp.status >= 400:
             resp = failure(cast(web.Request, request), resp)
+        if not resp.prepared:  # add_headers does not see what was refused before it had a route
+            resp.headers.update(OWN_HEADERS)
         return await super().finish_response(request, resp, start_time)

@@ -1,17 +1,19 @@
 """The marshmallow fields of requests and of the configuration, strict about JSON's types, and the rules for values."""
 
-import base64
 import binascii
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 
+from engine.files.inputs import Sent
+
 DURATION = r"[0-9]{1,4}(\.[0-9]{1,3})?s"
-URL_SAFE = str.maketrans("-_", "+/")
+STANDARD, WHITE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f"  # alphabet of base64, and what may stand in it
 NO_FILE = "must be text: the file's bytes in base64"
+CHUNK_BYTES = 2**18
 
 
 class Open(Schema):
@@ -107,29 +109,50 @@ class VideoLength(fields.Field[Any]):
         return int(value)
 
 
-class File(fields.Field[bytes]):
-    """A file in base64, with or without a `data:` prefix, standard or URL-safe alphabet; or its bytes, from a form."""
+class File(fields.Field[Any]):
+    """A file: a text in base64, which is not decoded here, or one that was received from a form."""
 
-    default_error_messages = {
-        "type": NO_FILE,
-        "null": NO_FILE,
-        "invalid": "is not valid base64; send the file's bytes in base64",
-    }
+    default_error_messages = {"type": NO_FILE, "null": NO_FILE}
 
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bytes:
-        if isinstance(value, bytes):
-            return value
-        if not isinstance(value, str):
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str | bytes | Sent:
+        if not isinstance(value, str | bytes | Sent):
             raise self.make_error("type")
-        text = value.partition(",")[2] if value.startswith("data:") else value
-        text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
-        try:
-            return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-        except (binascii.Error, ValueError):
-            raise self.make_error("invalid") from None
+        return value
 
 
-class Texts(fields.List[Any]):
+def decoded(text: bytes) -> Iterator[bytes]:
+    """Decode base64 piece by piece, with or without a `data:` prefix, in the standard or URL-safe alphabet.
+
+    Raises ValueError.
+    """
+    data = text.partition(b",")[2] if text.startswith(b"data:") else text
+    data = data.translate(STANDARD, WHITE).rstrip(b"=")
+    if b"=" in data:
+        raise ValueError("padding before the end")
+    for at in range(0, len(data), CHUNK_BYTES):
+        piece = data[at : at + CHUNK_BYTES]
+        yield binascii.a2b_base64(piece + b"=" * (-len(piece) % 4), strict_mode=True)
+
+
+class Several(fields.List[Any]):
+    """A list that is refused for its length before its elements are looked at, and for its first wrong element."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise self.make_error("invalid")
+        for rule in self.validators:
+            if isinstance(rule, validate.Length):
+                rule(value)
+        found = []
+        for place, item in enumerate(value):
+            try:
+                found.append(self.inner.deserialize(item))
+            except ValidationError as error:
+                raise ValidationError({place: error.messages}) from None
+        return found
+
+
+class Texts(Several):
     """A list of texts, as a tuple, so that what holds it stays frozen."""
 
     default_error_messages = {"invalid": 'must be a list such as ["a", "b"]'}

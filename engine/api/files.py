@@ -10,29 +10,74 @@ import math
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import quote
 
 from aiohttp import hdrs, web
 
+from engine import awake
 from engine.api.answers import shortened
 from engine.api.app_keys import API, CONFIG, OUTPUTS
+from engine.files.outputs import Unreadable
+
+MOST_PREVIEWS: Final = 100  # that are being made or wait for it; a page of results shows fewer
+PREVIEW_S: Final = 30.0  # that a client waits for one
 
 
 class Opened(NamedTuple):
     """A file that is open, and what was known of it then."""
 
-    path: Path
-    file: BinaryIO
+    name: str
+    file: BufferedReader
     size: int
     etag: str
     modified: int  # epoch seconds; HTTP wants no Last-Modified in the future
 
+    @classmethod
+    def of(cls, file: BufferedReader) -> "Opened":
+        """Describe the very file that is open, whatever has its name meanwhile."""
+        about = os.fstat(file.fileno())
+        modified = int(max(0, min(math.ceil(about.st_mtime), time.time())))
+        etag = f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
+        return cls(Path(file.name).name, file, about.st_size, etag, modified)
+
+
+class PreviewPool:
+    """The threads that make previews: a slow one takes none that submissions and downloads need."""
+
+    def __init__(self) -> None:
+        self._threads, self._calls = ThreadPoolExecutor(2, "preview"), 0
+
+    async def make(self, app: web.Application, name: str, width: int) -> Opened | bytes:
+        """Return what `open_preview` returns. Raises what it raises, and 503 where that would take too long."""
+        if self._calls >= MOST_PREVIEWS:
+            raise web.HTTPServiceUnavailable(text=f"Over {MOST_PREVIEWS} previews are being made; try again later")
+        self._calls += 1
+        try:
+            loop = asyncio.get_running_loop()
+            async with awake.timeout(PREVIEW_S):
+                return await loop.run_in_executor(self._threads, open_preview, app, name, width)
+        except TimeoutError:
+            raise web.HTTPServiceUnavailable(
+                text=f"The preview of '{shortened(name)}' takes too long; try again"
+            ) from None
+        finally:
+            self._calls -= 1
+
+    def close(self) -> None:
+        """Begin no more of them."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+PREVIEWS = web.AppKey("previews", PreviewPool)
+
 
 def open_output(app: web.Application, name: str) -> Opened:
     """Open an output file. Raises 404, 403 if the daemon may not read it, 503 if the disk can't. Blocks."""
-    return _open(_find(app, name))
+    return Opened.of(_find(app, name))
 
 
 def open_preview(app: web.Application, name: str, width: int) -> Opened | bytes:
@@ -40,41 +85,31 @@ def open_preview(app: web.Application, name: str, width: int) -> Opened | bytes:
 
     Raises what `open_output` raises, and NoPreview.
     """
-    path = _find(app, name)
-    try:
-        thumbnail = app[OUTPUTS].thumbnail(path, width)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return thumbnail if isinstance(thumbnail, bytes) else _open(thumbnail)
+    with _find(app, name) as file:
+        try:
+            thumbnail = app[OUTPUTS].thumbnail(file, width)
+        except OSError as error:
+            raise _unreadable(name, error) from None
+    return thumbnail if isinstance(thumbnail, bytes) else Opened.of(thumbnail)
 
 
-def _find(app: web.Application, name: str) -> Path:
+def _find(app: web.Application, name: str) -> BufferedReader:
     try:
-        path = app[OUTPUTS].find(name)
+        file = app[OUTPUTS].find(name)
+    except Unreadable as error:
+        raise _unreadable(name, error) from None
     except OSError as error:
         raise folder_away(app, error) from None
-    if path is None:
+    if file is None:
         raise web.HTTPNotFound(text=f"File '{shortened(name)}' not found; GET {API}/outputs lists those there are")
-    return path
+    return file
 
 
-def _open(path: Path) -> Opened:
-    try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
-        about = os.fstat(file.fileno())
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    modified = int(max(0, min(math.ceil(about.st_mtime), time.time())))
-    return Opened(path, file, about.st_size, f'"{about.st_mtime_ns:x}-{about.st_size:x}"', modified)
-
-
-def _unreadable(path: Path, error: OSError) -> web.HTTPException:
-    """Return the error for a file that was found and can't be opened."""
-    if error.errno in (errno.ENOENT, errno.ELOOP):  # ELOOP: a symbolic link has replaced it
-        return web.HTTPNotFound(text=f"File '{path.name}' not found; it was removed just now")
-    if isinstance(error, PermissionError):
-        return web.HTTPForbidden(text=f"File '{path.name}' can't be read by the daemon's user; change its permissions")
-    return web.HTTPServiceUnavailable(text=f"File '{path.name}' can't be read now: {error.strerror}")
+def _unreadable(name: str, error: OSError) -> web.HTTPException:
+    """Return the error for a file that is there and can't be read."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return web.HTTPForbidden(text=f"File '{name}' can't be read by the daemon's user; change its permissions")
+    return web.HTTPServiceUnavailable(text=f"File '{name}' can't be read now: {error.strerror}")
 
 
 def folder_away(app: web.Application, error: OSError) -> web.HTTPException:

@@ -1,4 +1,4 @@
-"""Who may ask: request ids, host names, web pages of other sites, and the token.
+"""Who may ask: request ids, host names, web pages of other sites, and the token; and what every answer carries.
 
 Why not the libraries: aiohttp-cors 0.8 sends no `Vary: Origin` and nothing on an answer that has no route (404), and
 aiohttp-remotes 1.4 answers 400 to a forwarded address that it can't parse, where the client's own answer is due.
@@ -7,15 +7,17 @@ aiohttp-remotes 1.4 answers 400 to a forwarded address that it can't parse, wher
 import hmac
 import logging
 import re
+import socket
 import uuid
 from contextlib import suppress
+from functools import cache
 from ipaddress import ip_address
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
 
 from engine.api.answers import shortened
-from engine.api.app_keys import API, CLIENT, CONFIG, REQUEST_ID, TOKEN, Handler
+from engine.api.app_keys import API, CLIENT, CONFIG, REFUSAL, REQUEST_ID, TOKEN, Handler
 from engine.log import Counted
 
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
@@ -25,6 +27,17 @@ CORS_HEADERS = {
     hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Idempotency-Key, Range, X-Request-ID",
     hdrs.ACCESS_CONTROL_EXPOSE_HEADERS: "Content-Range, ETag, Idempotency-Replayed, Retry-After, X-Request-ID",
     hdrs.ACCESS_CONTROL_MAX_AGE: "600",
+}
+SHARED_PATHS = (f"{API}/download/", f"{API}/preview/")  # what pages of `cors_origins` show
+OWN_HEADERS = {
+    hdrs.SERVER: "wangpd",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+PAGE_HEADERS = {  # of HTML
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    " font-src 'self' data:; worker-src blob:; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
 }
 
 
@@ -40,14 +53,19 @@ async def request_id_middleware(request: web.Request, handler: Handler) -> web.S
 @web.middleware
 async def guard_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse a host name that is not allowed, a web page of another site, and a missing or wrong token."""
+    if REFUSAL in request:
+        raise request[REFUSAL]
     app = request.app
+    # Not `request.host`, which asks the resolver where there is no such header, and waits for it.
+    own = request.headers.get(hdrs.HOST, "")
+    host = _forwarded(request, "X-Forwarded-Host", own)
+    wrong = _foreign_name(app, own, host) if app[CONFIG].allowed_hosts or _is_browser(request) else None
+    if wrong is not None:
+        remedy = f"if it is one, add '{shortened(_bare_name(wrong))}' to allowed_hosts"
+        raise web.HTTPForbidden(text=f"Host: '{shortened(wrong)}' is no name of this daemon; {remedy}")
     asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
     if request.method == hdrs.METH_OPTIONS and asked and _may_share(request):  # a browser asks before it sends
         return web.Response(status=204)  # add_headers says the rest
-    # Not `request.host`, which asks the resolver where there is no such header, and waits for it.
-    host = _forwarded(request, "X-Forwarded-Host", request.headers.get(hdrs.HOST, ""))
-    if app[CONFIG].allowed_hosts and _bare_name(host) not in map(_bare_name, app[CONFIG].allowed_hosts):
-        raise web.HTTPForbidden(text=f"Host: '{shortened(host)}' is none of allowed_hosts")
     if request.method not in SAFE_METHODS and _from_elsewhere(request, host):
         raise web.HTTPForbidden(text="Origin: a web page of another site asked; cors_origins names those that may")
     guarded = request.path.startswith(API) and request.path not in OPEN_PATHS  # the documentation holds no secrets
@@ -63,7 +81,35 @@ def _forwarded(request: web.Request, header: str, own: str) -> str:
     """The header's last value if a trusted proxy sent it, else `own`."""
     if request.remote not in request.app[CONFIG].trusted_proxies:
         return own
-    return request.headers.get(header, own).rsplit(",", 1)[-1].strip()
+    return request.headers.getall(header, [own])[-1].rsplit(",", 1)[-1].strip()
+
+
+def _is_browser(request: web.Request) -> bool:
+    """True if a browser may have sent it, over plain HTTP too, where it says no Sec-Fetch-Site."""
+    headers = request.headers
+    said = hdrs.ORIGIN in headers or hdrs.REFERER in headers or headers.get(hdrs.USER_AGENT, "").startswith("Mozilla/")
+    return said or any(name.lower().startswith("sec-fetch-") for name in headers)
+
+
+def _foreign_name(app: web.Application, *hosts: str) -> str | None:
+    """The first of the hosts that is no address, no name of this machine and none of `allowed_hosts`."""
+    names = {*map(_bare_name, app[CONFIG].allowed_hosts), *own_names()}
+    return next((host for host in hosts if not _is_local(name := _bare_name(host)) and name not in names), None)
+
+
+def _is_local(name: str) -> bool:
+    """True for an address or a name below localhost: no site can have its name resolved to this machine like that."""
+    with suppress(ValueError):
+        return bool(ip_address(name))
+    return name.endswith(".localhost")
+
+
+@cache
+def own_names() -> frozenset[str]:
+    """Return the names that this machine has without a resolver."""
+    name = socket.gethostname().lower()
+    label = name.partition(".")[0]
+    return frozenset({"localhost", name, label, f"{label}.local"} - {""})
 
 
 def _from_elsewhere(request: web.Request, host: str) -> bool:
@@ -91,10 +137,14 @@ def _may_share(request: web.Request) -> bool:
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Add what every answer carries. A signal and not a middleware, which does not see files being sent."""
+    response.headers.update(OWN_HEADERS)
     response.headers["X-Request-ID"] = request.get(REQUEST_ID, "-")
-    response.headers["X-Content-Type-Options"] = "nosniff"
+    if response.content_type == "text/html":
+        response.headers.update(PAGE_HEADERS)
     if request.app[CONFIG].cors_origins:  # on refusals too: a cache must not serve one origin's answer to another
         response.headers.add(hdrs.VARY, hdrs.ORIGIN)
+        if request.path.startswith(SHARED_PATHS):
+            response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
     if _may_share(request):
         response.headers.update(CORS_HEADERS | {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: request.headers[hdrs.ORIGIN]})
 

@@ -1,13 +1,26 @@
-"""JSON as clients send it, in any common encoding; a fault is a sentence that names line, column and reason."""
+"""JSON as clients send it, in any common encoding; a fault is a sentence that names line, column and reason.
+
+What costs more than its bytes is refused first: very many values, deep nesting, and long texts, which are files in
+base64 and are cut out before anything is parsed.
+"""
 
 import json
+import mmap
 import re
+import secrets
 from collections import Counter
 from typing import Any
 
 from engine.admission import BadRequest
 from engine.api.answers import shortened
 
+PLAIN_BYTES = 2**20  # of a body besides its files
+LONG_BYTES = 256 * 2**10  # of a text that is no file: 10,000 characters, each written as two escapes, take half
+MOST_VALUES = 200_000
+TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+ESCAPES = {rb"\/": b"/", rb"\n": b"", rb"\r": b"", rb"\u002B": b"+", rb"\u002b": b"+"}
+TOO_MANY = "The body has too many values; send the fields of one request"
+TOO_LARGE = f"The body has more than {PLAIN_BYTES // 2**20} MiB besides its files; send less"
 SHOWN = 'a JSON object such as {"prompt": "a cat"}'
 # Few names, none of Python's other codecs: punycode takes quadratic time, and each unknown name would stay in memory.
 CHARSET = re.compile(
@@ -40,6 +53,8 @@ def parsed(raw: bytes, charset: str | None = None) -> dict[str, Any]:
     text = _decoded(raw, charset)
     if not text.strip():
         raise BadRequest(f"The body is empty; send {SHOWN}")
+    if sum(map(text.count, "[{,")) > MOST_VALUES:
+        raise BadRequest(TOO_MANY)
     try:
         body = json.loads(text, parse_constant=lambda name: _refuse_constant(name, text), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -57,6 +72,39 @@ def parsed(raw: bytes, charset: str | None = None) -> dict[str, Any]:
     if isinstance(body, str) and body.lstrip().startswith("{"):
         kind = "a text with an object in it: it was encoded twice"
     raise BadRequest(f"The body must be {SHOWN}; it is {kind}")
+
+
+def cut(raw: mmap.mmap) -> tuple[bytes, dict[str, bytes]]:
+    """Return the JSON in `raw` with a mark in place of each long text, and these texts by mark. Raises BadRequest."""
+    if b"\0" in raw[:4]:
+        raise BadRequest("The body must be in UTF-8, as every body of more than 1 MiB")
+    nonce, plain, texts, plain_bytes, at = secrets.token_hex(8), list[bytes](), dict[str, bytes](), 0, 0
+    for _ in range(MOST_VALUES):
+        start = raw.find(b'"', at)
+        stop = raw.find(b'"', start + 1)
+        is_long = start >= 0 and stop - start > LONG_BYTES  # a file in base64 has no quote in it
+        text = None if start < 0 else TEXT.match(raw, start, start + LONG_BYTES)
+        end = start if is_long else text.end() if text else len(raw)
+        plain_bytes += end - at
+        if plain_bytes > PLAIN_BYTES:
+            raise BadRequest(TOO_LARGE)
+        plain.append(raw[at:end])
+        if end == len(raw):
+            return b"".join(plain), texts
+        at = end
+        if is_long:
+            mark = f"{nonce} {len(texts)}"
+            plain.append(f'"{mark}"'.encode())
+            texts[mark], at = _unescaped(raw[start + 1 : stop]), stop + 1
+    raise BadRequest(TOO_MANY)
+
+
+def _unescaped(base64: bytes) -> bytes:
+    """The text of a file without the escapes that encoders of JSON write in base64."""
+    if b"\\" in base64 and rb"\\" not in base64:  # which no base64 has
+        for escape, meant in ESCAPES.items():
+            base64 = base64.replace(escape, meant)
+    return base64
 
 
 def _decoded(raw: bytes, charset: str | None) -> str:

@@ -26,7 +26,7 @@ def meant(field: Field, value: Any) -> Any:
     """Return what `value` means for `field`: None if it counts as left out, `value` itself if it can't be read."""
     if not isinstance(field, fields.List):
         return None if _blank(value) and field.name not in BLANK_IS_A_VALUE else _one(field, value)
-    items = [value] if isinstance(value, str | bytes) else value  # a text or file alone is a list of one
+    items = [value] if isinstance(value, str) else value  # a text alone is a list of one
     if not isinstance(items, list):
         return value
     return [_one(field.inner, item) for item in items if not _blank(item)] or None

@@ -13,24 +13,11 @@ from marshmallow import Schema, fields
 
 from engine.api.app_keys import API, Handler
 from engine.api.requests import EXAMPLES, FORMS, PATH_FIELDS
-from engine.api.schemas import Failure, envelope
+from engine.api.schemas import ERRORS, Failure, envelope
 from engine.files.media import MEDIA_TYPES
 
 JSON_TYPE = "application/json"
 FORM_TYPE = "multipart/form-data"
-ERRORS = {
-    400: "Bad request: the sentence names the field, the value and the rule.",
-    401: "A token is required, and none or a wrong one came.",
-    403: "Requested under a host name that is not allowed, or by a web page of another site.",
-    404: "There is no such thing.",
-    408: "The body did not arrive in time.",
-    412: "The file is another than the conditions of the request name.",
-    413: "The body is larger than `max_body_mb`.",
-    415: "The body is encoded (`Content-Encoding`).",
-    416: "The file has no such range.",
-    500: "A fault of the server.",
-    503: "Shutting down, the queue is full, or a disk can't be used: try again after `Retry-After` seconds.",
-}
 JPEG_TYPE = "image/jpeg"
 BYTES_TYPE = "application/octet-stream"  # the only binary type that most generators of clients know
 MEDIA_ANSWER = tuple(sorted({content_type for _, content_type in MEDIA_TYPES.values()}))

@@ -9,7 +9,7 @@ from typing import Any
 
 from marshmallow import Schema, fields, validate
 
-from engine.api.fields import DURATION, FIELD_OF, File, Flag, Open, Size, Text, Whole, between, matches, one_of
+from engine.api.fields import DURATION, FIELD_OF, File, Flag, Open, Several, Size, Text, Whole, between, matches, one_of
 from engine.catalog.abilities import INPUTS, TASKS
 from engine.files.thumbnails import PREVIEW_WIDTH
 from engine.queue.tasks import Status
@@ -76,7 +76,7 @@ def input_field(name: str, *, in_form: bool = False) -> Field:
     description = f"{about.about} {FORMATS[about.kind]}{'' if in_form else ' in base64'}."
     if not about.several:
         return File(allow_none=not in_form, metadata={"description": description, **file})
-    return fields.List(
+    return Several(
         File(metadata=file),
         allow_none=not in_form,
         validate=validate.Length(max=10, error="must have at most {max} pictures"),

@@ -26,10 +26,6 @@ PAGE = """<!DOCTYPE html>
 <body style="margin: 0"><div id="viewer"></div>
 <script src="{name}/files/{script}"></script><script src="{name}/start.js"></script>
 """
-PAGE_POLICY = (
-    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:;"
-    " worker-src blob:"
-)
 
 
 def add_viewers(app: web.Application) -> None:
@@ -61,6 +57,6 @@ def _fixed(text: str, content_type: str) -> Handler:
     async def handler(request: web.Request) -> web.Response:
         if request.raw_path.partition("?")[0].endswith("/"):  # from there the page's relative links would lead nowhere
             raise web.HTTPMovedPermanently(request.app[CONFIG].base_path + request.path)
-        return web.Response(text=text, content_type=content_type, headers={"Content-Security-Policy": PAGE_POLICY})
+        return web.Response(text=text, content_type=content_type)
 
     return handler

@@ -2,10 +2,7 @@
 
 import asyncio
 import json
-import os
-import sys
 import time
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from engine.catalog.models import PACKAGE
+from engine import child
+from engine.quiet import without_paths
 
 Message = dict[str, Any]  # fields of Download that the process reports: `error`, or bytes and `file`
 # The states of a download; each is its own name in lower case.
@@ -87,34 +85,23 @@ class Downloads:
             download.stage = Stage.DOWNLOADING
             async for message in messages(download.model_id, self._models_dir, self._reserve_bytes):
                 vars(download).update(message)
+            if fault := download.error:
+                download.error = {**fault, "message": without_paths(fault["message"], {"models_dir": self._models_dir})}
             download.end(Stage.FAILED if download.error else Stage.COMPLETED)
 
 
 async def messages(model_id: str, models_dir: Path, reserve_bytes: int) -> AsyncIterator[Message]:
     """Download in a process and yield what it reports; if it fails, the last message has `error`. A cancel kills it."""
-    arguments = ("-P", "-m", "engine.catalog.fetch")  # -P: no module of the working directory in place of ours
-    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    silent = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     message: Message = {}
     try:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *arguments, str(models_dir), model_id, str(reserve_bytes)),
-            stdin=PIPE,  # the process exits when this is closed: so it does not survive the daemon
-            stdout=PIPE,
-            env={**os.environ, "PYTHONPATH": path, **silent},
-            limit=2**20,  # bytes of a message
-            start_new_session=True,  # Ctrl-C is the caller's to handle
-        )
-        try:
+        arguments = (str(models_dir), model_id, str(reserve_bytes))
+        silent = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        async with child.running("engine.catalog.fetch", *arguments, environment=silent) as process:
             assert process.stdout is not None
             async for line in process.stdout:
                 message = json.loads(line)
                 yield message
             fault = f"ended with code {code}" if (code := await process.wait()) else ""
-        finally:
-            with suppress(ProcessLookupError):  # it has ended
-                process.kill()
-            await process.wait()
     except (OSError, ValueError) as error:  # it could not be started, or wrote something other than JSON
         fault = f"failed: {error}"
     if fault and "error" not in message:

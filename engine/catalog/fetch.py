@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import httpx2
@@ -34,6 +35,10 @@ from engine.job import EngineError
 Report = Callable[[Message], None]
 
 
+MAX_INDEX_BYTES = 2**20
+_SEGMENT = re.compile(r"(?!\.\.?$)[^/\\:\x00-\x1f\x7f]{1,200}")  # of a name, on any system
+
+
 class FetchError(EngineError):
     """Why the weights could not be fetched."""
 
@@ -48,6 +53,16 @@ class RemoteFile:
     target: Path
     size_bytes: int
     etag: str
+
+    def require_safe(self, models_dir: Path) -> None:
+        """Raises FetchError for a name that leads out of the model's folder, and for a size that can't be true."""
+        safe = all(map(_SEGMENT.fullmatch, self.name.split("/"))) and type(self.size_bytes) is int
+        if safe and self.size_bytes >= 0:
+            own = models_dir / self.target.relative_to(models_dir).parts[0]  # which may be a link of its owner's
+            if self.target.parent.resolve().is_relative_to(own.resolve()):
+                return
+        reason = f"lists the file {self.name[:100]!r} outside the model's folder, or with no true size"
+        raise FetchError(f"the hub's {self.repo} {reason}; nothing was fetched", "unsafe")
 
     @property
     def part(self) -> Path:
@@ -67,7 +82,7 @@ class RemoteFile:
     def fetch(self, grown: Callable[[], None]) -> None:
         """Fetch the rest, verify the content and publish it by rename. Calls `grown` after each chunk."""
         self.part.parent.mkdir(parents=True, exist_ok=True)
-        with _translated(self.repo), _Part(self.part, grown) as part:
+        with _translated(self.repo), _Part(io.FileIO(self.part, "ab"), self.size_bytes, grown) as part:
             if part.tell() > self.size_bytes:
                 part.seek(part.truncate(0))
             url = hf_hub_url(self.repo, self.name, revision=self.commit)
@@ -81,13 +96,15 @@ class RemoteFile:
 
 
 class _Part(io.BufferedWriter):
-    """A file that is appended to. Calls `grown` once it has its new size, after each chunk."""
+    """A file that grows to `most_bytes`, else ValueError. Calls `grown` once it has its new size, after each chunk."""
 
-    def __init__(self, path: Path, grown: Callable[[], None]) -> None:
-        super().__init__(io.FileIO(path, "ab"))
-        self._grown = grown
+    def __init__(self, raw: Any, most_bytes: int, grown: Callable[[], None] = lambda: None) -> None:
+        super().__init__(raw)
+        self._most_bytes, self._grown = most_bytes, grown
 
     def write(self, chunk: Any, /) -> int:
+        if self.tell() + len(chunk) > self._most_bytes:
+            raise ValueError(f"the hub sends more than the {self._most_bytes} bytes that the file may have")
         size_bytes = super().write(chunk)
         self.flush()
         self._grown()
@@ -111,6 +128,8 @@ def fetch(
             except BlockingIOError:
                 raise FetchError(f"model '{model.id}' is being downloaded by another process already", "busy") from None
             files = [file for source in weights.missing(model, models_dir) for file in _remote_files(source)]
+            for file in files:
+                file.require_safe(models_dir)
             _require_room(files, models_dir, reserve_bytes)
             total_bytes = sum(file.size_bytes for file in files)
 
@@ -130,14 +149,15 @@ def fetch(
 def _remote_files(source: Source) -> list[RemoteFile]:
     def read(name: str) -> str:
         buffer = io.BytesIO()
-        http_get(hf_hub_url(source.repo, name, revision=info.sha), buffer, headers=build_hf_headers())
+        url, part = hf_hub_url(source.repo, name, revision=info.sha), _Part(buffer, MAX_INDEX_BYTES)
+        http_get(url, part, headers=build_hf_headers())
         return buffer.getvalue().decode()
 
     with _translated(source.repo):
         info: Any = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
-        there = {entry.rfilename: entry for entry in info.siblings}
+        there = {str(PurePosixPath(entry.rfilename)): entry for entry in info.siblings}
         targets = source.pick(list(there), read)
-    etags = {name: there[name].lfs.sha256 if there[name].lfs else there[name].blob_id for name in targets}
+    etags = {name: str(there[name].lfs.sha256 if there[name].lfs else there[name].blob_id) for name in targets}
     return [RemoteFile(source.repo, info.sha, name, targets[name], there[name].size, etags[name]) for name in targets]
 
 

@@ -11,7 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.catalog.models import PACKAGE, Model
+from engine.files.folders import open_regular
 
+MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file; those of the largest models have less than 1 MiB
+MAX_DIMENSIONS = 8
 INDEX = "model_index.json"  # the file that makes a folder a diffusers pipeline
 DENOISER = frozenset({"transformer", "unet"})  # the component that a single file without a name replaces
 # Components that only prepare or schedule. Their folder may hold weights that are not theirs.
@@ -44,10 +47,46 @@ def locate(model: Model, models_dir: Path) -> Weights | None:
 
 def remedy(model: Model, models_dir: Path) -> str:
     """How to get this model's weights to where `locate` finds them, as the end of a sentence."""
-    files = (models_dir / file for file in model.files.values())
-    if absent := next((path for path in files if not path.is_file()), None):  # it is on no hub: the user has it
-        return f"its entry names the file {absent}, which is not there; put it there"
+    absent = next((file for file in model.files.values() if not (models_dir / file).is_file()), None)
+    if absent:  # it is on no hub: the user has it
+        return f"its entry names the file {absent}, which is not in models_dir; put it there"
     return f"install it with: wangpd models download {model.id}"
+
+
+def read_object(text: str | bytes) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError for anything else, also for one that is nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("the JSON is no object")
+    return value
+
+
+def _read(index: Path) -> bytes:
+    with open_regular(index, flags=0) as file:
+        return file.read(MAX_HEADER_BYTES)
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors in the header of a safetensors file: name → shape. Raises OSError, ValueError."""
+    with open_regular(path, flags=0) as file:
+        size_bytes = int.from_bytes(file.read(8), "little")
+        if size_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {size_bytes} bytes, more than {MAX_HEADER_BYTES}")
+        raw = file.read(size_bytes)
+    if len(raw) < size_bytes:
+        raise ValueError("it is cut off")
+    header = read_object(raw)
+    header.pop("__metadata__", None)
+    shapes = {}
+    for name, tensor in header.items():
+        shape = shapes[name] = tensor.get("shape") if isinstance(tensor, dict) else None
+        listed = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+        if not listed or not all(type(length) is int and 0 <= length < 2**63 for length in shape):
+            raise ValueError(f"its tensor {name[:100]} has no shape")
+    return shapes
 
 
 def named_parts(index: Mapping[str, Any]) -> list[str]:
@@ -136,7 +175,7 @@ def _folder(model: Model, models_dir: Path) -> Path | None:
 
 def _is_whole(folder: Path, model: Model) -> bool:
     try:
-        names = set(_own_parts(model, (folder / INDEX).read_text()))
+        names = set(_own_parts(model, _read(folder / INDEX)))
         if not (folder / "scheduler").exists():  # a class with a schedule of its own names a scheduler and saves none
             names.discard("scheduler")
         bare = names & _bare(model)
@@ -146,8 +185,8 @@ def _is_whole(folder: Path, model: Model) -> bool:
         return False
 
 
-def _own_parts(model: Model, index: str) -> list[str]:
-    return [name for name in named_parts(json.loads(index)) if name not in model.extra_repos]
+def _own_parts(model: Model, index: str | bytes) -> list[str]:
+    return [name for name in named_parts(read_object(index)) if name not in model.extra_repos]
 
 
 def _bare(model: Model) -> frozenset[str]:
@@ -158,10 +197,15 @@ def _bare(model: Model) -> frozenset[str]:
 def _part_is_whole(part: Path, name: str) -> bool:
     if not has_weights(name):
         return any(path.is_file() for path in part.glob("*"))
-    indexes = [json.loads(path.read_text()) for path in part.glob("*.safetensors.index*.json")]
-    shards = {shard for index in indexes for shard in index["weight_map"].values()}
+    indexes = part.glob("*.safetensors.index*.json")
+    try:
+        shards = {shard for index in indexes for shard in read_object(_read(index))["weight_map"].values()}
+        if shards:
+            return all((part / shard).is_file() for shard in shards)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # it is cut off, or something else
+        return False
     usual = "*.safetensors" if (part / "config.json").is_file() else "*"  # one file, or none at all, as of a guider
-    return all(any(path.is_file() for path in part.glob(shard)) for shard in shards or {usual})
+    return any(path.is_file() for path in part.glob(usual))
 
 
 def _part(model: Model, name: str, models_dir: Path) -> Path | None:

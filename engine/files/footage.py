@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_S: Final = 3600  # of an input; nothing that is generated comes near
+MAX_PIXELS: Final = 64_000_000  # of a frame: 8K twice over; decoded as RGB it takes 190 MB
+MAX_STREAMS: Final = 100  # of a file; a film has subtitles and fonts too
+MAX_PACKETS: Final = MAX_S * 120  # of all streams of a file
+MAX_HIDDEN_FRAMES: Final = 250  # that are decoded before the first that is shown
 # The demuxer is named by the first bytes, never guessed: a playlist could make FFmpeg open other files and addresses.
 _DEMUXERS: Final = {
     "video": {rb".{4}ftyp": "mov", rb"\x1a\x45\xdf\xa3": "matroska"},
+    "image": {rb"RIFF.{4}WEBP": "webp_pipe"},
     "audio": {rb".{8}WAVE": "wav", b"fLaC": "flac", b"OggS": "ogg", rb"ID3|\xff[\xf3\xfb]": "mp3", rb".{4}ftyp": "mov"},
 }
 _FORMATS: Final = {"video": "an MP4, MOV, WebM or MKV video", "audio": "a WAV, FLAC, MP3 or OGG sound"}
@@ -31,26 +36,20 @@ class BadFootage(Exception):
 
 def check(file: BinaryIO, kind: str, max_pixels: int) -> float:
     """The length in seconds of an open `kind` "video" or "audio", its first moments decoded. Raises BadFootage only."""
-    with opened(file, kind) as container:
+    with opened(file, kind, min(max_pixels, MAX_PIXELS)) as container:
         stream = getattr(container.streams, kind)[0]
-        if kind == "video":
-            first_frame(container, max_pixels)
-        else:
-            next(container.decode(stream))
+        first_frame(container, stream)
         seconds = _seconds(container, stream)
         if not 0 < seconds <= MAX_S:
             raise BadFootage(f"is {seconds:.0f} seconds long, but must be longer than 0 and at most {MAX_S}")
         return seconds
 
 
-def first_frame(container: "InputContainer", max_pixels: int) -> "VideoFrame":
-    """The first frame of an opened video. Raises BadFootage for one of more than `max_pixels`, before it is decoded."""
-    stream = container.streams.video[0]
-    if stream.width * stream.height > max_pixels:
-        size = f"{stream.width}x{stream.height}"
-        raise BadFootage(f"is {size}, more than the limit of {max_pixels} pixels a frame; send a smaller one")
+def first_frame(container: "InputContainer", stream: Any) -> Any:
+    """The first frame, a VideoFrame or AudioFrame, of a stream that nothing was read of yet."""
     stream.codec_context.thread_count = 1  # threads would decode frames that are not used
-    return next(container.decode(stream))
+    packets = islice(container.demux(stream), MAX_HIDDEN_FRAMES)
+    return next(frame for packet in packets for frame in packet.decode())
 
 
 def picture(frame: "VideoFrame") -> "Image":
@@ -59,10 +58,10 @@ def picture(frame: "VideoFrame") -> "Image":
     return image.rotate(frame.rotation, expand=True)
 
 
-def read_frames(path: Path, fps: int, count: int, start: int = 0) -> "list[Image]":
+def read_frames(path: Path, fps: int, count: int, start: int = 0) -> "Iterator[Image]":
     """At most `count` frames from `start` on, as shown at `fps` frames a second: RGB, upright. Raises BadFootage."""
     with path.open("rb") as file, opened(file, "video") as container:
-        return [picture(frame) for frame in islice(_at_rate(container, fps), start, start + count)]
+        yield from map(picture, islice(_at_rate(container, fps), start, start + count))
 
 
 def read_last_frames(path: Path, fps: int, count: int) -> "list[Image]":
@@ -77,7 +76,7 @@ def _at_rate(container: "InputContainer", fps: int) -> "Iterator[VideoFrame]":
     starts_s = float((stream.start_time or 0) * stream.time_base)
     shown_s = 1 / float(stream.average_rate or 25) - 1e-3  # slightly less: times are rounded to the time base
     ticks = 0
-    for frame in container.decode(stream):
+    for frame in islice(container.decode(stream), MAX_PACKETS):
         while ticks / fps < (frame.time or 0) - starts_s + shown_s:
             yield frame
             ticks += 1
@@ -88,21 +87,37 @@ def _seconds(container: "InputContainer", stream: Any) -> float:
         return float(stream.duration * stream.time_base)
     if container.duration:
         return container.duration / 1e6
-    return max((float(frame.time or 0) for frame in container.decode(stream)), default=0.0)
+    ends_at = 0  # without a length in the header: of the packets, since to decode them could take hours
+    for count, packet in enumerate(container.demux()):
+        if count == MAX_PACKETS:
+            raise BadFootage(f"does not say how long it is and has over {MAX_PACKETS} packets; send it with its length")
+        if packet.stream_index == stream.index and packet.pts is not None:
+            ends_at = max(ends_at, packet.pts + (packet.duration or 0))
+    return float(ends_at * stream.time_base)
 
 
 @contextmanager
-def opened(file: BinaryIO, kind: str) -> "Iterator[InputContainer]":
-    """The container; whatever FFmpeg raises, here or inside the block, leaves as BadFootage."""
+def opened(file: BinaryIO, kind: str, max_pixels: int = MAX_PIXELS) -> "Iterator[InputContainer]":
+    """The container; whatever FFmpeg raises, here or inside the block, leaves as BadFootage.
+
+    Its first stream can be decoded: no frame of it, whatever the headers say, takes memory for more than `max_pixels`.
+    """
     import av
 
+    file.seek(0)
     head = file.read(16)
     file.seek(0)
     demuxer = next((name for mark, name in _DEMUXERS[kind].items() if re.match(mark, head, re.DOTALL)), None)
     if demuxer is None:
         raise BadFootage(f"is not {_FORMATS[kind]}")
     try:
-        with av.open(file, mode="r", format=demuxer) as container:
+        limits = {"max_pixels": str(max_pixels)}  # for the frames that are decoded to find out about the streams
+        with av.open(file, mode="r", format=demuxer, options={**limits, "max_streams": str(MAX_STREAMS)}) as container:
+            stream: Any = (container.streams.audio if kind == "audio" else container.streams.video)[0]
+            if kind != "audio" and stream.width * stream.height > max_pixels:
+                rule = f"more than the limit of {max_pixels} pixels a frame; send a smaller one"
+                raise BadFootage(f"is {stream.width}x{stream.height}, {rule}")
+            stream.codec_context.options = limits
             yield container
     except BadFootage:
         raise

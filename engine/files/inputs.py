@@ -1,50 +1,121 @@
 """The input files of the tasks, stored by content: the same file sent twice is stored once."""
 
+import asyncio
 import hashlib
-import time
+import secrets
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.files.folders import stats
 from engine.files.place import NoStorage
-from engine.files.publish import published
+from engine.files.publish import move
 
-SAFE_S = 3600  # in which a stored file may belong to a request that has no row yet
+
+class Sent(NamedTuple):
+    """A file that came with a request. It is in `path` until the request ends, unless it is stored."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    seconds: float = 0.0  # of a video or a sound, once it has been examined
+
+
+PART = ".sent-"  # how the name begins of a file of a request under way
+Receive = Callable[[Iterable[bytes]], Sent]
 
 
 class Inputs:
-    """A folder of files named by the SHA-256 of what they hold."""
+    """A folder of files named by the SHA-256 of what they hold. Any thread may call its methods, which block."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._stored: dict[str, float] = {}  # name → time.monotonic(), which no step of the wall clock moves
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder, self._limit_bytes = folder, limit_bytes
+        self._size_bytes = 0  # counted by each sweep
+        self._held: Counter[str] = Counter()  # names that requests under way need
+        self._lock = threading.Lock()
 
-    def path(self, data: bytes) -> Path:
-        """Return the path of `data`, stored or not."""
-        return self._folder / hashlib.sha256(data).hexdigest()
+    @asynccontextmanager
+    async def receiving(self) -> AsyncIterator[Receive]:
+        """Yield what receives the files of one request, whose names no sweep removes within the block.
 
-    def store(self, data: bytes) -> Path:
-        """Store `data` and return its path. A file under its final name is always whole. Raises NoStorage."""
-        path = self.path(data)
-        self._stored[path.name] = time.monotonic()  # first: `sweep` keeps it for its new request
+        It writes a file from chunks, and raises NoStorage. What is not stored by the end of the block is removed.
+        """
+        held: list[str] = []
+
+        def hold(name: str) -> str:
+            with self._lock:
+                self._held[name] += 1
+            held.append(name)
+            return name
+
+        def receive(chunks: Iterable[bytes]) -> Sent:
+            sent = self._write(self._folder.with_name(hold(f"{PART}{secrets.token_hex(8)}")), chunks)
+            hold(sent.sha256)
+            return sent
+
         try:
-            if path.exists():
-                return path
-            self._folder.mkdir(exist_ok=True)
-            with published(path, rivals=True) as part:
-                part.write_bytes(data)
+            yield receive
+        finally:
+            if held:
+                await asyncio.to_thread(self._release, held)
+
+    def _release(self, held: list[str]) -> None:
+        for part in (name for name in held if name.startswith(PART)):
+            with suppress(OSError):  # the next sweep removes it
+                self._folder.with_name(part).unlink(missing_ok=True)
+        with self._lock:
+            self._held -= Counter(held)
+
+    def _write(self, path: Path, chunks: Iterable[bytes]) -> Sent:
+        digest = hashlib.sha256()
+        try:
+            with path.open("xb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    file.write(chunk)
+                return Sent(path, digest.hexdigest(), file.tell())
         except OSError as error:
-            raise NoStorage(
-                f"state_path can't take the files that were sent ({error.strerror}); free its disk"
-            ) from None
-        return path
+            raise _no_room(error) from None
+
+    def path(self, sent: Sent) -> Path:
+        """Return where the file is once it is stored."""
+        return self._folder / sent.sha256
+
+    def store(self, sent: Sent) -> None:
+        """Keep a file beyond its request; under its final name it is always whole. Raises NoStorage."""
+        final = self.path(sent)
+        if final.exists():
+            return
+        try:
+            self._folder.mkdir(exist_ok=True)
+            move(sent.path, final)
+        except OSError as error:
+            raise _no_room(error) from None
+        with self._lock:
+            self._size_bytes += sent.size_bytes
+
+    def has_room(self, more: Iterable[Sent]) -> bool:
+        """Whether these files, stored too, are within the limit."""
+        new = {sent.sha256: sent.size_bytes for sent in more if not self.path(sent).exists()}
+        return self._size_bytes + sum(new.values()) <= self._limit_bytes
 
     def sweep(self, needed: set[str]) -> int:
-        """Remove the files that no task needs any more, and return how many there were."""
-        now, removed = time.monotonic(), 0
-        for name in [name for name, at in list(self._stored.items()) if now - at > SAFE_S]:
-            del self._stored[name]
-        for name, _ in stats(self._folder):
-            if name not in needed and name not in self._stored:
-                (self._folder / name).unlink(missing_ok=True)
-                removed += 1
+        """Remove the files that neither `needed` names nor a request under way has, and return how many."""
+        parts = [self._folder.with_name(name) for name, _ in stats(self._folder.parent) if name.startswith(PART)]
+        stored = {self._folder / name: about.st_size for name, about in stats(self._folder)}
+        removed = 0
+        for path in (*parts, *stored):
+            with self._lock:  # no request takes it up in between
+                if path.name not in needed and path.name not in self._held:
+                    path.unlink(missing_ok=True)
+                    removed += 1
+                    stored.pop(path, None)
+        self._size_bytes = sum(stored.values())
         return removed
+
+
+def _no_room(error: OSError) -> NoStorage:
+    return NoStorage(f"state_path can't take the files that were sent ({error.strerror}); free its disk")

@@ -5,8 +5,10 @@ which a daemon that only queues must not pay at its start.
 """
 
 import io
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -31,7 +33,10 @@ MEDIA_TYPES: Final[Mapping[str, tuple[str, str]]] = {
 }
 """Lower-case suffix → (kind, content type). A file with any other suffix is no media file."""
 
-_MAX_PREVIEW_PIXELS: Final = 64_000_000  # 8K twice over; decoded it takes 190 MB
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # in EXIF: the tag, and the values that exchange width and height
+_MAX_SCANS, _MAX_SEGMENTS = 100, 5000  # of a JPEG; each scan is work on all pixels, in as little as 30 bytes
+_SEGMENT: Final = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL)  # its kind, and its length
+_SCAN, _END = b"\xda", b"\xd9"
 
 
 class BadImage(Exception):
@@ -48,7 +53,22 @@ def check_image(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
     Raises BadImage and nothing else; for more than `max_pixels` before memory is taken for them.
     """
     with _opened(file, max_pixels) as image:
-        return _upright(image).size
+        width, height = image.size
+        image.draft("L", (1, 1))  # a JPEG is read to its end, and takes a 64th of the memory
+        if image.format != "WEBP" or not _is_webp(file, max_pixels):
+            image.load()  # truncation shows only here
+        with suppress(Exception):  # as in `_upright`
+            if image.getexif().get(_ORIENTATION) in _TURNED:
+                return height, width
+        return width, height
+
+
+def _is_webp(file: BinaryIO, max_pixels: int) -> bool:
+    """True if FFmpeg can decode the picture: with 7 bytes a pixel, where Pillow takes 16. It knows no animations."""
+    with suppress(footage.BadFootage), footage.opened(file, "image", max_pixels) as container:
+        footage.first_frame(container, container.streams.video[0])
+        return True
+    return False
 
 
 def open_image(path: Path) -> "Image":
@@ -57,23 +77,23 @@ def open_image(path: Path) -> "Image":
         return _flattened(_upright(image))
 
 
-def thumbnail(path: Path, width: int) -> bytes:
-    """Return a JPEG, at most `width` pixels wide. Raises NoPreview if there is nothing to show, or OSError."""
+def thumbnail(file: BufferedReader, width: int) -> bytes:
+    """Return a JPEG of an open file, at most `width` pixels wide. Raises NoPreview if it shows nothing, or OSError."""
+    path = Path(file.name)
     kind, _ = MEDIA_TYPES.get(path.suffix.lower(), ("of an unknown type", ""))
     if kind not in ("image", "video"):
         raise NoPreview(f"'{path.name}' is {kind} and has no picture; a preview needs an image or a video")
-    with path.open("rb") as file:
-        file.peek(1)  # a disk that can't be read shows here, apart from bytes that can't be decoded
-        try:
-            if kind == "video":
-                with footage.opened(file, "video") as container:
-                    return reduced(footage.picture(footage.first_frame(container, _MAX_PREVIEW_PIXELS)), width)
-            with _opened(file) as image:
-                # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as EXIF may turn the picture later.
-                image.draft("RGB", (width, width))
-                return reduced(_flattened(_upright(image)), width)
-        except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
-            raise NoPreview(f"'{path.name}' can't be decoded, so it has no preview") from None
+    file.peek(1)  # a disk that can't be read shows here, apart from bytes that can't be decoded
+    try:
+        if kind == "video":
+            with footage.opened(file, "video") as container:
+                return reduced(footage.picture(footage.first_frame(container, container.streams.video[0])), width)
+        with _opened(file) as image:
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as EXIF may turn the picture later.
+            image.draft("RGB", (width, width))
+            return reduced(_flattened(_upright(image)), width)
+    except Exception:  # FFmpeg and Pillow raise many kinds on hostile bytes; to the caller all mean the same
+        raise NoPreview(f"'{path.name}' can't be decoded, so it has no preview") from None
 
 
 def reduced(image: "Image", width: int) -> bytes:
@@ -87,12 +107,15 @@ def reduced(image: "Image", width: int) -> bytes:
 
 
 @contextmanager
-def _opened(file: BinaryIO, max_pixels: int = _MAX_PREVIEW_PIXELS) -> Iterator["Image"]:
+def _opened(file: BinaryIO, max_pixels: int = footage.MAX_PIXELS) -> Iterator["Image"]:
     """A picture of at most `max_pixels`, none decoded yet; what the decoders raise in the block becomes BadImage."""
     # Pillow knows PNG and JPEG from the start; for a WebP plugin not yet imported it would import all 45 that it has.
     from PIL import Image, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
     try:
+        if _has_many_scans(file):
+            raise BadImage(f"is a JPEG of over {_MAX_SCANS} scans or {_MAX_SEGMENTS} segments; save it as a usual one")
+        file.seek(0)
         with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height}"
@@ -106,6 +129,25 @@ def _opened(file: BinaryIO, max_pixels: int = _MAX_PREVIEW_PIXELS) -> Iterator["
         raise BadImage("has more pixels than can be decoded safely; send a smaller image") from None
     except Exception:  # OSError, SyntaxError, struct.error, ValueError, EOFError, zlib.error …: hostile bytes reach all
         raise BadImage("is damaged or cut off; send the whole image again") from None
+
+
+def _has_many_scans(file: BinaryIO) -> bool:
+    """Whether a JPEG has more scans, or segments, than any camera or program writes. Holds no more than 64 KiB."""
+    scans, segments, at = 0, 0, 2
+    file.seek(0)
+    is_jpeg = file.read(at) == b"\xff\xd8"
+    while is_jpeg and file.seek(at) and len(chunk := file.read(2**16)) > 3:
+        segment = _SEGMENT.search(chunk)
+        if segment is None:
+            at += len(chunk) - 3  # which may begin one
+            continue
+        if segment[1] == _END:
+            break
+        scans, segments = scans + (segment[1] == _SCAN), segments + 1
+        if scans > _MAX_SCANS or segments > _MAX_SEGMENTS:
+            return True
+        at += segment.end(1) + max(2, int.from_bytes(segment[2]))
+    return False
 
 
 def _upright(image: "Image") -> "Image":

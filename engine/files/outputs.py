@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from io import BufferedReader
 from operator import attrgetter
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from engine.clock import Clock
 from engine.files import media
-from engine.files.folders import stats
+from engine.files.folders import open_regular, stats
 from engine.files.owner import FolderLock
 from engine.files.place import Folder
 from engine.files.publish import KEPT
@@ -33,6 +34,12 @@ _MAX_AGE_S: Final = 30.0
 # A leading dot (`..`, hidden files, unpublished parts), separators of any system, control characters, and the lone
 # surrogates that stand for bytes that are not UTF-8 and can't be sent as JSON.
 _UNSAFE_NAME: Final = re.compile(r"^\.|[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]")
+
+_ABSENT: Final = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV)
+
+
+class Unreadable(OSError):
+    """A file of the output folder is there and can't be read."""
 
 
 class Entry(NamedTuple):
@@ -119,35 +126,35 @@ class Outputs:
                     self._snapshot = _read(self._folder)
         return self._snapshot.by_type.get(file_type, ())
 
-    def find(self, filename: str) -> Path | None:
-        """Return the regular file of that name, else None: for links, devices, what `listing` hides. Raises OSError."""
-        try:
-            return self._folder / filename if self._stat(filename) else None
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
-                raise
-            _times(self._folder)
-            return None
+    def find(self, filename: str) -> BufferedReader | None:
+        """Open the regular file of that name; None where there is none: for links, devices, what `listing` hides.
 
-    def _stat(self, filename: str) -> os.stat_result | None:
-        with suppress(ValueError):  # a name that the file system can't express
+        Raises Unreadable for the file, and OSError for the folder.
+        """
+        try:
+            return open_regular(self._folder / filename) if _kind(filename) else None
+        except ValueError:  # a name that the file system can't express
+            return None
+        except OSError as error:
+            _times(self._folder)
+            if error.errno in _ABSENT:
+                return None
+            raise Unreadable(error.errno, error.strerror) from None
+
+    def _about(self, filename: str) -> os.stat_result | None:
+        with suppress(OSError, ValueError):
             if _kind(filename) and stat.S_ISREG((about := (self._folder / filename).lstat()).st_mode):
                 return about
         return None
 
-    def _about(self, filename: str) -> os.stat_result | None:
-        with suppress(OSError):
-            return self._stat(filename)
-        return None
-
-    def thumbnail(self, path: Path, width: int) -> Path | bytes:
+    def thumbnail(self, file: BufferedReader, width: int) -> BufferedReader | bytes:
         """Return the cached file of `media.thumbnail`, or its bytes if none can be written. Raises what that raises."""
-        path.open("rb").close()  # what can't be read is not shown either, though its thumbnail may be here
-        key = key_of(path, width)
+        key = key_of(Path(file.name).name, os.fstat(file.fileno()), width)
         if kept := self._thumbnails.get(key):
             return kept
-        jpeg = media.thumbnail(path, width)
-        return self._thumbnails.put(key, jpeg) or jpeg
+        jpeg = media.thumbnail(file, width)
+        self._thumbnails.put(key, jpeg)
+        return self._thumbnails.get(key) or jpeg
 
     def remove_attempt(self, task_id: int, made: Collection[str] = ()) -> int:
         """Delete the files of a broken attempt, whole or not, but those it has `made`; how many. Raises OSError."""

@@ -37,13 +37,14 @@ class Folder:
 
     def fault(self) -> str:
         """Why nothing can be stored here now, a sentence; "" if it can."""
+        suspect = self.suspect  # now: it may become so while this looks
         try:
             if away := self.away():
                 return away
             free_bytes = shutil.disk_usage(self._path).free
             with os.scandir(self._path):
                 pass
-            if self.suspect:
+            if suspect:
                 with TemporaryFile(dir=self._path) as file:
                     file.write(bytes(PROBE_BYTES))
                     file.flush()
@@ -54,7 +55,8 @@ class Folder:
             return f"{self._key} can't be written to now; make the folder writable for the user of wangpd"
         if free_bytes < self._least_bytes:
             return f"The disk of {self._key} has {free_bytes // 2**20} MiB free and {self._rule}"
-        self.suspect = False
+        if suspect:
+            self.suspect = False
         return ""
 
     def away(self) -> str:
@@ -121,6 +123,7 @@ class Place:
         """Look with a trial write, since one has failed."""
         for folder in self._folders:
             folder.suspect = True
+        self._looking = None  # a look that is under way may be past the place where it would write
         return await self.look()
 
     def hold(self, sentence: str) -> None:

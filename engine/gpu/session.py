@@ -17,12 +17,12 @@ from engine.catalog.models import Model
 from engine.catalog.weights import Weights
 from engine.gpu.load import compiling, conversion, kernels, offloading, pipelines, quantization
 from engine.gpu.load.devices import choose_device, give_back
+from engine.gpu.load.quantization import ModelSource
 from engine.gpu.run import decoding, prompts, render
 from engine.gpu.run.adapters import Adapters
 from engine.gpu.run.meter import Meter
 from engine.gpu.save.saving import Made, Saved, Saver, Settled
 from engine.gpu.team import sharing
-from engine.gpu.team.follower import ModelSource
 from engine.gpu.team.lead import Team
 from engine.job import STORAGE_FAULT, EngineConfig, EngineError, Job, Phase, Result
 from engine.planning import placement as plans
@@ -98,10 +98,10 @@ class ModelSession:
             return self._pipe
         self._unload()  # first: two may not fit
         found, kind = self._weights(model), self._kind_of_weights(model, work)
-        cast = self._cast(found, model, kind)
-        pipe, parts = quantization.load(model, task, cast, self._device, kind=kind, models_dir=self._config.models_dir)
+        source = ModelSource(model, task, self._cast(found, model, kind), kind)
+        pipe, parts = quantization.load(source, self._device, self._config.models_dir)
         self._prompts.attach(pipe, prompts.encoder_of(pipe, found))
-        self._fit(pipe, parts, ModelSource(model, task, cast, kind), work)
+        self._fit(pipe, parts, source, work)
         self.model_id, self._pipe = model.id, pipe
         gc.collect()
         gc.freeze()  # else half a million objects of the libraries are searched after each task: a third of a second

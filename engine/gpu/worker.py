@@ -32,12 +32,14 @@ from engine.job import (
     Result,
     fingerprint,
 )
+from engine.quiet import without_paths
 
 if TYPE_CHECKING:
     from engine.gpu.session import ModelSession
 
 log = logging.getLogger("wangpd.worker")
 T = TypeVar("T")
+FOLDERS = ("save_path", "state_path", "models_dir")
 MOST_REPORTED = 300  # characters of a sentence: as JSON, up to twelve bytes each
 LOST_DISK = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN}
@@ -106,9 +108,12 @@ def _for_daemon(error: BaseException, task_id: int, where: str) -> Exception:
     if isinstance(error, Cancelled):
         return Cancelled("by request")
     if isinstance(error, EngineError):
-        return EngineError(error.message, error.code)
-    log.exception("task %d: fault while %s", task_id, where, exc_info=error)
-    return EngineError(*_sentence_and_code(error, where))
+        sentence, code = error.message, error.code
+        log.debug("task %d: %s", task_id, sentence)
+    else:
+        log.exception("task %d: fault while %s", task_id, where, exc_info=error)
+        sentence, code = _sentence_and_code(error, where)
+    return EngineError(without_paths(sentence, {name: getattr(_config, name) for name in FOLDERS}), code)
 
 
 def _sentence_and_code(error: BaseException, where: str) -> tuple[str, str]:

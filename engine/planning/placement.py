@@ -275,7 +275,8 @@ class _Costs:
         return self._denoisers_bytes - self._resident_bytes
 
     def _activation_bytes(self) -> float:
-        tokens = self.work.tokens_at_once / self.machine.cards
+        together = self.work.batch * (self.work.passes if self.work.joined else 1)  # results that one forward carries
+        tokens = self.work.tokens * together / self.machine.cards
         return ACTIVATION_BYTES * tokens * math.pow(self.parts.parameters, 1 / 3)
 
     def _decode_bytes(self) -> float:

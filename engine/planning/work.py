@@ -118,11 +118,6 @@ class Work:
         """Pixels of all frames of one run."""
         return self.width * self.height * self.frames * self.batch
 
-    @property
-    def tokens_at_once(self) -> int:
-        """Tokens that one forward carries."""
-        return self.tokens * self.batch * (self.passes if self.joined else 1)
-
 
 def tokens(model: Model, width: int, height: int, frames: int, duration_s: float | None = None) -> int:
     """How many tokens the denoiser sees for one result: latent frames x latent size / patch, or seconds of sound."""

@@ -21,6 +21,7 @@ TIMED = (Phase.LOADING, Phase.ENCODING, Phase.DENOISING, Phase.DECODING, Phase.S
 SLOW_STEPS = 20  # usual denoising steps without progress that make a hang
 SAME = 1.1  # sizes that differ less are one
 MOST_SIZES = 8  # of a model, that are remembered
+MOST_ESTIMATES = 10_000
 STEPS_COUNT = 4.0  # times all other parts: the steps alone say how long a job takes
 # A step costs between a fixed time and the square of its size (attention), so in proportion it is within a factor of 2
 # up to twice the size. Between two known sizes a power of the size is, if they are no further apart than this.
@@ -133,6 +134,8 @@ class Facts:
         """Seconds that `job` will take from its start, or None if that is not known. `warm`: its model is loaded."""
         key = warm, *WHAT_DECIDES(job)
         if key not in self._estimates:  # ten thousand that wait are mostly of few sizes
+            if len(self._estimates) >= MOST_ESTIMATES:  # a client may ask for any number of sizes
+                self._estimates.clear()
             pace, work = self.pace(job), self.work(job)
             total_s = pace.total_s(job.steps * work.runs, work.runs, warm) if pace and work else None
             self._estimates[key] = None if total_s is None else round(total_s, 1)

@@ -7,7 +7,9 @@ answer that follows it is a promise that a power cut can't break.
 import asyncio
 import json
 import logging
+import math
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -17,6 +19,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from engine.admission import BadRequest
 from engine.clock import Clock
 from engine.files.outputs import OwnFile
 from engine.queue.tasks import ENDED, Status, Task, unreadable
@@ -45,6 +48,8 @@ MIGRATIONS = (
 # What versions before it can do without, so that they still open the journal; done at each start.
 ADDITIONS = """
     CREATE INDEX IF NOT EXISTS tasks_by_end ON tasks (finished_at);  -- forgetting costs no more as the history grows
+    CREATE INDEX IF NOT EXISTS tasks_with_inputs ON tasks (status) WHERE instr(record, '/inputs/');
+    CREATE INDEX IF NOT EXISTS replies_by_age ON replies (created_at);
     CREATE TABLE IF NOT EXISTS files (  -- the daemon's own in the output folder, whether their task is kept or not
         name TEXT PRIMARY KEY,
         task_id INTEGER NOT NULL,
@@ -64,11 +69,25 @@ READING = """
     SELECT json_array(max(at), max(at)) FROM (SELECT finished_at AS at FROM tasks UNION SELECT created_at FROM replies)
 """
 KEY_LIFETIME_S = 24 * 3600
+MOST_KEYS = 10_000
+# The largest request needs 0.4 MiB: three texts of 10,000 characters, of which JSON makes up to twelve bytes each.
+MOST_RECORD_BYTES = 512 * 2**10
+# All rows may take the most, or a quarter of their disk if that is less, but the least in any case. Beyond that, the
+# oldest ended tasks and keys are forgotten, however few there are.
+LEAST_BYTES, MOST_BYTES = 16 * 2**20, 512 * 2**20
+FREE_PAGES = 1024  # that stay in the file for what comes next, and the most that a change takes out of it
+WAL_BYTES = 4 * 2**20
 # Errors of what is in the file; any other is of the disk, the folder or the lock, and says nothing against the file.
 FILE_FAULTS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 UPDATE = "UPDATE tasks SET status = ?, finished_at = ?, record = ? WHERE id = ?"
 ENDS = ", ".join(repr(str(status)) for status in sorted(ENDED))
-UNFINISHED = f"WHERE status NOT IN ({ENDS}) AND finished_at IS NULL ORDER BY rank, id"
+UNFINISHED = f"status NOT IN ({ENDS}) AND finished_at IS NULL"
+PAGES = "pragma_page_count, pragma_freelist_count, pragma_page_size"
+USED_BYTES = f"SELECT (page_count - freelist_count) * page_size FROM {PAGES}"
+OLDEST = (
+    "DELETE FROM tasks WHERE id IN (SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY finished_at LIMIT 100)",
+    "DELETE FROM replies WHERE key IN (SELECT key FROM replies ORDER BY created_at LIMIT 100)",
+)
 FILE = "name, task_id, size_bytes, mtime_ns, made_at"  # as OwnFile
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,6 +124,7 @@ class Journal:
     def __init__(self, path: Path, clock: Clock | None = None) -> None:
         self._path, self._clock = path, clock or Clock()
         self._reported: set[int] = set()  # ids of rows that can't be read
+        self._keep: tuple[int, float] = (2**63 - 1, math.inf)  # ended tasks, and their seconds
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._db: sqlite3.Connection
         self.set_aside: Path | None = None
@@ -152,7 +172,7 @@ class Journal:
         """Store a new task and, under `key`, the answer that its client gets. `task.id` is set from the row.
 
         If `key` was used in the last 24 hours, nothing is stored and the answer of that time comes back. Raises
-        KeyReused if that was for a request with another digest than `request`.
+        KeyReused if that was for a request with another digest than `request`, and BadRequest for too large a task.
         """
         with self._db:
             if key is not None and (known := self._answer(key, request)):
@@ -161,7 +181,10 @@ class Journal:
             assert row.lastrowid is not None
             task.id = row.lastrowid
             self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
-            self._db.execute(UPDATE, self._row(task))
+            if (size := len((values := self._row(task))[2])) > MOST_RECORD_BYTES:
+                rule = f"at most {MOST_RECORD_BYTES} are kept; send shorter texts"
+                raise BadRequest(f"The task would take {size} bytes in the journal, and {rule}")
+            self._db.execute(UPDATE, values)
             if key is not None:
                 insert = "INSERT OR REPLACE INTO replies (key, request, answer, created_at) VALUES (?, ?, ?, ?)"
                 self._db.execute(insert, (key, request, json.dumps({**answer, "task_id": task.id}), self._clock.now()))
@@ -190,6 +213,7 @@ class Journal:
             ranked = ((rank, task_id) for task_id, rank in (ranks or {}).items())
             self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
             self._save_facts({**facts, "clock": self._clock.reading()})
+        self._prune()
 
     def _save_facts(self, facts: Mapping[str, Any]) -> None:
         values = ((name, json.dumps(value)) for name, value in facts.items())
@@ -200,7 +224,7 @@ class Journal:
         """The tasks that have not ended, in the order in which they wait. Those that can't be read end as failed."""
         tasks = []
         with self._db:
-            for task_id, record, task in self._read(UNFINISHED):
+            for task_id, record, task in self._read(f"WHERE {UNFINISHED} ORDER BY rank, id"):
                 if task:
                     tasks.append(task)
                     continue
@@ -213,32 +237,62 @@ class Journal:
         """The task with this id, or None if there is no such row (any more)."""
         if abs(task_id) >= 2**63:
             return None  # beyond what SQLite can hold
-        return next(iter(self._tasks("WHERE id = ?", task_id)), None)
+        return next((task for _, _, task in self._read("WHERE id = ?", task_id)), None)
 
     @_in_thread
-    def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
-        """A page of all tasks, newest first, and how many there are."""
+    def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[int], int]:
+        """A page of the ids of all tasks, newest first, and how many there are."""
         where, values = ("WHERE status = ?", (status,)) if status else ("", ())
         total = self._db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
-        return self._tasks(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", *values, limit, offset), total
+        return self._ids(f"{where} ORDER BY id DESC LIMIT ? OFFSET ?", *values, limit, offset), total
 
     @_in_thread
     def prune(self, keep_count: int, keep_s: float) -> None:
-        """Forget ended tasks beyond the newest `keep_count`, and those that ended over `keep_s` seconds ago."""
+        """Forget ended tasks beyond the newest `keep_count` or over `keep_s` seconds old, now and after each `save`."""
+        self._keep = keep_count, keep_s
+        self._prune()
+
+    def _prune(self) -> None:
+        try:
+            with self._db:
+                self._forget(*self._keep)
+            if self._db.execute("PRAGMA freelist_count").fetchone()[0] > FREE_PAGES:
+                self._db.executescript(f"PRAGMA incremental_vacuum({FREE_PAGES})")  # by `execute` it would be one page
+        except Exception as fault:  # whatever it was, the change is committed, and the next one tries again
+            log.warning("old tasks can't be forgotten now: %s", fault)
+
+    def _forget(self, keep_count: int, keep_s: float) -> None:
+        now, run = self._clock.now(), self._db.execute
         newest_too_many = (
             "SELECT finished_at, id FROM tasks WHERE finished_at IS NOT NULL"
             " ORDER BY finished_at DESC, id DESC LIMIT 1 OFFSET ?"
         )
-        with self._db:
-            self._db.execute("DELETE FROM tasks WHERE finished_at < ?", (self._clock.now() - keep_s,))
-            self._db.execute(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
-            self._db.execute("DELETE FROM replies WHERE created_at < ?", (self._clock.now() - KEY_LIFETIME_S,))
+        too_old = "SELECT created_at FROM replies ORDER BY created_at DESC LIMIT 1 OFFSET ?"
+        run("DELETE FROM tasks WHERE finished_at < ?", (now - keep_s,))
+        run(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
+        run(f"DELETE FROM replies WHERE created_at < ? OR created_at <= ({too_old})", (now - KEY_LIFETIME_S, MOST_KEYS))
+        while self._too_large() and sum(run(deletion).rowcount for deletion in OLDEST) > 0:
+            pass
+        run("DELETE FROM facts WHERE name LIKE 'unreadable %' AND substr(name, 12) NOT IN (SELECT id FROM tasks)")
+
+    def _too_large(self) -> bool:
+        used = int(self._db.execute(USED_BYTES).fetchone()[0])
+        room = used + shutil.disk_usage(self._path.parent).free
+        return used > min(MOST_BYTES, max(LEAST_BYTES, room // 4))
+
+    def _inputs(self, unfinished_only: bool = False) -> set[str]:
+        """The names of the input files that all tasks but the cancelled ones need, or those that have not ended."""
+        which = UNFINISHED if unfinished_only else f"status != '{Status.CANCELLED}'"
+        query = f"SELECT record FROM tasks WHERE instr(record, '/inputs/') AND {which}"
+        rows = self._db.execute(query if unfinished_only else f"{query} UNION ALL SELECT value FROM facts")
+        return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
+
+    inputs = _in_thread(_inputs)
 
     @_in_thread
-    def inputs(self) -> set[str]:
-        """The names of all stored input files that some row still needs: the last parts of whatever paths it has."""
-        rows = self._db.execute("SELECT record FROM tasks UNION ALL SELECT value FROM facts")
-        return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
+    def sweep(self, remove: Callable[[set[str]], int], unfinished_only: bool = False) -> int:
+        """Call `remove` with the names of `inputs`, and return what it returns; no task is added meanwhile."""
+        return remove(self._inputs(unfinished_only))
 
     @_in_thread
     def files(self) -> list[OwnFile]:
@@ -267,17 +321,18 @@ class Journal:
 
     def _read(self, rest: str, *values: Any) -> Iterator[tuple[int, str, Task | None]]:
         """Id, record and task of rows; None and a line in the log for one that can't be read."""
-        for task_id, record in self._db.execute(f"SELECT id, record FROM tasks {rest}", values).fetchall():
+        for task_id in self._ids(rest, *values):  # one record at a time: all of them would take much memory
+            record = self._db.execute("SELECT record FROM tasks WHERE id = ?", (task_id,)).fetchone()[0]
             try:
                 yield task_id, record, Task.restore(record, self._path.parent / "inputs")
             except Exception as fault:  # whatever another version, or a person, has written there
                 if task_id not in self._reported:
                     self._reported.add(task_id)
-                    log.error("the record of task %d can't be read: %s: %s", task_id, type(fault).__name__, fault)
+                    log.error("the record of task %d can't be read: %.300r", task_id, fault)
                 yield task_id, record, None
 
-    def _tasks(self, rest: str, *values: Any) -> list[Task]:
-        return [task for _, _, task in self._read(rest, *values) if task]
+    def _ids(self, rest: str, *values: Any) -> list[int]:
+        return [task_id for (task_id,) in self._db.execute(f"SELECT id FROM tasks {rest}", values)]
 
 
 def _refuse_newer(path: Path) -> None:
@@ -303,7 +358,11 @@ def _connect(path: Path) -> sqlite3.Connection:
     """An open, checked and up-to-date journal. Raises sqlite3.DatabaseError if the file is not one."""
     db = sqlite3.connect(path)
     try:
+        if not db.execute("PRAGMA page_count").fetchone()[0]:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # which only a new file can be given
         db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+        db.execute("PRAGMA secure_delete = OFF")  # where it is on by default, a deletion writes all that it deletes
         db.execute("PRAGMA synchronous = FULL")
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")

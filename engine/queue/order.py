@@ -17,7 +17,6 @@ class Order:
     def __init__(self) -> None:
         self._tasks: dict[int, Task] = {}
         self._ranks: dict[int, float] = {}  # also of those that run
-        self._running: set[int] = set()
         self._sorted: list[tuple[float, int]] = []  # rank, id
 
     def __len__(self) -> int:
@@ -41,24 +40,18 @@ class Order:
     def add(self, task: Task) -> None:
         """Let a task wait, at the rank that it has, or behind all others if it is new."""
         self._tasks[task.id] = task
-        self._running.discard(task.id)
         insort(self._sorted, (self._ranks.setdefault(task.id, task.id), task.id))
 
     def take(self, task_id: int) -> None:
-        """Let a waiting task run."""
-        self._stop_waiting(task_id)
-        self._running.add(task_id)
-
-    def remove(self, task_id: int) -> None:
-        """Forget a task, whether it waits or runs."""
-        self._stop_waiting(task_id)
-        self._running.discard(task_id)
-        self._ranks.pop(task_id, None)
-
-    def _stop_waiting(self, task_id: int) -> None:
+        """Let a waiting task run; nothing happens if it runs already."""
         place = self.place(task_id)
         if place is not None:
             del self._sorted[place], self._tasks[task_id]
+
+    def remove(self, task_id: int) -> None:
+        """Forget a task, whether it waits or runs."""
+        self.take(task_id)
+        self._ranks.pop(task_id, None)
 
     def ranks_for(self, task_id: int, place: int) -> Mapping[int, float]:
         """The ranks that bring a waiting task to `place` among the others that wait, behind those that run; by id.
@@ -66,26 +59,27 @@ class Order:
         It is one rank, or those of all if no number is left between its new neighbours.
         """
         own, count = self.place(task_id), len(self._sorted) - 1
+        running = self._ranks.keys() - self._tasks.keys()
         assert own is not None
 
         def other(index: int) -> float:
             return self._sorted[index + (index >= own)][0]
 
         after = other(place) if place < count else math.inf
-        ahead = [other(place - 1)] if place else [self._ranks[each] for each in self._running]
+        ahead = [other(place - 1)] if place else [self._ranks[each] for each in running]
         before = max((rank for rank in ahead if rank < after), default=min(after, self._ranks[task_id]) - 2)
         rank = (before + min(after, math.floor(before) + 1)) / 2
         if before < rank < after:
             return {task_id: rank}
         ids = [waiting for _, waiting in self._sorted if waiting != task_id]
         ids.insert(place, task_id)
-        return ranks_of([*sorted(self._running, key=self._ranks.__getitem__), *ids])
+        return ranks_of([*sorted(running, key=self._ranks.__getitem__), *ids])
 
     def rerank(self, ranks: Mapping[int, float]) -> None:
         """Give new ranks to tasks that wait or run."""
         for task_id, rank in ranks.items():
             task = self._tasks.get(task_id)
-            self._stop_waiting(task_id)
+            self.take(task_id)
             self._ranks[task_id] = rank
             if task:
                 self.add(task)

@@ -54,9 +54,10 @@ class TaskQueue(TaskStore):
     ) -> None:
         super().__init__(journal)
         self.lanes, self.facts, self.place = Lanes(engines), Facts(catalog), place
-        self._max_queue = limits.max_queue
+        self._limits = limits
         self.runner = QueueRunner(self, self.lanes, self.facts, place=place, outputs=outputs, limits=limits)
         self._submitting = 0
+        self._taking = asyncio.Lock()  # input files: by a retry, or to remove them
         self._free_at: list[float] = []  # seconds until each lane is free, a heap
         self._added_up_at, self._seen_id = -math.inf, 0
         self._work: asyncio.Task[None]
@@ -64,6 +65,7 @@ class TaskQueue(TaskStore):
     @contextlib.asynccontextmanager
     async def running(self, stop_s: float) -> AsyncIterator[None]:
         """Take up what the journal holds, run it and whatever is submitted, until the block ends; then `stop`."""
+        await self.journal.prune(self._limits.history_count, self._limits.history_s)
         await self.facts.restore(self.journal)
         self.paused = await self.journal.fact("paused", False) is True
         await self.runner.restore()
@@ -124,8 +126,8 @@ class TaskQueue(TaskStore):
         """Raises Unavailable if no task can be taken now."""
         if self.runner.closed:
             raise Unavailable("wangpd is shutting down and takes no new work")
-        if len(self.waiting) + self._submitting >= self._max_queue:
-            raise Unavailable(f"The queue is full: {self._max_queue} tasks wait (max_queue)")
+        if len(self.waiting) + self._submitting >= (most := self._limits.max_queue):
+            raise Unavailable(f"The queue is full: {most} tasks wait (max_queue)")
         for sentence in self.faults.values():
             raise Unavailable(sentence)
 
@@ -138,8 +140,14 @@ class TaskQueue(TaskStore):
         if not task.status.ended:
             raise WrongState(f"Task {task_id} is {task.status}; only an ended task can be retried")
         await self.place.look()
-        await asyncio.to_thread(require, task.job)
-        return await self.submit(task.job, task.warnings)
+        async with self._taking:
+            await asyncio.to_thread(require, task.job)
+            return await self.submit(task.job, task.warnings)
+
+    async def sweep(self, remove: Callable[[set[str]], int], *, unfinished_only: bool = False) -> int:
+        """See Journal; no task is retried meanwhile either."""
+        async with self._taking:
+            return await self.journal.sweep(remove, unfinished_only)
 
     async def remove(self, task_id: int) -> Status:
         """See TaskStore; begins to cancel the work on a running task."""

@@ -148,10 +148,6 @@ class QueueRunner:
         finally:
             self.clocks.pop(task.id, None)
             self._release(lane, task)
-        try:  # only now: who waits for the task need not wait for this
-            await self._store.journal.prune(self._limits.history_count, self._limits.history_s)
-        except Exception as fault:  # whatever it was, the queue goes on, and the next task tries again
-            log.warning("old tasks can't be forgotten now: %s", fault)
 
     def _release(self, lane: Lane, holder: object) -> None:
         """Let `lane` take the next task, though `holder` may not have ended yet."""

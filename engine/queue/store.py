@@ -16,6 +16,7 @@ from engine.queue.tasks import NoSuchTask, Status, Task, WrongState, ended
 log = logging.getLogger("wangpd.queue")
 T = TypeVar("T")
 SAVE_AGAIN_S = 5.0
+AT_ONCE = 8  # tasks in a commit: submissions wait for it, and a disk that is nearly full must have room for it
 KINDS: Mapping[Status, EventKind] = {Status.QUEUED: EventKind.REQUEUED, Status.PROCESSING: EventKind.STARTED}
 
 
@@ -32,6 +33,7 @@ class TaskStore:
         self.wake = asyncio.Event()  # set when there may be something to start
         self.waiting = Order()
         self.started: dict[int, Task] = {}  # those that run, in the order of their start
+        self.released = asyncio.Event()  # set when a task was cancelled that has inputs
         self.paused = False  # no waiting task starts
         self.journal_fault = ""  # while the end or the start of a task can't be written
         self._changing = asyncio.Lock()
@@ -77,11 +79,6 @@ class TaskStore:
                     task = next((newer for newer in reversed(news) if newer.id == task_id), task)
         return task
 
-    async def history(self, status: Status | None, limit: int, offset: int) -> tuple[list[Task], int]:
-        """A page of all tasks, newest first, and how many there are."""
-        tasks, total = await self.journal.history(status, limit, offset)
-        return [self.active(task.id) or task for task in tasks], total
-
     def add(self, task: Task) -> None:
         """Let a new task wait, whose row is in the journal."""
         self.waiting.add(task)
@@ -105,12 +102,13 @@ class TaskStore:
             return task.status
 
     async def clear(self) -> int:
-        """Take out all waiting tasks and return how many there were; those that run go on. Raises JournalFault."""
+        """Take out all waiting tasks and return how many there were; some may be out already at a JournalFault."""
         async with self._changing:
-            cleared = [ended(task, Status.CANCELLED) for task in self.waiting]
-            await self._commit(*cleared)
+            waiting = list(self.waiting)
+            for first in range(0, len(waiting), AT_ONCE):
+                await self._commit(*(ended(task, Status.CANCELLED) for task in waiting[first : first + AT_ONCE]))
             self.events.publish(EventKind.CLEARED)
-            return len(cleared)
+            return len(waiting)
 
     async def move(self, task_id: int, position: int) -> int:
         """Put a waiting task at `position` and return where it is: never before those that run, or past the end.
@@ -214,5 +212,7 @@ class TaskStore:
                 self.waiting.add(task)
             else:
                 self.waiting.remove(task.id)
+                if task.status is Status.CANCELLED and task.job.inputs:
+                    self.released.set()
         for task in tasks:
             self.events.publish(KINDS.get(task.status) or EventKind(task.status), task)

@@ -15,8 +15,8 @@ from engine.job import EngineError
 log = logging.getLogger("wangpd.worker")
 NATIVE = "native"
 MOST_TOKENS = 32_768  # a longer sequence is not measured at its length: the order of the kernels does not change
-# Kernels that round to 8 bits are taken by name only: nobody asked `auto` for other pictures.
-EXACT = ("sdpa", "cudnn", "flash", "flash3", "xformers")
+# The others are taken by name only: nobody asked `auto` for other pictures.
+EXACT = tuple(name for name, kernel in KERNELS.items() if kernel.exact)
 
 
 def set_kernel(pipe: Any, mode: str, device: torch.device, tokens: int, *, together: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Load a diffusers pipeline from its files, in the dtypes that the catalogue names."""
+"""A diffusers pipeline: loaded from its files, in the dtypes that the catalogue names, and set for a task and a job."""
 
 import inspect
 import json
@@ -15,9 +15,9 @@ from safetensors import safe_open
 from engine.catalog.models import Model, Pipeline
 from engine.catalog.weights import DENOISER, INDEX, Weights, named_parts
 from engine.gpu.load import kernels, offloading
-from engine.gpu.run import prompts, schedule
+from engine.gpu.run import prompts
 from engine.gpu.run.adapters import load_file
-from engine.job import EngineError
+from engine.job import EngineError, Job
 
 # How the original layouts name what is not the denoiser: a file that has any of it is a whole checkpoint.
 NOT_OF_A_DENOISER = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
@@ -62,7 +62,7 @@ def load(
     if model.attention_backend:
         kernels.set_backend(pipe.transformer, model.attention_backend)
     if model.schedule:
-        schedule.reschedule(pipe, **model.schedule)
+        reschedule(pipe, **model.schedule)
     if model.recipe_loras and not ready:
         _fuse_recipe(pipe, model, weights)
     return pipe
@@ -150,3 +150,22 @@ def sibling(pipe: Any, pipeline: Pipeline) -> Any:
     other.set_progress_bar_config(disable=True)
     prompts.inherit(pipe, other)
     return other
+
+
+def reschedule(pipe: Any, **changes: Any) -> None:
+    """Give `pipe` a scheduler of the same class with some settings changed."""
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+
+
+def adjust(pipe: Any, model: Model, job: Job) -> None:
+    """Set the shift, the guidance scale and the side of the picture for `job`, where the class takes them so."""
+    pipeline, shift = model.pipelines[job.task], model.scheduler.get("shift_param")
+    if shift and job.flow_shift is not None and pipe.scheduler.config[shift] != job.flow_shift:
+        reschedule(pipe, **{shift: job.flow_shift})  # else it stays: it starts over when its timesteps are set
+    if pipeline.guider and job.guidance_scale is not None:
+        for name in ("guider", "ocr_guider"):  # some classes have a second one, for prompts that ask for written text
+            if (guider := getattr(pipe, name, None)) is not None:
+                setattr(pipe, name, guider.new(guidance_scale=job.guidance_scale))
+    if pipeline.side_attribute:
+        side = (job.width * job.height) ** 0.5 / pipe.vae_scale_factor  # in latent pixels, of a square of this area
+        setattr(pipe, pipeline.side_attribute, side * (1 + 1e-9))  # a touch longer, as sizes are rounded down

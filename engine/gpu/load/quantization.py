@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import diffusers
@@ -35,6 +35,15 @@ LAYOUT = 1  # raise it when other layers are quantised, or they are written othe
 FOUR_BIT_BLOCK = 64  # numbers that share a scale
 
 
+class ModelSource(NamedTuple):
+    """What is loaded: the pipeline of `model` for `task`, its denoisers from `weights` in `kind`."""
+
+    model: Model
+    task: str
+    weights: Weights
+    kind: str
+
+
 def kind_for(model: Model, configured: str, planned: Callable[[], str]) -> str:
     """The kind of weights to load: GGUF if `model` has it, else as configured (auto: `planned`). Raises EngineError."""
     if is_gguf(model):
@@ -45,29 +54,23 @@ def kind_for(model: Model, configured: str, planned: Callable[[], str]) -> str:
 
 
 def load(
-    model: Model,
-    task: str,
-    weights: Weights,
-    device: torch.device,
-    *,
-    kind: str,
-    models_dir: Path,
-    denoisers_only: bool = False,
+    source: ModelSource, device: torch.device, models_dir: Path, *, denoisers_only: bool = False
 ) -> tuple[Any, Parts]:
-    """The pipeline for `task` in RAM, denoisers in `kind`, and its parts. Raises EngineError if the device can't."""
+    """The pipeline in RAM, and its parts. Raises EngineError if the device can't work with these weights."""
+    model, task, weights, kind = source
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if sentence := quantization_fault(kind, device.type, capability):
         raise EngineError(sentence, "no_device")
-    pipeline = model.pipelines[task]
+    make = partial(pipelines.load, model, model.pipelines[task], weights, device, denoisers_only=denoisers_only)
     if kind in (NONE, GGUF):
-        pipe = pipelines.load(model, pipeline, weights, device, denoisers_only=denoisers_only)
+        pipe = make()
         return pipe, replace(offloading.parts_of(pipe, model), quantization=kind)
     dtype_of = partial(pipelines.dtype_of, model, device)
     what = f"{model.id}.{kind}.{str(dtype_of('transformer')).removeprefix('torch.')}"
     method = ["quantization", LAYOUT, version(KINDS[kind].package), str(model.recipe_loras)]
     folder = prepared.entry(models_dir, what, _sources(weights), method)
     ready = _read(folder, kind, dtype_of)
-    pipe = pipelines.load(model, pipeline, weights, device, ready, denoisers_only=denoisers_only)
+    pipe = make(ready)
     if ready:
         return pipe, replace(offloading.parts_of(pipe, model), quantization=kind, changed=False)
     started, denoisers = time.monotonic(), offloading.denoisers(pipe)

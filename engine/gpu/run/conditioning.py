@@ -70,9 +70,15 @@ def _opened(path: Path, name: str, call: Call, sample_rate: int) -> Any:
 def _sound(path: Path, sample_rate: int) -> torch.Tensor:
     """The whole sound, (2, N) float32 in -1..1, at `sample_rate` samples a second. Raises BadFootage."""
     resampler = av.AudioResampler("fltp", "stereo", sample_rate)
+    chunks: list[NDArray[Any]] = []
+    left = footage.MAX_S * sample_rate  # a file can hold more than the length that it names, and fill the memory
     with path.open("rb") as file, footage.opened(file, "audio") as container:
         frames = chain(container.decode(container.streams.audio[0]), [None])  # None: what the resampler still holds
-        chunks = [part.to_ndarray() for frame in frames for part in resampler.resample(frame)]
+        for part in chain.from_iterable(map(resampler.resample, frames)):
+            chunks.append(part.to_ndarray()[:, :left])
+            left -= chunks[-1].shape[1]
+            if not left:
+                break
     return torch.from_numpy(np.concatenate(chunks, axis=1))
 
 

@@ -12,11 +12,10 @@ from diffusers.models.attention_dispatch import attention_backend
 from engine import settings
 from engine.catalog.models import Model, Pipeline
 from engine.gpu.load import compiling, kernels, offloading, pipelines
-from engine.gpu.run import caching, conditioning, decoding, results, schedule, sliding
+from engine.gpu.run import caching, conditioning, decoding, results, sliding
 from engine.gpu.run.adapters import Adapters
 from engine.gpu.run.conditioning import Call
-from engine.gpu.run.counting import counted_steps
-from engine.gpu.run.meter import Meter
+from engine.gpu.run.meter import Meter, counted_steps
 from engine.gpu.run.results import Clip
 from engine.job import SEED_RANGE, Job, Phase
 from engine.planning.work import Work
@@ -73,7 +72,7 @@ def _run(
 def prepared(pipe: Any, model: Model, job: Job, adapters: Adapters) -> Iterator[tuple[Any, AfterStep]]:
     """Within, the pipeline is set for `job`; yields that of its task, and what sets LoRA strengths after each step."""
     pipe = pipelines.sibling(pipe, model.pipelines[job.task])
-    schedule.adjust(pipe, model, job)
+    pipelines.adjust(pipe, model, job)
     kernel = attention_backend(model.attention_backend or kernels.NATIVE)
     with adapters.applied(pipe, job) as set_strengths, caching.cached(pipe, model, job), kernel:
         compiling.suit(pipe, job)

@@ -1,14 +1,16 @@
-"""Finished clips to files in the output folder, encoded in the background."""
+"""Finished clips to files in the output folder: while one is encoded, the frames of the next are already made."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -19,10 +21,12 @@ from engine.files.place import Folder
 from engine.files.publish import KEPT
 from engine.files.thumbnails import PREVIEW_WIDTH, ThumbnailCache, key_of
 from engine.gpu.run.results import Clip
-from engine.gpu.save import background, encode
+from engine.gpu.save import encode
 from engine.job import STORAGE_FAULT, EngineConfig, EngineError, Job, OutputFile
 
 log = logging.getLogger("wangpd.worker")
+T = TypeVar("T")
+MOST_WAITING_BYTES = 2**30  # of frames that are made and not yet encoded
 RGB = 3  # channels; a picture with an alpha channel has no poster: its viewer chooses the background
 Settled = Callable[[BaseException | None], None]  # called for each `finish`, with the reason if a file is not written
 Made = Callable[[int, OutputFile], None]  # called with the task's id for each whole file, in the same thread
@@ -85,7 +89,7 @@ class Saver:
             self._made(task_id, about(size_bytes))  # first: of a process that is killed, nothing is visible but this
             self._disk.take(whole)  # or it is kept
 
-        written = background.feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
+        written = feed(self._thread, pieces(), write, lambda piece: piece.nbytes)
         return Saved(about(0), written)
 
     def finish(self, saved: Sequence[Saved]) -> int:
@@ -116,7 +120,8 @@ class Saver:
             encode.write_sound(path, sound, embedded)
         if kind != "audio" and first.shape[-1] == RGB:
             with suppress(OSError):  # it is published already
-                self._posters.put(key_of(path, PREVIEW_WIDTH), media.reduced(Image.fromarray(first), PREVIEW_WIDTH))
+                key = key_of(path.name, path.stat(), PREVIEW_WIDTH)
+                self._posters.put(key, media.reduced(Image.fromarray(first), PREVIEW_WIDTH))
 
 
 @cache
@@ -126,3 +131,68 @@ def _encoder(wanted: str) -> str:
         return wanted
     log.warning("video_encoder '%s' does not work on this machine; x264 is used instead", wanted)
     return "x264"
+
+
+class Broken(Exception):
+    """The pieces of a file could not all be made."""
+
+
+class _Handover(Generic[T]):
+    """A queue of pieces from the thread that makes them to the one that writes them, limited in bytes."""
+
+    def __init__(self, size_bytes: Callable[[T], int]) -> None:
+        self._size_bytes = size_bytes
+        self._waiting: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._state = "open"  # then ended (complete), broken (the rest can't be made) or left (the writer has stopped)
+
+    def put(self, piece: T) -> bool:
+        """Add a piece, once those that wait leave room; False if the writer has stopped."""
+        with self._changed:
+            self._changed.wait_for(self._has_room)
+            self._waiting.append(piece)
+            self._changed.notify_all()
+            return self._state != "left"
+
+    def _has_room(self) -> bool:
+        return self._state == "left" or sum(map(self._size_bytes, self._waiting)) < MOST_WAITING_BYTES
+
+    def close(self, state: str) -> None:
+        with self._changed:
+            self._state = state
+            self._changed.notify_all()
+
+    def taken(self) -> Iterator[T]:
+        """The pieces as they come. Raises Broken."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._state != "open")
+                if self._state == "broken":
+                    raise Broken
+                if not self._waiting:
+                    return
+                piece = self._waiting.popleft()
+                self._changed.notify_all()
+            yield piece
+
+
+def feed(
+    thread: ThreadPoolExecutor, pieces: Iterable[T], write: Callable[[Iterator[T]], Any], size_bytes: Callable[[T], int]
+) -> "Future[Any]":
+    """Pass `pieces` to `write` in `thread`, each as soon as it is made; returns when the last one is made.
+
+    Raises what making them or `write` raises, and then `write` has ended: with Broken, if making them failed.
+    """
+    handover = _Handover(size_bytes)
+    written = thread.submit(write, handover.taken())
+    written.add_done_callback(lambda _: handover.close("left"))
+    try:
+        for piece in pieces:
+            if not handover.put(piece):
+                written.result()
+    except BaseException:
+        handover.close("broken")
+        wait([written])
+        raise
+    handover.close("ended")
+    return written

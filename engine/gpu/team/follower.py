@@ -4,15 +4,14 @@ import logging
 import time
 from contextlib import ExitStack, nullcontext, suppress
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from engine.catalog.models import Model
-from engine.catalog.weights import Weights
 from engine.gpu import process
 from engine.gpu.load import compiling, kernels, offloading, quantization
 from engine.gpu.load.devices import choose_device, give_back
+from engine.gpu.load.quantization import ModelSource
 from engine.gpu.process import Rank
 from engine.gpu.run import render
 from engine.gpu.run.adapters import Adapters
@@ -24,15 +23,6 @@ from engine.planning.placement import Plan
 log = logging.getLogger("wangpd.worker")
 ANSWERED = ("measure", "load")  # the orders whose answer the lead waits for
 GRACE_S = 5.0  # in which the lead notices by itself that a follower is gone
-
-
-class ModelSource(NamedTuple):
-    """What the lead loads and a follower too: the weights of `model`, as those of `kind`."""
-
-    model: Model
-    task: str
-    weights: Weights
-    kind: str  # of engine.gpu.load.quantization
 
 
 class Follower:
@@ -79,10 +69,7 @@ class Follower:
         """Load the denoisers, and place them as the lead does."""
         self.unload()
         self._model = source.model
-        pipe, _ = quantization.load(
-            self._model, source.task, source.weights, self._device,
-            kind=source.kind, models_dir=self._config.models_dir, denoisers_only=True,
-        )  # fmt: skip
+        pipe, _ = quantization.load(source, self._device, self._config.models_dir, denoisers_only=True)
         if self._config.compile:
             compiling.compile_blocks(pipe)
         offloading.carry_out(pipe, plan, self._device)

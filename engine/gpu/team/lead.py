@@ -22,9 +22,10 @@ import torch
 from engine.catalog.models import Model
 from engine.gpu import process
 from engine.gpu.load import offloading
+from engine.gpu.load.quantization import ModelSource
 from engine.gpu.process import Rank
 from engine.gpu.team.entry import follow
-from engine.gpu.team.follower import GRACE_S, ModelSource
+from engine.gpu.team.follower import GRACE_S
 from engine.gpu.team.sharing import Group, blanked
 from engine.job import EngineConfig, EngineError, Job
 from engine.planning.machine import Machine

@@ -1,0 +1,50 @@
+"""The process that decodes files from clients, which may be made to take very long or much memory.
+
+Its arguments are the most pixels of a picture or frame, then the kind and path of each file. For each file it prints a
+line of JSON: the length in seconds, or a sentence without its subject that says why the file can't be used.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+
+from engine.files import footage, media
+
+CPU_S = 10  # a picture of 50 megapixels takes one or two
+WALL_S = 60  # the daemon's own limit is lower, but the daemon may end
+BASE_BYTES = 2**30  # of address space: Python and FFmpeg's libraries take a quarter of it
+PIXEL_BYTES = 16  # four copies of four channels
+TOO_LARGE = "needs too much memory to decode; send a smaller one"
+
+
+def main(max_pixels: int, *files: str) -> None:
+    """Examine the files in turn."""
+    os.nice(10)  # after the daemon, and a task that is generated on this CPU
+    signal.alarm(WALL_S)
+    memory_bytes = BASE_BYTES + PIXEL_BYTES * max_pixels
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    for kind, path in zip(files[::2], files[1::2], strict=True):
+        print(json.dumps(examined(kind, path, max_pixels)), flush=True)
+
+
+def examined(kind: str, path: str, max_pixels: int) -> float | str:
+    """The length of a file of `kind` "image" (then 0), "video" or "audio"; a sentence if it can't be used."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - pathlib would be imported for nothing else
+            if kind != "image":
+                return footage.check(file, kind, max_pixels)
+            media.check_image(file, max_pixels)
+            return 0.0
+    except MemoryError:
+        return TOO_LARGE
+    except (media.BadImage, footage.BadFootage) as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
