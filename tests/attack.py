@@ -62,10 +62,7 @@ http {{
 
 def published() -> str:
     """The configuration of nginx that people are told to use."""
-    path = ROOT / "deploy" / "nginx.conf"
-    if path.exists():
-        return path.read_text()
-    return (ROOT / "README.md").read_text().partition("```nginx\n")[2].partition("```")[0]
+    return (ROOT / "deploy" / "nginx.conf").read_text()
 
 
 def substituted(text: str, port: int, upstream: int, users: Path) -> str:

@@ -133,7 +133,7 @@ def forms_that_lie(field: Field) -> None:
             body[place : place + chance.choice((0, 0, 1, 40))] = chance.choice([*tokens, b""])
         field.ask(submitted(bytes(body), chance.choice(kinds) if chance.random() < 0.2 else FORM), "direct")
 
-    field.all_at_once((partial(one, chance.random()) for _ in range(field.count(10_000, 100))), most=4)
+    field.all_at_once((partial(one, chance.random()) for _ in range(field.count(3000, 60))), most=4)
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON

@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["wangpd", "engine", "aiohttp.multipart"
 def fuzz(name: str, seconds: int) -> None:
     """Run one target for so long, in this process, which ends with it."""
     target, found = TARGETS[name], CORPUS / name
-    found.mkdir(exist_ok=True)
+    found.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
     for number, data in enumerate([*SEEDS[name](), *(path.read_bytes() for path in found.glob("*"))]):
         (folder / f"seed-{number}").write_bytes(data)
