@@ -445,7 +445,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     journal = Journal(config.state_path / "journal.sqlite", clock)
     place, limits = Place((save, state), lambda: without_paths(app[OUTPUTS].lock.take(), {})), config.part(Limits)
     app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
-    checks, policy = Checks(app[TURNS], config.max_image_pixels), config.part(Policy)
+    checks, policy = Checks(config.max_image_pixels), config.part(Policy)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], checks, policy, lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)

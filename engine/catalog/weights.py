@@ -80,12 +80,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise ValueError("it is cut off")
     header = read_object(raw)
     header.pop("__metadata__", None)
-    shapes = {}
+    shapes: dict[str, Any] = {}
     for name, tensor in header.items():
-        shape = shapes[name] = tensor.get("shape") if isinstance(tensor, dict) else None
+        shape: Any = tensor.get("shape") if isinstance(tensor, dict) else None
         listed = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
         if not listed or not all(type(length) is int and 0 <= length < 2**63 for length in shape):
             raise ValueError(f"its tensor {name[:100]} has no shape")
+        shapes[name] = shape
     return shapes
 
 
