@@ -156,11 +156,11 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
         if self._expiry:
             self._expiry.cancel()
-        if self.lack or task is None or not self._request_in_progress:
+        if task is None:
             self._slots.free(self)
-        else:
-            task.add_done_callback(lambda _: self._slots.free(self))
-        if task and (self.lack or (request and ENDS_WITH_CLIENT in request)):
+            return
+        task.add_done_callback(lambda _: self._slots.free(self))
+        if self.lack or (request and ENDS_WITH_CLIENT in request):
             task.cancel()
 
     def turn_away(self) -> None:
@@ -176,6 +176,7 @@ class Connection(web.RequestHandler):
         # Half closed: closing with the request unread would reset the connection before the client reads the answer.
         with suppress(OSError):  # it may have gone already
             refused.write_eof()
+        self._slots.free(self)  # now: others may take its place before its task has ended
         self._slots.leave(refused)
 
     def handle_error(
