@@ -34,7 +34,7 @@ RESERVE_S = 2  # in which such a connection must send its request
 TURNED_AWAY_S, MOST_LEAVING = 2, 256  # time for a client that is turned away to read why, and how many may take it
 TURNED_AWAY = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
-    "Retry-After: {retry_after_s}\r\nServer: wangpd\r\nConnection: close\r\n\r\n{body}"
+    "Retry-After: {retry_after_s}\r\n{headers}Connection: close\r\n\r\n{body}"
 )
 
 
@@ -171,7 +171,9 @@ class Connection(web.RequestHandler):
         refused.set_protocol(asyncio.Protocol())
         if self._keepalive:  # not answered
             body = json.dumps({"detail": NO_SLOT.format(self.lack)})
-            refused.write(TURNED_AWAY.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
+            headers = "".join(f"{name}: {value}\r\n" for name, value in OWN_HEADERS.items())
+            answer = TURNED_AWAY.format(length=len(body), retry_after_s=RETRY_AFTER_S, headers=headers, body=body)
+            refused.write(answer.encode())
         self.connection_lost(None)
         # Half closed: closing with the request unread would reset the connection before the client reads the answer.
         with suppress(OSError):  # it may have gone already
