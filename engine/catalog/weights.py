@@ -13,7 +13,7 @@ from typing import Any
 from engine.catalog.models import PACKAGE, Model
 from engine.files.folders import open_regular
 
-MAX_HEADER_BYTES = 4 * 2**20  # of a safetensors file: usual ones have less than 1, and to parse JSON stops the event loop
+MAX_HEADER_BYTES = 4 * 2**20  # of a safetensors file: most have less than 1, and parsing one stops the event loop
 MAX_DIMENSIONS = 8
 INDEX = "model_index.json"  # the file that makes a folder a diffusers pipeline
 DENOISER = frozenset({"transformer", "unet"})  # the component that a single file without a name replaces
