@@ -242,7 +242,7 @@ async def make_room(app: web.Application, body: Mapping[str, Any]) -> None:
     files = [sent for sents in files_of(body).values() for sent in sents]
     inputs = app[INPUT_FILES]
     if files and not await asyncio.to_thread(inputs.has_room, files):
-        await app[QUEUE].journal.sweep(inputs.sweep, unfinished_only=True)
+        await app[QUEUE].sweep(inputs.sweep, unfinished_only=True)
         if not await asyncio.to_thread(inputs.has_room, files):
             raise NoStorage("The files of waiting tasks fill max_inputs_mb; cancel some of these tasks, or raise it")
 
