@@ -115,7 +115,7 @@ def forms_without_end(field: Field) -> None:
 @attack
 def forms_that_lie(field: Field) -> None:
     """Encodings, lengths and charsets of parts that do not exist, and mutations of a whole form."""
-    chance, whole = random.Random(7), bytearray(b"".join(parts(0)))
+    whole = bytearray(b"".join(parts(0)))
     tokens = [b"\r\n", b"--x", b"--x--", b'name="', b"\0", b"\xff", b"Content-Encoding: gzip\r\n", b"name=_charset_"]
     tokens += [b"Content-Transfer-Encoding: %s\r\n" % kind for kind in (b"base64", b"zzz", b"quoted-printable")]
     tokens += [b"Content-Length: -1\r\n", b"; name*=utf-8''%ff", b"[" * 1000, b"a" * 9000, b"charset=utf-7"]
@@ -134,7 +134,7 @@ def forms_that_lie(field: Field) -> None:
             body[place : place + chance.choice((0, 0, 1, 40))] = chance.choice([*tokens, b""])
         field.ask(submitted(bytes(body), chance.choice(kinds) if chance.random() < 0.2 else FORM), "direct")
 
-    field.all_at_once((partial(one, chance.random()) for _ in range(field.count(3000, 60))), most=4)
+    field.all_at_once((partial(one, number) for number in range(field.count(3000, 60))), most=4)
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -635,19 +635,18 @@ def ranges(field: Field) -> None:
     """Ranges by the hundred, with conditions that contradict each other."""
     path = field.daemon.outputs / "ranges.png"
     path.write_bytes(small_png(1) + bytes(100_000))
-    chance = random.Random(1)
     values = ["bytes=0-", "bytes=-1", "bytes=0-0,1-1", "bytes=" + "9" * 400 + "-", "bytes=1-" + "9" * 5000, '"x"', "*"]
     values += ["bytes=" + ",".join(f"{n}-{n + 1}" for n in range(0, 1500, 3)), "bytes=" + "0-0," * 1500, '"', ",,,"]
     values += ["Thu, 01 Jan 1970 00:00:00 GMT", "Mon, 01 Jan 99999 00:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 -9999"]
     names = ["Range", "If-Range", "If-None-Match", "If-Match", "If-Modified-Since", "If-Unmodified-Since", "Accept"]
 
-    def one(seed: float) -> None:
+    def one(seed: int) -> None:
         fate = random.Random(seed)
         headers = {name: fate.choice(values) for name in fate.sample(names, 3)}
         place = fate.choice(["/download/ranges.png", "/preview/ranges.png"])
         field.ask(request(fate.choice(["GET", "GET", "HEAD"]), place, **headers), "direct")
 
-    field.all_at_once((partial(one, chance.random()) for _ in range(field.count(3000, 60))), most=8)
+    field.all_at_once((partial(one, number) for number in range(field.count(3000, 60))), most=8)
     path.unlink()
 
 
