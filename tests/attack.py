@@ -28,7 +28,7 @@ from typing import Any
 from tests.daemon import ROOT, Daemon
 from tests.honest import LOGIN, PASSWORD, USER, Sample
 from tests.processes import children, eventually
-from tests.wire import answered
+from tests.wire import Answer, answered
 
 MIB = 2**20
 MAX_BODY_MB, MOST_CONNECTIONS = 64, {False: 60, True: 500}  # by: at full size
@@ -326,12 +326,26 @@ class Field:
 
     def hear(self, channel: socket.socket, method: str = "GET") -> int:
         """Read the answer on this connection; returns its status, 0 if none came."""
+        answer = self._answer(channel, method)
+        return answer.status if answer else 0
+
+    def fetch(self, data: bytes) -> bytes:
+        """Send a request directly; returns the body of its answer 200, and nothing for any other."""
+        answer = None
+        with suppress(OSError), self.channel("direct") as channel:
+            channel.sendall(data)
+            answer = self._answer(channel)
+        if answer is None:
+            self.tally(0)
+        return answer.body if answer and answer.status == 200 else b""
+
+    def _answer(self, channel: socket.socket, method: str = "GET") -> Answer | None:
         with suppress(OSError, HTTPException):
             answer = answered(channel, method)
             if answer is not None:
                 self.tally(answer.status)
-                return answer.status
-        return 0
+            return answer
+        return None
 
     def tally(self, status: int, count: int = 1) -> None:
         """Count answers."""
