@@ -435,7 +435,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[OUTPUTS] = Outputs(*paths, keep, instance=config.instance, clock=clock, holder=holds, disk=save)
     app[PREVIEWS] = PreviewPool()
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
-    app[INPUT_FILES] = Inputs(config.state_path / "inputs", config.max_inputs_mb * 2**20)
+    app[INPUT_FILES] = Inputs(config.state_path / "inputs", state, config.max_inputs_mb * 2**20)
     app[SPOOL], app[TURNS] = (
         Spool(config.state_path, state, BODIES_AT_ONCE * config.max_body_mb * 2**20),
         Turns(HEAVY_AT_ONCE),

@@ -21,6 +21,7 @@ from engine.clock import Clock
 from engine.files.inputs import Inputs
 from engine.files.outputs import Outputs
 from engine.files.owner import FolderLock, instance_id
+from engine.files.place import Folder
 from tests.processes import eventually
 from tests.stub_daemon import CLOCK
 from tests.stub_worker import make_clips
@@ -248,7 +249,7 @@ def test_the_clock_goes_on_with_the_uptime(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_inputs_of_a_request_under_way_are_kept_whatever_the_clock_shows(tmp_path: Path) -> None:
-    folder, inputs = tmp_path / "inputs", Inputs(tmp_path / "inputs", 2**20)
+    folder, inputs = tmp_path / "inputs", Inputs(tmp_path / "inputs", Folder(tmp_path, "state_path", 0, ""), 2**20)
     folder.mkdir()
     (folder / "left").write_bytes(b"of an earlier daemon")
     (folder / "needed").write_bytes(b"of a task")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.files.folders import stats
-from engine.files.place import NoStorage
+from engine.files.place import Folder, NoStorage
 from engine.files.publish import move
 
 
@@ -31,8 +31,9 @@ Receive = Callable[[Iterable[bytes]], Sent]
 class Inputs:
     """A folder of files named by the SHA-256 of what they hold. Any thread may call its methods, which block."""
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._folder, self._limit_bytes = folder, limit_bytes
+    def __init__(self, folder: Path, disk: Folder, limit_bytes: int) -> None:
+        """`disk` is the folder around it, as Place looks at it."""
+        self._folder, self._disk, self._limit_bytes = folder, disk, limit_bytes
         self._size_bytes = 0  # counted by each sweep
         self._held: Counter[str] = Counter()  # names that requests under way need
         self._lock = threading.Lock()
@@ -70,6 +71,8 @@ class Inputs:
             self._held -= Counter(held)
 
     def _write(self, path: Path, chunks: Iterable[bytes]) -> Sent:
+        if fault := self._disk.fault():
+            raise NoStorage(fault)
         digest = hashlib.sha256()
         try:
             with path.open("xb") as file:

@@ -16,7 +16,7 @@ from engine.queue.tasks import NoSuchTask, Status, Task, WrongState, ended
 log = logging.getLogger("wangpd.queue")
 T = TypeVar("T")
 SAVE_AGAIN_S = 5.0
-AT_ONCE = 512  # tasks in a commit: submissions wait for it, and its disk may have room for fewer only
+AT_ONCE = 32  # tasks in a commit: submissions wait for it, and its disk may have room for fewer only
 KINDS: Mapping[Status, EventKind] = {Status.QUEUED: EventKind.REQUEUED, Status.PROCESSING: EventKind.STARTED}
 
 
@@ -112,7 +112,7 @@ class TaskStore:
                 except JournalFault:
                     if at_once == 1:
                         raise
-                    at_once = max(1, at_once // 8)
+                    at_once //= 2
                 else:
                     done += at_once
             self.events.publish(EventKind.CLEARED)
