@@ -126,6 +126,9 @@ def test_every_refusal_has_the_headers_and_no_version(plain: Daemon, request_: b
 def test_a_refused_connection_has_the_headers(plain: Daemon, sent: bytes) -> None:
     held = [connected(plain.url) for _ in range(4)]
     try:
+        for channel in held:
+            channel.sendall(head(f"{API}/health"))
+            assert answered(channel)
         with connected(plain.url) as channel:
             channel.sendall(sent)
             answer = answered(channel)
