@@ -131,15 +131,16 @@ def test_a_trusted_proxy_may_hold_them_all(house: Daemon, door: str) -> None:
 
 @pytest.mark.parametrize(("most", "share"), [(1, 1), (9, 9), (15, 15), (16, 8), (31, 15)])
 def test_a_limit_too_small_to_be_shared_is_not(tmp_path: Path, most: int, share: int) -> None:
+    def kept() -> bool:
+        channel = stack.enter_context(connected(daemon.url))
+        channel.sendall(head(f"{API}/queue"))
+        answer = answered(channel)
+        return answer is not None and answer.status == 200
+
     with idle_daemon(tmp_path, max_connections=most) as daemon, ExitStack() as stack:
-        statuses = []
-        assert eventually(lambda: asked(daemon).status == 200)
-        for _ in range(most):
-            channel = stack.enter_context(connected(daemon.url))
-            channel.sendall(head(f"{API}/queue"))
-            answer = answered(channel)
-            statuses.append(answer.status if answer else 0)
-    assert statuses == [200] * share + [503] * (most - share)
+        for _ in range(share):
+            assert eventually(kept)  # the one before may just be closing
+        assert not any(kept() for _ in range(3))
 
 
 # ---------------------------------------------------------------------------------------------------------- the reserve
