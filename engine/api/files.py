@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -56,20 +56,26 @@ class PreviewPool:
         if self._calls >= MOST_PREVIEWS:
             raise web.HTTPServiceUnavailable(text=f"Over {MOST_PREVIEWS} previews are being made; try again later")
         self._calls += 1
+        job = self._threads.submit(open_preview, app, name, width)
         try:
-            loop = asyncio.get_running_loop()
             async with awake.timeout(PREVIEW_S):
-                return await loop.run_in_executor(self._threads, open_preview, app, name, width)
+                return await asyncio.wrap_future(job)
         except TimeoutError:
-            raise web.HTTPServiceUnavailable(
-                text=f"The preview of '{shortened(name)}' takes too long; try again"
-            ) from None
+            job.add_done_callback(_close)
+            reason = f"The preview of '{shortened(name)}' takes too long; try again"
+            raise web.HTTPServiceUnavailable(text=reason) from None
         finally:
             self._calls -= 1
 
     def close(self) -> None:
         """Begin no more of them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _close(job: Future[Opened | bytes]) -> None:
+    """Close what comes too late to be sent."""
+    if not job.cancelled() and not job.exception() and isinstance(opened := job.result(), Opened):
+        opened.file.close()
 
 
 PREVIEWS = web.AppKey("previews", PreviewPool)
