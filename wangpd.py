@@ -86,7 +86,6 @@ RELEASE_S = 5  # between two looks at which input files are needed, however many
 HEAVY_AT_ONCE = 2
 BODIES_AT_ONCE = 4  # of max_body_mb
 KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
-OPEN_FILES = 65536  # as in the unit
 M_ARENA_MAX = -8  # of malloc.h
 DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
@@ -243,7 +242,7 @@ async def make_room(app: web.Application, body: Mapping[str, Any]) -> None:
     files = [sent for sents in files_of(body).values() for sent in sents]
     inputs = app[INPUT_FILES]
     if files and not await asyncio.to_thread(inputs.has_room, files):
-        await app[QUEUE].journal.sweep(inputs.sweep, unfinished_only=True)
+        await app[QUEUE].sweep(inputs.sweep, unfinished_only=True)
         if not await asyncio.to_thread(inputs.has_room, files):
             raise NoStorage("The files of waiting tasks fill max_inputs_mb; cancel some of these tasks, or raise it")
 
@@ -445,7 +444,7 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     journal = Journal(config.state_path / "journal.sqlite", clock)
     place, limits = Place((save, state), lambda: without_paths(app[OUTPUTS].lock.take(), {})), config.part(Limits)
     app[QUEUE] = TaskQueue(journal, engines, app[CATALOG], app[OUTPUTS], place=place, limits=limits)
-    checks, policy = Checks(app[TURNS], config.max_image_pixels), config.part(Policy)
+    checks, policy = Checks(config.max_image_pixels), config.part(Policy)
     app[ADMISSION] = Admission(app[CATALOG], app[INPUT_FILES], checks, policy, lambda: app[QUEUE].machines)
     app.add_routes(routes)
     add_viewers(app)
@@ -647,7 +646,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up_log(config.log_level)
     # The tracker, which removes semaphores after a kill, inherits this; that it had to is nobody's worry.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
-    raise_file_limit()
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # the 1024 of a shell are fewer than `max_connections` downloads need
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with suppress(OSError, AttributeError):  # glibc only: else it keeps what is freed, for each thread apart
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     try:
@@ -662,13 +663,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("wangpd:", error if ours else f"can't go on: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def raise_file_limit() -> None:
-    """Allow as many open files as `max_connections` downloads need, where a shell's limit is lower."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
 
 
 def require_folders(config: Config) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -354,22 +355,43 @@ async def test_a_file_that_takes_too_long_is_refused_and_its_process_ended(
 ) -> None:
     monkeypatch.setattr(checks, "CHECK_S", 0.01)
     with pytest.raises(Unusable) as found:
-        await Checks(Turns(1), 10**8).seconds([slow], "a")
+        await Checks(10**8).seconds([slow], "a")
     assert found.value.args == (0, checks.TOO_LONG)
     assert children() == []
 
 
-async def test_a_check_ends_with_its_client(slow: tuple[str, Path]) -> None:
-    turns = Turns(1)
+async def test_what_takes_more_than_a_moment_keeps_nothing_small_waiting(
+    slow: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "QUICK_CPU_S", 0.2)
+    small, check, ended = tmp_path / "small", Checks(10**8), list[str]()
+    small.write_bytes(picture())
+
+    async def examine(client: str, *files: tuple[str, Path]) -> list[float]:
+        found = await check.seconds(files, client)
+        ended.append(client)
+        return found
+
+    large = [examine(client, *[slow] * 40) for client in ("a", "b")]
+    found = await asyncio.gather(*large, examine("c", ("image", small)))
+    assert found == [[0.0] * 40] * 2 + [[0.0]]
+    assert ended[0] == "c"
+
+
+@pytest.mark.parametrize("looks", [0, 1, 2])
+async def test_a_check_ends_with_its_client(
+    slow: tuple[str, Path], looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "LOOK_S", 0.001)
+    check, left = Checks(10**8), iter([False] * looks)
     with pytest.raises(ConnectionError):
-        await Checks(turns, 10**8).seconds([slow], "a", gone=lambda: True)
+        await check.seconds([slow], "a", gone=lambda: next(left, True))
     assert children() == []
-    async with turns.turn("b"):  # which is free again
-        pass
+    assert await check.seconds([slow], "b") == [0.0]  # whose turn it is
 
 
 async def test_a_check_that_is_cancelled_leaves_no_process(slow: tuple[str, Path]) -> None:
-    check = asyncio.create_task(Checks(Turns(1), 10**8).seconds([slow] * 5, "a"))
+    check = asyncio.create_task(Checks(10**8).seconds([slow] * 5, "a"))
     assert await asyncio.to_thread(eventually, children)
     check.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -381,7 +403,7 @@ async def test_the_first_file_that_can_not_be_used_is_named(tmp_path: Path) -> N
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.write_bytes(picture())
     bad.write_bytes(b"no picture")
-    check = Checks(Turns(1), 10**6)
+    check = Checks(10**6)
     assert await check.seconds([("image", good), ("image", good)], "a") == [0.0, 0.0]
     with pytest.raises(Unusable) as found:
         await check.seconds([("image", good), ("image", bad), ("image", bad)], "a")
@@ -390,7 +412,7 @@ async def test_the_first_file_that_can_not_be_used_is_named(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
-    [("BASE_BYTES", 40 * MIB, "needs too much memory to decode; send a smaller one"), ("CPU_S", 1, None)],
+    [("BASE_BYTES", 40 * MIB, "needs too much memory to decode; send a smaller one"), ("WALL_S", 60, None)],
 )
 def test_a_check_is_limited_in_memory_and_time(tmp_path: Path, name: str, value: int, sentence: str | None) -> None:
     path = tmp_path / "large.png"
@@ -401,13 +423,13 @@ def test_a_check_is_limited_in_memory_and_time(tmp_path: Path, name: str, value:
         from engine.files import check_media, media
         check_media.{name} = {value}
         check_media.media.check_image = lambda file, most: [media._upright(Image.open(file)) for _ in range(99)]
-        check_media.main({pixels}, "image", {str(path)!r})
+        check_media.main(0.5, {pixels}, "image", {str(path)!r})
     """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     if sentence:
         assert json.loads(run.stdout) == sentence
     else:
-        assert (run.stdout, run.returncode) == ("", -24), run.stderr  # SIGXCPU
+        assert (run.stdout, run.returncode) == ("", -signal.SIGPROF), run.stderr
 
 
 def test_who_hangs_up_while_a_file_is_decoded_keeps_nobody_waiting(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -239,6 +240,13 @@ def test_a_flood_of_connections_opens_a_bounded_number_of_files(house: Daemon) -
         assert eventually(lambda: len(list(handles.iterdir())) <= before + MOST + connection.RESERVE)
     assert eventually(lambda: len(list(handles.iterdir())) <= before)
     assert house.log.read_text().count("\n") <= 4
+
+
+@pytest.mark.parametrize("soft", [200, 1024])
+def test_a_shells_limit_of_open_files_is_raised(own_daemon: Daemon, soft: int) -> None:
+    own_daemon.launcher = ["prlimit", f"--nofile={soft}:3000"]
+    own_daemon.start()
+    assert resource.prlimit(own_daemon.process.pid, resource.RLIMIT_NOFILE) == (3000, 3000)
 
 
 # ---------------------------------------------------------------------------------------------- what does not progress

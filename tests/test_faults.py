@@ -21,7 +21,6 @@ from PIL import Image
 
 import wangpd
 from engine.api import files
-from engine.api.files import MOST_PREVIEWS
 from engine.catalog.models import Model
 from engine.files import media
 from engine.gpu import worker
@@ -632,7 +631,7 @@ def held_previews(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go_on.set()
 
 
-@pytest.mark.parametrize("waiting", [2, 20, MOST_PREVIEWS])
+@pytest.mark.parametrize("waiting", [2, 20, 60])
 async def test_slow_previews_take_no_thread_that_others_need(
     client: TestClient[Any, Any], held_previews: threading.Event, waiting: int
 ) -> None:
@@ -648,10 +647,11 @@ async def test_slow_previews_take_no_thread_that_others_need(
 
 
 async def test_one_preview_too_many_is_503_and_the_others_are_made(
-    client: TestClient[Any, Any], held_previews: threading.Event
+    client: TestClient[Any, Any], held_previews: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(files, "MOST_PREVIEWS", 20)
     url = "/api/v1/preview/picture.png"
-    asked = [asyncio.create_task(client.get(url, params={"width": 32 + n})) for n in range(MOST_PREVIEWS + 3)]
+    asked = [asyncio.create_task(client.get(url, params={"width": 32 + n})) for n in range(23)]
     done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
     while len(done) < 3:
         done, waiting = await asyncio.wait(asked, timeout=0.1)
@@ -662,14 +662,14 @@ async def test_one_preview_too_many_is_503_and_the_others_are_made(
     assert {(await task).status for task in waiting} == {200}
 
 
-@pytest.mark.usefixtures("held_previews")
 async def test_a_preview_that_takes_too_long_is_503(
-    client: TestClient[Any, Any], monkeypatch: pytest.MonkeyPatch
+    client: TestClient[Any, Any], held_previews: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "PREVIEW_S", 0.2)
     answers = [await client.get(f"/api/v1/preview/picture.png?width={width}") for width in (32, 33, 34)]
     assert [answer.status for answer in answers] == [503] * 3
     assert "takes too long" in (await answers[2].json())["detail"]
+    held_previews.set()
 
 
 # ---------------------------------------------------------------------------------------------- what a task leaves held

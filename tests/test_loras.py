@@ -199,7 +199,7 @@ def test_a_name_without_a_file_is_refused_and_nothing_waits_for_it(tmp_path: Pat
 
 def test_very_long_names_are_read_in_linear_time(tmp_path: Path) -> None:
     """A search that began again at each character of such a name would take hours."""
-    names = [f"{'_' * 1_000_000}{number}.lora_A.weight" for number in range(5)]
+    names = [f"{'_' * 700_000}{number}.lora_A.weight" for number in range(5)]
     raw = json.dumps({name: {"shape": [4, 4]} for name in names}).encode()
     written(tmp_path, "a", layers(1)).write_bytes(header(raw))
     with pytest.raises(BadLora, match="no counterpart"):

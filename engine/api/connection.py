@@ -13,7 +13,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion10, RawRequestMessage
 
 from engine.api.app_keys import ENDS_WITH_CLIENT, REFUSAL
@@ -26,16 +26,11 @@ NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
 NO_VERSION = "HTTP/{0.major}.{0.minor} is not supported; send HTTP/1.1"
 NO_SLOT = "Too many connections: {}"
 FILE_WITH_SLASH = re.compile(r"/(download|preview)/[^/]+/$")  # no name of a file, and stays 404
-UNIX_PEER = "unix"
 STALLED_MS = 60_000  # without progress in what is sent, the kernel ends the connection
 LEAST_SHARE = 8
 RESERVE, RESERVE_SHARE = 32, 8  # connections beyond the limit that may ask for /health; of them from one address
 RESERVE_S = 2  # in which such a connection must send its request
 TURNED_AWAY_S, MOST_LEAVING = 2, 256  # time for a client that is turned away to read why, and how many may take it
-TURNED_AWAY = (
-    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {length}\r\n"
-    "Retry-After: {retry_after_s}\r\nServer: wangpd\r\nConnection: close\r\n\r\n{body}"
-)
 
 
 def screen_requests(server: web.Server) -> None:
@@ -76,7 +71,7 @@ class Slots:
     """
 
     def __init__(self, limit: int, exempt: Collection[str]) -> None:
-        self._limit, self._exempt = limit, {*exempt, UNIX_PEER}
+        self._limit, self._exempt = limit, {*exempt, "unix"}
         self._share = limit // 2 if limit >= 2 * LEAST_SHARE else limit
         self._open: dict[Connection, str] = {}
         self._reserve: dict[Connection, str] = {}  # the oldest first
@@ -136,7 +131,7 @@ class Connection(web.RequestHandler):
         """The client's address: "unix" over a Unix socket, whose clients name themselves; IPv4 as such on `::` too."""
         name = self.transport and self.transport.get_extra_info("peername")
         if isinstance(name, str | bytes):
-            return (UNIX_PEER,)
+            return ("unix",)
         return name and (name[0].removeprefix("::ffff:"), *name[1:])
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -156,11 +151,11 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
         if self._expiry:
             self._expiry.cancel()
-        if self.lack or task is None or not self._request_in_progress:
+        if task is None:
             self._slots.free(self)
-        else:
-            task.add_done_callback(lambda _: self._slots.free(self))
-        if task and (self.lack or (request and ENDS_WITH_CLIENT in request)):
+            return
+        task.add_done_callback(lambda _: self._slots.free(self))
+        if self.lack or (request and ENDS_WITH_CLIENT in request):
             task.cancel()
 
     def turn_away(self) -> None:
@@ -171,11 +166,15 @@ class Connection(web.RequestHandler):
         refused.set_protocol(asyncio.Protocol())
         if self._keepalive:  # not answered
             body = json.dumps({"detail": NO_SLOT.format(self.lack)})
-            refused.write(TURNED_AWAY.format(length=len(body), retry_after_s=RETRY_AFTER_S, body=body).encode())
+            kind = {hdrs.CONTENT_TYPE: "application/json; charset=utf-8", hdrs.CONTENT_LENGTH: len(body)}
+            headers = kind | {hdrs.RETRY_AFTER: RETRY_AFTER_S, hdrs.CONNECTION: "close"}
+            lines = "".join(f"{name}: {value}\r\n" for name, value in (*headers.items(), *OWN_HEADERS.items()))
+            refused.write(f"HTTP/1.1 503 Service Unavailable\r\n{lines}\r\n{body}".encode())
         self.connection_lost(None)
         # Half closed: closing with the request unread would reset the connection before the client reads the answer.
         with suppress(OSError):  # it may have gone already
             refused.write_eof()
+        self._slots.free(self)  # now: others may take its place before its task has ended
         self._slots.leave(refused)
 
     def handle_error(

@@ -92,16 +92,16 @@ def _is_browser(request: web.Request) -> bool:
 
 
 def _foreign_name(app: web.Application, *hosts: str) -> str | None:
-    """The first of the hosts that is no address, no name of this machine and none of `allowed_hosts`."""
-    names = {*map(_bare_name, app[CONFIG].allowed_hosts), *own_names()}
-    return next((host for host in hosts if not _is_local(name := _bare_name(host)) and name not in names), None)
-
-
-def _is_local(name: str) -> bool:
-    """True for an address or a name below localhost: no site can have its name resolved to this machine like that."""
-    with suppress(ValueError):
-        return bool(ip_address(name))
-    return name.endswith(".localhost")
+    """The first of the hosts that is no address, not below localhost, no name of this machine and not allowed."""
+    for host in hosts:
+        name = _bare_name(host)
+        with suppress(ValueError):
+            ip_address(name)
+            continue
+        known = name in own_names() or name in map(_bare_name, app[CONFIG].allowed_hosts)
+        if not (known or name.endswith(".localhost")):
+            return host
+    return None
 
 
 @cache

@@ -158,7 +158,10 @@ def _remote_files(source: Source) -> list[RemoteFile]:
         there = {str(PurePosixPath(entry.rfilename)): entry for entry in info.siblings}
         targets = source.pick(list(there), read)
     etags = {name: str(there[name].lfs.sha256 if there[name].lfs else there[name].blob_id) for name in targets}
-    return [RemoteFile(source.repo, info.sha, name, targets[name], there[name].size, etags[name]) for name in targets]
+    return [
+        RemoteFile(source.repo, info.sha, there[name].rfilename, targets[name], there[name].size, etags[name])
+        for name in targets
+    ]
 
 
 def _require_room(files: Sequence[RemoteFile], models_dir: Path, reserve_bytes: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from engine.catalog.models import PACKAGE, Model
 from engine.files.folders import open_regular
 
-MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file; those of the largest models have less than 1 MiB
+MAX_HEADER_BYTES = 4 * 2**20  # of a safetensors file: most have less than 1, and parsing one stops the event loop
 MAX_DIMENSIONS = 8
 INDEX = "model_index.json"  # the file that makes a folder a diffusers pipeline
 DENOISER = frozenset({"transformer", "unet"})  # the component that a single file without a name replaces
@@ -64,7 +64,7 @@ def read_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def _read(index: Path) -> bytes:
+def _content(index: Path) -> bytes:
     with open_regular(index, flags=0) as file:
         return file.read(MAX_HEADER_BYTES)
 
@@ -80,12 +80,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise ValueError("it is cut off")
     header = read_object(raw)
     header.pop("__metadata__", None)
-    shapes = {}
+    shapes: dict[str, Any] = {}
     for name, tensor in header.items():
-        shape = shapes[name] = tensor.get("shape") if isinstance(tensor, dict) else None
+        shape: Any = tensor.get("shape") if isinstance(tensor, dict) else None
         listed = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
         if not listed or not all(type(length) is int and 0 <= length < 2**63 for length in shape):
             raise ValueError(f"its tensor {name[:100]} has no shape")
+        shapes[name] = shape
     return shapes
 
 
@@ -175,7 +176,7 @@ def _folder(model: Model, models_dir: Path) -> Path | None:
 
 def _is_whole(folder: Path, model: Model) -> bool:
     try:
-        names = set(_own_parts(model, _read(folder / INDEX)))
+        names = set(_own_parts(model, _content(folder / INDEX)))
         if not (folder / "scheduler").exists():  # a class with a schedule of its own names a scheduler and saves none
             names.discard("scheduler")
         bare = names & _bare(model)
@@ -199,7 +200,7 @@ def _part_is_whole(part: Path, name: str) -> bool:
         return any(path.is_file() for path in part.glob("*"))
     indexes = part.glob("*.safetensors.index*.json")
     try:
-        shards = {shard for index in indexes for shard in read_object(_read(index))["weight_map"].values()}
+        shards = {shard for index in indexes for shard in read_object(_content(index))["weight_map"].values()}
         if shards:
             return all((part / shard).is_file() for shard in shards)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):  # it is cut off, or something else

@@ -1,7 +1,8 @@
 """The process that decodes files from clients, which may be made to take very long or much memory.
 
-Its arguments are the most pixels of a picture or frame, then the kind and path of each file. For each file it prints a
-line of JSON: the length in seconds, or a sentence without its subject that says why the file can't be used.
+Its arguments are the seconds of CPU time after which SIGPROF ends it, the most pixels of a picture or frame, then the
+kind and path of each file. For each file it prints a line of JSON: the length in seconds, or a sentence without its
+subject that says why the file can't be used.
 """
 
 import json
@@ -12,19 +13,18 @@ import sys
 
 from engine.files import footage, media
 
-CPU_S = 10  # a picture of 50 megapixels takes one or two
 WALL_S = 60  # the daemon's own limit is lower, but the daemon may end
 BASE_BYTES = 2**30  # of address space: Python and FFmpeg's libraries take a quarter of it
 PIXEL_BYTES = 16  # four copies of four channels
 TOO_LARGE = "needs too much memory to decode; send a smaller one"
 
 
-def main(max_pixels: int, *files: str) -> None:
+def main(cpu_s: float, max_pixels: int, *files: str) -> None:
     """Examine the files in turn."""
     os.nice(10)  # after the daemon, and a task that is generated on this CPU
     signal.alarm(WALL_S)
     memory_bytes = BASE_BYTES + PIXEL_BYTES * max_pixels
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -47,4 +47,4 @@ def examined(kind: str, path: str, max_pixels: int) -> float | str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(float(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

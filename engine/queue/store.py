@@ -16,7 +16,7 @@ from engine.queue.tasks import NoSuchTask, Status, Task, WrongState, ended
 log = logging.getLogger("wangpd.queue")
 T = TypeVar("T")
 SAVE_AGAIN_S = 5.0
-AT_ONCE = 8  # tasks in a commit: submissions wait for it, and a disk that is nearly full must have room for it
+AT_ONCE = 512  # tasks in a commit: submissions wait for it, and its disk may have room for fewer only
 KINDS: Mapping[Status, EventKind] = {Status.QUEUED: EventKind.REQUEUED, Status.PROCESSING: EventKind.STARTED}
 
 
@@ -105,8 +105,16 @@ class TaskStore:
         """Take out all waiting tasks and return how many there were; some may be out already at a JournalFault."""
         async with self._changing:
             waiting = list(self.waiting)
-            for first in range(0, len(waiting), AT_ONCE):
-                await self._commit(*(ended(task, Status.CANCELLED) for task in waiting[first : first + AT_ONCE]))
+            done, at_once = 0, AT_ONCE
+            while done < len(waiting):
+                try:
+                    await self._commit(*(ended(task, Status.CANCELLED) for task in waiting[done : done + at_once]))
+                except JournalFault:
+                    if at_once == 1:
+                        raise
+                    at_once = max(1, at_once // 8)
+                else:
+                    done += at_once
             self.events.publish(EventKind.CLEARED)
             return len(waiting)
 
