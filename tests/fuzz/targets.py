@@ -11,6 +11,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import struct
 import tempfile
 import threading
@@ -31,6 +32,7 @@ from tests import hostile_media
 from tests.honest import parts, small_png
 
 MAX_PIXELS = 1_000_000
+PATIENCE_S = 10  # for an answer
 CORPUS = Path(__file__).parent / "corpus"
 CATALOG = Catalog.load()
 DEMO = CATALOG.get("wan_demo")
@@ -55,7 +57,7 @@ class Application:
         self._await(self._start(Path(self._folder.name)))
 
     def ask(self, request: bytes) -> int:
-        """Send one request, say that there is no more, and return the status of the answer; 0 for none."""
+        """Send one request and return the status of its answer; 0 if the connection was closed instead."""
         return self._await(self._ask(request))
 
     def close(self) -> None:
@@ -76,7 +78,7 @@ class Application:
             state_path=folder / "state",
             models_dir=folder / "models",
             max_image_pixels=MAX_PIXELS,
-            body_timeout_s=5.0,
+            body_timeout_s=0.2,
         )
         for path in (config.save_path, config.state_path):
             path.mkdir()
@@ -90,14 +92,19 @@ class Application:
     async def _stop(self) -> None:
         self._listeners.close()
         await self._runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}  # connections that were closed just now
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _ask(self, request: bytes) -> int:
         reader, writer = await asyncio.open_unix_connection(self._socket)
         try:
             writer.write(request)
-            writer.write_eof()
-            line = await reader.readline()
-            await reader.read()
+            line = await asyncio.wait_for(reader.readline(), PATIENCE_S)
+            while line.startswith(b"HTTP/1.1 1"):  # 100 Continue
+                await asyncio.wait_for(reader.readline(), PATIENCE_S)
+                line = await asyncio.wait_for(reader.readline(), PATIENCE_S)
         except ConnectionError:
             return 0
         finally:
@@ -113,11 +120,11 @@ def application() -> Application:
     return Application()
 
 
-def require_no_fault(request: bytes) -> None:
-    """Send it. Raises Broken for a 5xx but 503."""
+def require_answer(request: bytes, *, owed: bool = True) -> None:
+    """Send it. Raises Broken for a 5xx but 503, and for no answer where one is owed."""
     status = application().ask(request)
-    if status >= 500 and status != 503:
-        raise Broken(f"answered {status}")
+    if (status >= 500 and status != 503) or (owed and not status):
+        raise Broken(f"answered {status or 'nothing'}")
 
 
 def posted(data: bytes, content_type: bytes, target: bytes = b"/api/v1/generate?dry_run=1") -> bytes:
@@ -128,12 +135,12 @@ def posted(data: bytes, content_type: bytes, target: bytes = b"/api/v1/generate?
 
 def json_body(data: bytes) -> None:
     """The body of a submission, as JSON."""
-    require_no_fault(posted(data, b"application/json"))
+    require_answer(posted(data, b"application/json"))
 
 
 def form_body(data: bytes) -> None:
     """The body of a submission, as a form; the boundary is x."""
-    require_no_fault(posted(data, b"multipart/form-data; boundary=x"))
+    require_answer(posted(data, b"multipart/form-data; boundary=x"))
 
 
 def request_head(data: bytes) -> None:
@@ -145,7 +152,8 @@ def request_head(data: bytes) -> None:
         b"GET /api/v1/outputs",
     )
     start = starts[data[0] % len(starts)] if data else starts[0]
-    require_no_fault(start + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + data[1:] + b"\r\n\r\n")
+    head = start + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + data[1:] + b"\r\n\r\n"
+    require_answer(head, owed=False)
 
 
 def conditions(data: bytes) -> None:
@@ -153,13 +161,13 @@ def conditions(data: bytes) -> None:
     lines = zip(RANGE_HEADERS, data.split(b"\n"), strict=False)
     fields = b"".join(b"%s: %s\r\n" % (name.encode(), line.strip(b"\r\0")) for name, line in lines if line)
     head = b"GET /api/v1/download/there.png HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    require_no_fault(head + fields + b"\r\n")
+    require_answer(head + fields + b"\r\n")
 
 
 def target(data: bytes) -> None:
     """A path and a query."""
     line = b"GET /api/v1/" + bytes(byte for byte in data if byte > 0x20) + b" HTTP/1.1\r\n"
-    require_no_fault(line + b"Host: localhost\r\nConnection: close\r\n\r\n")
+    require_answer(line + b"Host: localhost\r\nConnection: close\r\n\r\n")
 
 
 def ranges(data: bytes) -> None:
@@ -226,7 +234,10 @@ def choose_lora(lora: bytes, model: bytes, multipliers: str = "") -> None:
             path.parent.mkdir()
             path.write_bytes(data)
         with contextlib.suppress(loras.BadLora):
-            loras.chosen(["a"], multipliers, DEMO, folder, folder)
+            for lora_chosen in loras.chosen(["a"], multipliers, DEMO, folder, folder):
+                strengths = [strength for phase in lora_chosen.phases for strength in phase]
+                if not all(map(math.isfinite, strengths)):
+                    raise Broken(f"strengths {strengths}")
 
 
 def lora_file(data: bytes) -> None:
