@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import resource
+import select
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -369,3 +371,18 @@ def test_who_leaves_gives_his_connections_back_at_once(house: Daemon, what: str,
         for channel in hold(house, stack, what, SHARE - 1, ATTACKER):
             LEFT[leave](channel)
         assert eventually(lambda: asked(house, "/queue", ATTACKER).status == 200)
+
+
+def test_a_burst_of_connections_waits_for_none_of_them_to_be_taken(tmp_path: Path) -> None:
+    """The kernel drops what finds no place in the backlog, and its client tries again a second later."""
+    with Daemon(tmp_path) as daemon, ExitStack() as stack:
+        daemon.process.send_signal(signal.SIGSTOP)  # so that none is taken
+        try:
+            port = int(daemon.url.rpartition(":")[2])
+            for _ in range(300):
+                channel = stack.enter_context(socket.socket())
+                channel.setblocking(False)
+                channel.connect_ex(("127.0.0.1", port))
+                assert select.select([], [channel], [], 0.9)[1], "its first packet was dropped"
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)

@@ -14,6 +14,7 @@ from engine.api.config import UNIX, CantStart
 
 FIRST_PASSED_FD = 3  # by systemd's protocol
 UNIX_MODE = 0o660  # the daemon's user and group; the user of a proxy joins the group
+BACKLOG = 1024  # connections that wait to be taken; of one too many the client tries again after a second
 PORT_TRIES = 20  # a port that is free on one address may be taken on another
 WILDCARDS = ("0.0.0.0", "::")
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -75,7 +76,9 @@ class Listeners:
     async def start_serving(self) -> None:
         """Give each connection a protocol."""
         loop = asyncio.get_running_loop()
-        self._servers = [await loop.create_server(self._protocol, sock=channel) for channel in self.sockets]
+        self._servers = [
+            await loop.create_server(self._protocol, sock=channel, backlog=BACKLOG) for channel in self.sockets
+        ]
 
     def close(self) -> None:
         """Take no more connections; those that are open stay."""
