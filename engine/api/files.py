@@ -11,6 +11,7 @@ import os
 import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -166,23 +167,31 @@ def inline(name: str) -> str:
 def _unchanged(request: web.Request, opened: Opened) -> bool:
     """True if the client's copy is still right. Raises 412 if the request is about another version of the file."""
     tag, modified = opened.etag.strip('"'), opened.modified
-    tags, date = request.if_match, request.if_unmodified_since
+    tags = request.if_match
     if tags is not None:
         met = any(known.value in ("*", tag) and not known.is_weak for known in tags)
     else:
-        met = date is None or modified <= date.timestamp()
+        met = modified <= _time(request, "if_unmodified_since", math.inf)
     if not met:
         raise web.HTTPPreconditionFailed(text="If-Match, If-Unmodified-Since: the file is another one now")
-    tags, date = request.if_none_match, request.if_modified_since
+    tags = request.if_none_match
     if tags is not None:
         return any(known.value in ("*", tag) for known in tags)
-    return date is not None and modified <= date.timestamp()
+    return modified <= _time(request, "if_modified_since", -math.inf)
+
+
+def _time(request: web.Request, condition: str, without: float) -> float:
+    """The time in a condition of the request; `without` if it has none, or one that can't be."""
+    with suppress(OverflowError):  # aiohttp lets it through for seconds beyond a C int
+        if (date := getattr(request, condition)) is not None:
+            return float(date.timestamp())
+    return without
 
 
 def _range_header(request: web.Request, opened: Opened) -> str:
     """The Range header; "" if `If-Range` names another version of the file, of which the client has a part."""
-    condition, date = request.headers.get(hdrs.IF_RANGE), request.if_range
-    if condition in (None, opened.etag) or (date and date.timestamp() == opened.modified):
+    condition = request.headers.get(hdrs.IF_RANGE)
+    if condition in (None, opened.etag) or _time(request, "if_range", math.inf) == opened.modified:
         return ",".join(request.headers.getall(hdrs.RANGE, ()))
     return ""
 
