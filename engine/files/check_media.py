@@ -1,7 +1,8 @@
 """The process that decodes files from clients, which may be made to take very long or much memory.
 
 Its arguments are the most pixels of a picture or frame, then the kind and path of each file. For each file it prints a
-line of JSON: the length in seconds, or a sentence without its subject that says why the file can't be used.
+line of JSON: the length in seconds, or, as the last one, a sentence without its subject that says why the file can't
+be used.
 """
 
 import json
@@ -20,7 +21,7 @@ TOO_LARGE = "needs too much memory to decode; send a smaller one"
 
 
 def main(max_pixels: int, *files: str) -> None:
-    """Examine the files in turn."""
+    """Examine the files in turn, up to the first that can't be used."""
     os.nice(10)  # after the daemon, and a task that is generated on this CPU
     signal.alarm(WALL_S)
     memory_bytes = BASE_BYTES + PIXEL_BYTES * max_pixels
@@ -29,7 +30,10 @@ def main(max_pixels: int, *files: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     for kind, path in zip(files[::2], files[1::2], strict=True):
-        print(json.dumps(examined(kind, path, max_pixels)), flush=True)
+        found = examined(kind, path, max_pixels)
+        print(json.dumps(found), flush=True)
+        if isinstance(found, str):
+            break
 
 
 def examined(kind: str, path: str, max_pixels: int) -> float | str:

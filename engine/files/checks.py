@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,42 +37,41 @@ class Checks:
         no process can be started. No process is left when this returns.
         """
         arguments = [str(self._max_pixels), *(text for kind, path in files for text in (kind, str(path)))]
+        found: list[Any] = []
         async with self._turns.turn(client):
             try:
+                _require(gone)
                 async with child.running("engine.files.check_media", *arguments, quiet=True) as process:
-                    found, fault = await _reports(process, gone)
+                    fault = await _reports(process, found, gone)
+            except ConnectionError:
+                raise
             except OSError as error:
-                if isinstance(error, ConnectionError):
-                    raise
                 reason = f"No process can be started to check the files ({error.strerror}); try again later"
                 raise NoStorage(reason) from None
-        for place, seconds in enumerate(found):
-            if isinstance(seconds, str):
-                raise Unusable(place, seconds)
+        if found and isinstance(found[-1], str):
+            raise Unusable(len(found) - 1, found[-1])
         if len(found) < len(files):
             raise Unusable(len(found), fault)
         return found
 
 
-async def _reports(process: asyncio.subprocess.Process, gone: Callable[[], bool]) -> tuple[list[Any], str]:
-    """What the process has reported until its end, and what is wrong with the file behind those, if there is one."""
-    found: list[Any] = []
-
-    async def read() -> None:
-        assert process.stdout is not None
-        async for line in process.stdout:
-            found.append(json.loads(line))
-
-    reading = asyncio.create_task(read())
+async def _reports(process: asyncio.subprocess.Process, found: list[Any], gone: Callable[[], bool]) -> str:
+    """Add what the process reports to `found`; return what is wrong with the file behind those, if there is one."""
+    assert process.stdout is not None
     try:
         async with awake.timeout(CHECK_S):
-            while not reading.done():
-                if gone():
-                    raise ConnectionResetError("the client has gone")
-                await asyncio.wait({reading}, timeout=LOOK_S)
+            while not process.stdout.at_eof():
+                _require(gone)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_S):
+                        if line := await process.stdout.readline():
+                            found.append(json.loads(line))
             code = await process.wait()
     except TimeoutError:
-        return found, TOO_LONG
-    finally:
-        reading.cancel()
-    return found, TOO_LONG if code == -signal.SIGXCPU else ENDED
+        return TOO_LONG
+    return TOO_LONG if code == -signal.SIGXCPU else ENDED
+
+
+def _require(gone: Callable[[], bool]) -> None:
+    if gone():
+        raise ConnectionResetError("the client has gone")
