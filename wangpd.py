@@ -229,7 +229,11 @@ async def generate(request: web.Request) -> web.Response:
     if not dry:  # first, so that a refused request leaves no picture behind
         await app[QUEUE].place.look()
         app[QUEUE].require_open()
-    examined = await app[ADMISSION].examine(body, request[CLIENT], lambda: request.transport is None)
+    if request.transport is None:
+        raise ConnectionResetError("the client has gone")
+    request[ENDS_WITH_CLIENT] = True  # as long as nothing changes
+    examined = await app[ADMISSION].examine(body, request[CLIENT])
+    del request[ENDS_WITH_CLIENT]
     if not dry:
         await make_room(app, examined)
     resolved = await asyncio.to_thread(app[ADMISSION].admit, examined, store=not dry)

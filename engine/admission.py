@@ -79,10 +79,10 @@ class Admission:
         self._catalog, self._inputs, self._checks = catalog, inputs, checks
         self._policy, self._machines = policy, machines
 
-    async def examine(self, body: Mapping[str, Any], client: str, gone: Callable[[], bool]) -> Mapping[str, Any]:
+    async def examine(self, body: Mapping[str, Any], client: str) -> Mapping[str, Any]:
         """Return the body, whose videos and sounds have their lengths, once every file in it has been decoded.
 
-        Raises BadRequest, UnknownModel, NoStorage, and ConnectionError once the client is `gone`.
+        Raises BadRequest, UnknownModel and NoStorage. It may be cancelled.
         """
         files = files_of(body)
         if not files:
@@ -91,7 +91,7 @@ class Admission:
         found = [(name, place, sent) for name, sents in files.items() for place, sent in enumerate(sents)]
         try:
             kinds = [(INPUTS[name].kind, sent.path) for name, _, sent in found]
-            lengths = await self._checks.seconds(kinds, client, gone)
+            lengths = await self._checks.seconds(kinds, client)
         except Unusable as fault:
             (at, sentence), (name, place, _) = fault.args, found[fault.args[0]]
             where = f"{name}[{place}]" if INPUTS[name].several else name

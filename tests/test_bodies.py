@@ -26,6 +26,7 @@ from engine.files.checks import Checks, Unusable
 from engine.files.place import Folder, NoStorage
 from engine.files.spool import SMALL_BYTES, Spool
 from engine.turns import Turns
+from tests import processes
 from tests.daemon import ROOT, Daemon
 from tests.idle import idle_daemon
 from tests.processes import eventually
@@ -384,11 +385,9 @@ async def test_a_client_has_one_turn_at_a_time_and_the_others_the_rest() -> None
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def children() -> list[str]:
-    """The commands of the processes that check media."""
-    listing = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    mine = [line.split(None, 1) for line in listing.splitlines()]
-    return [words[1] for words in mine if words[0] == str(os.getpid()) and "check_media" in words[1]]
+def checkers(pid: int) -> list[str]:
+    """The commands of the processes of `pid` that check media."""
+    return [text for text in map(processes.command, processes.children(pid)) if "check_media" in text]
 
 
 @pytest.fixture
@@ -406,25 +405,19 @@ async def test_a_file_that_takes_too_long_is_refused_and_its_process_ended(
     with pytest.raises(Unusable) as found:
         await Checks(Turns(1), 10**8).seconds([slow], "a")
     assert found.value.args == (0, checks.TOO_LONG)
-    assert children() == []
-
-
-async def test_a_check_ends_with_its_client(slow: tuple[str, Path]) -> None:
-    turns = Turns(1)
-    with pytest.raises(ConnectionError):
-        await Checks(turns, 10**8).seconds([slow], "a", gone=lambda: True)
-    assert children() == []
-    async with turns.turn("b"):  # which is free again
-        pass
+    assert checkers(os.getpid()) == []
 
 
 async def test_a_check_that_is_cancelled_leaves_no_process(slow: tuple[str, Path]) -> None:
-    check = asyncio.create_task(Checks(Turns(1), 10**8).seconds([slow] * 5, "a"))
-    assert await asyncio.to_thread(eventually, children)
+    turns = Turns(1)
+    check = asyncio.create_task(Checks(turns, 10**8).seconds([slow] * 5, "a"))
+    assert await asyncio.to_thread(eventually, lambda: checkers(os.getpid()))
     check.cancel()
     with pytest.raises(asyncio.CancelledError):
         await check
-    assert children() == []
+    assert checkers(os.getpid()) == []
+    async with turns.turn("a"):  # which is free again
+        pass
 
 
 async def test_the_first_file_that_can_not_be_used_is_named(tmp_path: Path) -> None:
@@ -464,9 +457,12 @@ def test_who_hangs_up_while_a_file_is_decoded_keeps_nobody_waiting(tmp_path: Pat
     body = part("prompt", b"a") + part("image_start", large_picture(), '; filename="a"') + END
     with idle_daemon(tmp_path) as daemon:
         request = head(GENERATE, "POST", Content_Type=FORM, Content_Length=len(body)) + body
-        for _ in range(10):
+        for number in range(10):
             with connected(daemon.url) as channel:
                 channel.sendall(request)
+                if number == 5:  # the others leave before
+                    assert eventually(lambda: checkers(daemon.process.pid) != [])
+        assert eventually(lambda: checkers(daemon.process.pid) == [])
         status, _ = sent(daemon, part("prompt", b"a") + part("image_start", picture(), '; filename="a"') + END, FORM)
         assert status == 200
         assert eventually(lambda: spooled(daemon) == [])

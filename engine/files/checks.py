@@ -3,7 +3,7 @@
 import asyncio
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from engine.files.place import NoStorage
 from engine.turns import Turns
 
 CHECK_S = 20.0  # for all files of a request
-LOOK_S = 0.25  # between two looks whether the client is still there
 TOO_LONG = "takes too long to decode; send a shorter or simpler one"
 ENDED = "can't be decoded; send it in another format"
 
@@ -28,23 +27,18 @@ class Checks:
     def __init__(self, turns: Turns, max_pixels: int) -> None:
         self._turns, self._max_pixels = turns, max_pixels
 
-    async def seconds(
-        self, files: Sequence[tuple[str, Path]], client: str, gone: Callable[[], bool] = lambda: False
-    ) -> list[float]:
+    async def seconds(self, files: Sequence[tuple[str, Path]], client: str) -> list[float]:
         """Return the length of each file, given by kind and path; 0 for a picture.
 
-        Raises Unusable for the first that can't be decoded, ConnectionError once the client is `gone`, and NoStorage if
-        no process can be started. No process is left when this returns.
+        Raises Unusable for the first that can't be decoded, and NoStorage if no process can be started. None is left
+        when this returns or is cancelled.
         """
         arguments = [str(self._max_pixels), *(text for kind, path in files for text in (kind, str(path)))]
         found: list[Any] = []
         async with self._turns.turn(client):
             try:
-                _require(gone)
                 async with child.running("engine.files.check_media", *arguments, quiet=True) as process:
-                    fault = await _reports(process, found, gone)
-            except ConnectionError:
-                raise
+                    fault = await _reports(process, found)
             except OSError as error:
                 reason = f"No process can be started to check the files ({error.strerror}); try again later"
                 raise NoStorage(reason) from None
@@ -55,23 +49,12 @@ class Checks:
         return found
 
 
-async def _reports(process: asyncio.subprocess.Process, found: list[Any], gone: Callable[[], bool]) -> str:
+async def _reports(process: asyncio.subprocess.Process, found: list[Any]) -> str:
     """Add what the process reports to `found`; return what is wrong with the file behind those, if there is one."""
     assert process.stdout is not None
-    try:
+    with suppress(TimeoutError):
         async with awake.timeout(CHECK_S):
-            while not process.stdout.at_eof():
-                _require(gone)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_S):
-                        if line := await process.stdout.readline():
-                            found.append(json.loads(line))
-            code = await process.wait()
-    except TimeoutError:
-        return TOO_LONG
-    return TOO_LONG if code == -signal.SIGXCPU else ENDED
-
-
-def _require(gone: Callable[[], bool]) -> None:
-    if gone():
-        raise ConnectionResetError("the client has gone")
+            async for line in process.stdout:
+                found.append(json.loads(line))
+            return TOO_LONG if await process.wait() == -signal.SIGXCPU else ENDED
+    return TOO_LONG
