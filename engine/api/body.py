@@ -137,7 +137,7 @@ def _json_values(request: web.Request, body: BodyFile, schema: Schema, _: Receiv
     """The object that was sent as JSON; a large file in it is bytes."""
     size_bytes = body.tell()
     body.seek(0)
-    digest = hashlib.file_digest(body, "sha256")  # type: ignore[arg-type]
+    digest = hashlib.file_digest(body, "sha256")
     if size_bytes <= PLAIN_BYTES:
         body.seek(0)
         return parsed(body.read(), request.charset), digest

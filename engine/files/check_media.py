@@ -30,24 +30,20 @@ def main(max_pixels: int, *files: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     for kind, path in zip(files[::2], files[1::2], strict=True):
-        found = examined(kind, path, max_pixels)
+        found: float | str = 0.0
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123 - pathlib would be imported for nothing else
+                if kind == "image":
+                    media.check_image(file, max_pixels)
+                else:
+                    found = footage.check(file, kind, max_pixels)
+        except MemoryError:
+            found = TOO_LARGE
+        except (media.BadImage, footage.BadFootage) as error:
+            found = str(error)
         print(json.dumps(found), flush=True)
         if isinstance(found, str):
             break
-
-
-def examined(kind: str, path: str, max_pixels: int) -> float | str:
-    """The length of a file of `kind` "image" (then 0), "video" or "audio"; a sentence if it can't be used."""
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123 - pathlib would be imported for nothing else
-            if kind != "image":
-                return footage.check(file, kind, max_pixels)
-            media.check_image(file, max_pixels)
-            return 0.0
-    except MemoryError:
-        return TOO_LARGE
-    except (media.BadImage, footage.BadFootage) as error:
-        return str(error)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ class Inputs:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder, self._limit_bytes = folder, limit_bytes
-        self._size_bytes = 0  # counted by each sweep
         self._held: Counter[str] = Counter()  # names that requests under way need
         self._lock = threading.Lock()
 
@@ -82,25 +81,24 @@ class Inputs:
             move(sent.path, final)
         except OSError as error:
             raise _no_room(error) from None
-        with self._lock:
-            self._size_bytes += sent.size_bytes
 
     def has_room(self, more: Iterable[Sent]) -> bool:
-        """Whether these files, stored too, are within the limit."""
-        new = {sent.sha256: sent.size_bytes for sent in more if not self.path(sent).exists()}
-        return self._size_bytes + sum(new.values()) <= self._limit_bytes
+        """Whether these files, stored too, are within the limit. Raises NoStorage."""
+        try:
+            sizes = {name: about.st_size for name, about in stats(self._folder)}
+        except OSError as error:
+            raise _no_room(error) from None
+        sizes |= {sent.sha256: sent.size_bytes for sent in more}
+        return sum(sizes.values()) <= self._limit_bytes
 
     def sweep(self, needed: set[str]) -> int:
         """Remove the files that neither `needed` names nor a request under way has, and return how many."""
-        left_bytes = removed = 0
-        for name, about in stats(self._folder):
+        removed = 0
+        for name, _ in stats(self._folder):
             with self._lock:  # no request takes it up in between
-                if name in needed or name in self._held:
-                    left_bytes += about.st_size
-                else:
+                if name not in needed and name not in self._held:
                     (self._folder / name).unlink(missing_ok=True)
                     removed += 1
-        self._size_bytes = left_bytes
         return removed
 
 

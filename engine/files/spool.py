@@ -42,7 +42,9 @@ class Spool:
                 await loop.run_in_executor(self._thread, self._write, file, data)
             yield file
         finally:
-            if counted_bytes:  # in the thread: it lets go of the room on the disk, after a write that is under way
+            if not counted_bytes:
+                file.close()
+            else:  # in the thread: it lets go of the room on the disk, after a write that is under way
                 with suppress(OSError):  # its last bytes can't be written
                     await asyncio.shield(loop.run_in_executor(self._thread, file.close))
                 self._held.subtract({client: counted_bytes})
