@@ -229,7 +229,7 @@ async def generate(request: web.Request) -> web.Response:
     if not dry:  # first, so that a refused request leaves no picture behind
         await app[QUEUE].place.look()
         app[QUEUE].require_open()
-    if request.transport is None:
+    if request.transport is None and files_of(body):  # without files there is nothing to save
         raise ConnectionResetError("the client has gone")
     request[ENDS_WITH_CLIENT] = True  # as long as nothing changes
     examined = await app[ADMISSION].examine(body, request[CLIENT])

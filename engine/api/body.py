@@ -6,7 +6,7 @@ import json
 import mmap
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -146,10 +146,10 @@ def _json_values(request: web.Request, body: BodyFile, schema: Schema, _: Receiv
     values = parsed(text, request.charset)
 
     def whole(name: str, value: Any) -> Any:
-        text = long_texts.get(value) if isinstance(value, str) else None
-        if text is None or _is_file(schema, name):
-            return value if text is None else text
-        return text[:LONG_BYTES].decode(errors="replace")  # too long by any rule
+        if not isinstance(value, str) or value not in long_texts:
+            return value
+        text = long_texts[value]
+        return text if _is_file(schema, name) else text[:LONG_BYTES].decode(errors="replace")  # too long by any rule
 
     for name, value in values.items():
         values[name] = [whole(name, item) for item in value] if isinstance(value, list) else whole(name, value)
@@ -200,12 +200,9 @@ def _part_value(
         text += chunk[: LONG_BYTES - len(text)]
     if name not in schema.fields:
         return text
-    try:
-        if not CHARSET.fullmatch(charset := part.charset or "utf-8"):
-            raise LookupError(charset)
-        # What is cut is too long by any rule, and may have been cut within a character.
-        return text.decode(charset, "strict" if part.size == len(text) else "replace")
-    except UnicodeDecodeError:
-        raise BadRequest(NO_TEXT) from None
-    except LookupError:
-        raise BadRequest(BROKEN_FORM) from None
+    charset = part.charset or "utf-8"
+    with suppress(UnicodeDecodeError, LookupError):
+        if CHARSET.fullmatch(charset):
+            # What is cut is too long by any rule, and may have been cut within a character.
+            return text.decode(charset, "strict" if part.size == len(text) else "replace")
+    raise BadRequest(NO_TEXT)
