@@ -228,7 +228,11 @@ async def generate(request: web.Request) -> web.Response:
     if not dry:  # first, so that a refused request leaves no picture behind
         await app[QUEUE].place.look()
         app[QUEUE].require_open()
-    examined = await app[ADMISSION].examine(body, request[CLIENT], lambda: request.transport is None)
+    if request.transport is None and files_of(body):  # without files there is nothing to save
+        raise ConnectionResetError("the client has gone")
+    request[ENDS_WITH_CLIENT] = True  # as long as nothing changes
+    examined = await app[ADMISSION].examine(body, request[CLIENT])
+    del request[ENDS_WITH_CLIENT]
     if not dry:
         await make_room(app, examined)
     resolved = await asyncio.to_thread(app[ADMISSION].admit, examined, store=not dry)
@@ -242,7 +246,7 @@ async def make_room(app: web.Application, body: Mapping[str, Any]) -> None:
     files = [sent for sents in files_of(body).values() for sent in sents]
     inputs = app[INPUT_FILES]
     if files and not await asyncio.to_thread(inputs.has_room, files):
-        await app[QUEUE].sweep(inputs.sweep, unfinished_only=True)
+        await remove_inputs(app, unfinished_only=True)
         if not await asyncio.to_thread(inputs.has_room, files):
             raise NoStorage("The files of waiting tasks fill max_inputs_mb; cancel some of these tasks, or raise it")
 
@@ -436,10 +440,8 @@ def make_app(config: Config, catalog: Catalog | None = None) -> web.Application:
     app[PREVIEWS] = PreviewPool()
     app[DOWNLOADS] = Downloads(config.models_dir, config.min_free_mb * 2**20)
     app[INPUT_FILES] = Inputs(config.state_path / "inputs", state, config.max_inputs_mb * 2**20)
-    app[SPOOL], app[TURNS] = (
-        Spool(config.state_path, state, BODIES_AT_ONCE * config.max_body_mb * 2**20),
-        Turns(HEAVY_AT_ONCE),
-    )
+    app[SPOOL] = Spool(config.state_path, state, BODIES_AT_ONCE * config.max_body_mb * 2**20)
+    app[TURNS] = Turns(HEAVY_AT_ONCE)
     app[ENGINES] = engines = [Engine(part, config.cancel_grace_s) for part in config.engines()]
     journal = Journal(config.state_path / "journal.sqlite", clock)
     place, limits = Place((save, state), lambda: without_paths(app[OUTPUTS].lock.take(), {})), config.part(Limits)
@@ -486,6 +488,7 @@ async def lifetime(app: web.Application) -> AsyncIterator[None]:
     try:
         await journal.open(await asyncio.to_thread(app[OUTPUTS].highest_task_id))
         await asyncio.to_thread(app[OUTPUTS].remove_parts)
+        await asyncio.to_thread(app[INPUT_FILES].open)
         if journal.set_aside:
             log.error("the journal could not be read and was moved to %s; the queue starts empty", journal.set_aside)
         async with app[QUEUE].running(app[CONFIG].stop_grace_s):
@@ -518,18 +521,23 @@ async def warm_up(app: web.Application) -> None:
 
 
 async def sweep(app: web.Application) -> None:
-    """Remove the inputs that no task needs, each hour and soon after a cancel; a journal set aside may need them."""
+    """Remove the inputs that no task needs, each hour and soon after a cancel."""
     queue = app[QUEUE]
     while True:
         queue.released.clear()
         with suppress(JournalFault, OSError):
             await queue.journal.save()  # the clock: a daemon that only idles knows of the time too
-            aside = app[CONFIG].state_path.glob("journal.sqlite.unreadable-*")
-            if not await asyncio.to_thread(any, aside):
-                await queue.sweep(app[INPUT_FILES].sweep)
+            await remove_inputs(app)
         await asyncio.sleep(RELEASE_S)
         with suppress(TimeoutError):
             await asyncio.wait_for(queue.released.wait(), SWEEP_S)
+
+
+async def remove_inputs(app: web.Application, *, unfinished_only: bool = False) -> None:
+    """Remove the inputs that no task needs, or no unfinished one; a journal set aside may need them all."""
+    aside = app[CONFIG].state_path.glob("journal.sqlite.unreadable-*")
+    if not await asyncio.to_thread(any, aside):
+        await app[QUEUE].sweep(app[INPUT_FILES].sweep, unfinished_only=unfinished_only)
 
 
 # ---- systemd

@@ -79,26 +79,26 @@ class Admission:
         self._catalog, self._inputs, self._checks = catalog, inputs, checks
         self._policy, self._machines = policy, machines
 
-    async def examine(self, body: Mapping[str, Any], client: str, gone: Callable[[], bool]) -> Mapping[str, Any]:
+    async def examine(self, body: Mapping[str, Any], client: str) -> Mapping[str, Any]:
         """Return the body, whose videos and sounds have their lengths, once every file in it has been decoded.
 
-        Raises BadRequest, UnknownModel, NoStorage, and ConnectionError once the client is `gone`.
+        Raises BadRequest, UnknownModel and NoStorage. It may be cancelled.
         """
         files = files_of(body)
         if not files:
             return body
         await asyncio.to_thread(lambda: self.require_weights(self._model(body)))
-        places = [(name, place) for name, sents in files.items() for place in range(len(sents))]
-        kinds = [(INPUTS[name].kind, files[name][place].path) for name, place in places]
+        found = [(name, place, sent) for name, sents in files.items() for place, sent in enumerate(sents)]
         try:
-            lengths = await self._checks.seconds(kinds, client, gone)
+            kinds = [(INPUTS[name].kind, sent.path) for name, _, sent in found]
+            lengths = await self._checks.seconds(kinds, client)
         except Unusable as fault:
-            (at, sentence), (name, place) = fault.args, places[fault.args[0]]
+            (at, sentence), (name, place, _) = fault.args, found[fault.args[0]]
             where = f"{name}[{place}]" if INPUTS[name].several else name
             raise BadRequest(f"{where}: the {MEDIA_WORDS[kinds[at][0]]} {sentence}") from None
-        known = {name: list(sents) for name, sents in files.items()}
-        for (name, place), seconds in zip(places, lengths, strict=True):
-            known[name][place] = known[name][place]._replace(seconds=seconds)
+        known = dict[str, list[Sent]]()
+        for (name, _, sent), seconds in zip(found, lengths, strict=True):
+            known.setdefault(name, []).append(sent._replace(seconds=seconds))
         return {**body, **known}
 
     def _model(self, body: Mapping[str, Any]) -> Model:

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from marshmallow import ValidationError, fields, validate
 from PIL import Image
 
 from engine.api.fields import Several, Whole, decoded
-from engine.api.json_text import cut
+from engine.api.json_text import LONG_BYTES, cut
 from engine.files import checks
 from engine.files.checks import Checks, Unusable
 from engine.files.place import Folder, NoStorage
 from engine.files.spool import SMALL_BYTES, Spool
 from engine.turns import Turns
+from tests import processes
 from tests.daemon import ROOT, Daemon
 from tests.idle import idle_daemon
 from tests.processes import eventually
@@ -172,6 +173,7 @@ SPELLINGS = {
     "URL-safe and without padding": TEXT.translate(bytes.maketrans(b"+/", b"-_")).rstrip(b"="),
     "slashes escaped, as PHP does": TEXT.replace(b"/", rb"\/"),
     "plus signs escaped, as .NET does": TEXT.replace(b"+", rb"\u002B"),
+    "equals signs escaped, as Gson does": TEXT.replace(b"=", rb"\u003d"),
     "in lines": b"\\n".join(TEXT[at : at + 76] for at in range(0, len(TEXT), 76)),
 }
 
@@ -185,6 +187,34 @@ def test_a_large_picture_in_json_is_the_file_that_was_sent(idle: Daemon, spellin
     assert (found["prompt"], found["video_length"]) == ('größer 🐈 "', 5)
     assert found["image_start"] == [hashlib.sha256(LARGE).hexdigest()]
     assert spooled(idle) == []
+
+
+def test_many_pictures_in_json_are_files_however_small_each_is(idle: Daemon) -> None:
+    pictures = [picture(padding=size) for size in (30_000, 40_000, 100_000, 150_000, *[190_000] * 5)]
+    body = json.dumps({"prompt": "a", "image_refs": [base64.b64encode(data).decode() for data in pictures]}).encode()
+    assert len(body) > MIB
+    for spelling in (body, body.replace(b"+", rb"\u002b"), body.replace(b"=", rb"\u003d")):
+        status, answer = sent(idle, spelling)
+        assert (status, answer["detail"][:48]) == (400, "image_refs: model 'wan_demo' takes no such image")
+
+
+@pytest.mark.parametrize("last", ["", '"', "\\", '\\"'])
+def test_a_long_unknown_text_beside_a_large_picture_is_ignored(idle: Daemon, last: str) -> None:
+    for text in (json.dumps({"a": ["größer"] * 30_000}), "a" * 300_000):
+        body = json.dumps({"workflow": text + last, "prompt": "a", "image_start": TEXT.decode()}).encode()
+        status, answer = sent(idle, body)
+        assert status == 200, answer
+        assert answer["data"]["settings"]["image_start"] == [hashlib.sha256(LARGE).hexdigest()]
+
+
+@pytest.mark.parametrize("letter", ["a", "ß", "猫", "🐈"])
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_the_longest_prompt_is_taken_beside_a_large_picture(idle: Daemon, letter: str, ascii_only: bool) -> None:
+    for length, wanted in ((10_000, 200), (10_001, 400)):
+        fields = {"prompt": letter * length, "image_start": TEXT.decode()}
+        status, answer = sent(idle, json.dumps(fields, ensure_ascii=ascii_only).encode())
+        assert status == wanted, answer
+        assert wanted == 200 or answer["detail"] == "prompt: must have 1 to 10000 characters"
 
 
 def test_a_large_picture_in_a_form_is_the_file_that_was_sent(idle: Daemon) -> None:
@@ -232,7 +262,7 @@ def test_what_is_cut_out_of_json_and_put_back_is_the_same(value: dict[str, Any],
     raw = json.dumps(value, ensure_ascii=ascii_only).encode()
     plain, texts = cut(raw)  # type: ignore[arg-type]  # bytes have the methods of an mmap that it uses
     for mark, text in texts.items():
-        assert len(text) > 2**18
+        assert len(text) >= LONG_BYTES
         plain = plain.replace(mark.encode(), text)
     assert json.loads(plain) == value
 
@@ -295,12 +325,33 @@ def test_a_body_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 async def test_a_disk_without_room_is_no_fault_of_the_body(tmp_path: Path) -> None:
     full = Folder(tmp_path, "state_path", 2**60, "some are needed: free it")
     spool = Spool(tmp_path, full, MIB)
-    async with spool.body("a") as body:
-        await body.add(b"a" * SMALL_BYTES)  # in memory
+
+    async def chunks(*sizes: int) -> AsyncIterator[bytes]:
+        for size in sizes:
+            yield b"a" * size
+
+    async with spool.body("a", chunks(SMALL_BYTES)) as file:  # in memory
+        assert file.tell() == SMALL_BYTES
+    for _ in range(20):  # far more than the budget
         with pytest.raises(NoStorage, match="state_path"):
-            await body.add(b"a")
-    async with spool.body("a") as body:
-        assert body.counted_bytes == 0
+            async with spool.body("a", chunks(SMALL_BYTES, MIB // 4)):
+                pass
+
+
+@pytest.mark.parametrize("size", [100_000, 400_000, 2 * MIB])
+def test_a_disk_that_fails_in_the_middle_of_a_body_is_503(tmp_path: Path, size: int) -> None:
+    running = Daemon(tmp_path)
+    running.launcher = ["prlimit", "--fsize=300000"]
+    with running:
+        answer = sent(running, b'{"prompt": "a"' + b" " * size + b"}")
+        if size < 300_000:
+            assert answer[0] == 200
+        else:
+            assert answer == (503, {"detail": "state_path can't take the body (File too large); free its disk"})
+        files = {"prompt": (None, "a"), "image_start": ("a", picture(padding=size))}
+        assert running.request("POST", "/generate?dry_run=1", files=files).status_code == answer[0]
+        assert eventually(lambda: spooled(running) == [])
+        assert sent(running, b'{"prompt": "a"}')[0] == 200
 
 
 async def test_clients_take_turns() -> None:
@@ -335,11 +386,9 @@ async def test_a_client_has_one_turn_at_a_time_and_the_others_the_rest() -> None
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def children() -> list[str]:
-    """The commands of the processes that check media."""
-    listing = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    mine = [line.split(None, 1) for line in listing.splitlines()]
-    return [words[1] for words in mine if words[0] == str(os.getpid()) and "check_media" in words[1]]
+def checkers(pid: int) -> list[str]:
+    """The commands of the processes of `pid` that check media."""
+    return [text for text in map(processes.command, processes.children(pid)) if "check_media" in text]
 
 
 @pytest.fixture
@@ -357,7 +406,7 @@ async def test_a_file_that_takes_too_long_is_refused_and_its_process_ended(
     with pytest.raises(Unusable) as found:
         await Checks(10**8).seconds([slow], "a")
     assert found.value.args == (0, checks.TOO_LONG)
-    assert children() == []
+    assert checkers(os.getpid()) == []
 
 
 async def test_what_takes_more_than_a_moment_keeps_nothing_small_waiting(
@@ -378,25 +427,15 @@ async def test_what_takes_more_than_a_moment_keeps_nothing_small_waiting(
     assert ended[0] == "c"
 
 
-@pytest.mark.parametrize("looks", [0, 1, 2])
-async def test_a_check_ends_with_its_client(
-    slow: tuple[str, Path], looks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checks, "LOOK_S", 0.001)
-    check, left = Checks(10**8), iter([False] * looks)
-    with pytest.raises(ConnectionError):
-        await check.seconds([slow], "a", gone=lambda: next(left, True))
-    assert children() == []
-    assert await check.seconds([slow], "b") == [0.0]  # whose turn it is
-
-
 async def test_a_check_that_is_cancelled_leaves_no_process(slow: tuple[str, Path]) -> None:
-    check = asyncio.create_task(Checks(10**8).seconds([slow] * 5, "a"))
-    assert await asyncio.to_thread(eventually, children)
+    checker = Checks(10**8)
+    check = asyncio.create_task(checker.seconds([slow] * 5, "a"))
+    assert await asyncio.to_thread(eventually, lambda: checkers(os.getpid()) != [])
     check.cancel()
     with pytest.raises(asyncio.CancelledError):
         await check
-    assert children() == []
+    assert checkers(os.getpid()) == []
+    assert await checker.seconds([slow], "a") == [0.0]  # it is its turn again
 
 
 async def test_the_first_file_that_can_not_be_used_is_named(tmp_path: Path) -> None:
@@ -436,9 +475,12 @@ def test_who_hangs_up_while_a_file_is_decoded_keeps_nobody_waiting(tmp_path: Pat
     body = part("prompt", b"a") + part("image_start", large_picture(), '; filename="a"') + END
     with idle_daemon(tmp_path) as daemon:
         request = head(GENERATE, "POST", Content_Type=FORM, Content_Length=len(body)) + body
-        for _ in range(10):
+        for number in range(10):
             with connected(daemon.url) as channel:
                 channel.sendall(request)
+                if number == 5:  # the others leave before
+                    assert eventually(lambda: checkers(daemon.process.pid) != [])
+        assert eventually(lambda: checkers(daemon.process.pid) == [])
         status, _ = sent(daemon, part("prompt", b"a") + part("image_start", picture(), '; filename="a"') + END, FORM)
         assert status == 200
         assert eventually(lambda: spooled(daemon) == [])
@@ -479,6 +521,17 @@ def test_inputs_have_a_limit_and_those_of_ended_tasks_give_way(tmp_path: Path) -
         assert submit(daemon, picture(padding=2 * MIB)).status_code == 200
         stored = sum(path.stat().st_size for path in (daemon.state / "inputs").iterdir())
         assert stored <= 3 * MIB
+
+
+def test_inputs_that_a_journal_set_aside_may_need_do_not_give_way(tmp_path: Path) -> None:
+    with idle_daemon(tmp_path, max_inputs_mb=3) as daemon:
+        first = submit(daemon, picture(padding=2 * MIB)).json()["data"]["task_id"]
+        (daemon.state / "journal.sqlite.unreadable-1").touch()
+        daemon.delete(f"/queue/{first}")
+        assert submit(daemon, picture(padding=2 * MIB)).status_code == 503
+        assert len(list((daemon.state / "inputs").iterdir())) == 1
+        (daemon.state / "journal.sqlite.unreadable-1").unlink()
+        assert submit(daemon, picture(padding=2 * MIB)).status_code == 200
 
 
 def test_a_refused_request_leaves_no_file(tmp_path: Path) -> None:

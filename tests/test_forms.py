@@ -1,5 +1,6 @@
 """Requests as multipart/form-data: the same fields, with files as they are."""
 
+import base64
 import hashlib
 import io
 import re
@@ -100,6 +101,43 @@ def test_another_file_with_the_same_key_is_another_request(idle: Daemon) -> None
     assert sent(idle, {"image_start": picture("blue")}, key="two").status_code == 400
 
 
+@pytest.mark.parametrize("other", [("ab", "c"), ("a", ""), ("a' 1 'b", "c"), ("", "abc")])
+def test_a_form_with_other_borders_is_another_request(idle: Daemon, other: tuple[str, str]) -> None:
+    key = f"borders {other}"
+    assert sent(idle, {}, key=key, prompt="a", negative_prompt="bc").status_code == 200
+    prompt, negative = other
+    assert sent(idle, {}, key=key, prompt=prompt, negative_prompt=negative).status_code == 400
+    assert sent(idle, {}, key=key, prompt="a", negative_prompt="bc").headers["Idempotency-Replayed"] == "true"
+
+
+@pytest.mark.parametrize("letter", ["a", "ß", "猫", "🐈"])
+def test_a_prompt_in_a_form_has_the_limit_of_json(idle: Daemon, letter: str) -> None:
+    assert sent(idle, {}, prompt=letter * 10_000).status_code == 200
+    for length in (10_001, 48_001, 60_000):
+        answer = sent(idle, {}, prompt="a" + letter * (length - 1))
+        assert (answer.status_code, answer.json()["detail"]) == (400, "prompt: must have 1 to 10000 characters")
+
+
+# A name beyond ASCII as older libraries write it, an encoding as e-mail has it, and no name at all.
+WRITTEN = {
+    "a name in UTF-8": (b"; filename*=utf-8''%C3%BC.png", picture()),
+    "both names": (b"; filename=u.png; filename*=utf-8''%C3%BC.png", picture()),
+    "base64 and its name": (b'; filename="a.png"\r\nContent-Transfer-Encoding: BASE64', base64.encodebytes(picture())),
+    "binary": (b'; filename="a.png"\r\nContent-Transfer-Encoding: binary', picture()),
+    "a type alone": (b"\r\nContent-Type: image/png", picture()),
+    "base64 alone": (b"", base64.b64encode(picture())),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_is_taken_however_its_part_is_written(idle: Daemon, name: str) -> None:
+    more, data = WRITTEN[name]
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image_start"'.encode()
+    body = part("prompt", b"a") + head + more + b"\r\n\r\n" + data + b"\r\n" + END
+    made = settings(idle, idle.request("POST", "/generate", data=body, headers=HEADERS))
+    assert made["image_start"] == [hashlib.sha256(picture()).hexdigest()]
+
+
 def film(folder: Path) -> bytes:
     path = folder / "film.mp4"
     encode.write_video(path, np.zeros((9, 32, 32, 3), np.uint8), 8, None)
@@ -143,6 +181,14 @@ BROKEN = {
 @pytest.mark.parametrize("body", BROKEN)
 def test_a_broken_form_is_400(idle: Daemon, body: str) -> None:
     answer = idle.request("POST", "/generate", data=BROKEN[body], headers=HEADERS)
+    assert answer.status_code == 400
+    assert "detail" in answer.json()
+
+
+@pytest.mark.parametrize("boundary", [b'"\xff"', b'"\xc3\xbc"', b'"\x01"', b'"b', b'""'])
+def test_a_boundary_that_is_no_text_is_400(idle: Daemon, boundary: bytes) -> None:
+    headers = {"Content-Type": b"multipart/form-data; boundary=" + boundary}
+    answer = idle.request("POST", "/generate", data=part("prompt", b"a") + END, headers=headers)
     assert answer.status_code == 400
     assert "detail" in answer.json()
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import hashlib
+import json
 import mmap
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from engine.api.json_text import CHARSET, LONG_BYTES, PLAIN_BYTES, TOO_LARGE, cu
 from engine.api.lenient import meant
 from engine.api.openapi import FORM_TYPE, JSON_TYPE
 from engine.files.inputs import Receive, Sent
-from engine.files.spool import SMALL_BYTES, Arrived
+from engine.files.spool import SMALL_BYTES, BodyFile
 
 # None of them can come from a web page of another site without the browser asking first.
 JSON_TYPES = re.compile(r"(application|text)/json|application/[\w.-]+\+json")
@@ -78,30 +79,35 @@ async def _read_body(request: web.Request, schema: Schema, receive: Receive) -> 
     read = _form_values if request.content_type == FORM_TYPE else _json_values
     if read is _json_values and not JSON_TYPES.fullmatch(request.content_type):
         raise BadRequest(f"Content-Type: '{request.content_type}' must be {JSON_TYPE} or {FORM_TYPE}")
-    most = request.client_max_size
-    if (request.content_length or 0) > most:
-        raise web.HTTPRequestEntityTooLarge(most)
+    if (request.content_length or 0) > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size)
     app, client = request.app, request[CLIENT]
-    async with app[SPOOL].body(client) as body, AsyncExitStack() as turn:
+    async with AsyncExitStack() as held:
         try:
             async with awake.timeout(app[CONFIG].body_timeout_s):
-                while data := await request.content.readany():
-                    if body.size_bytes + len(data) > most:
-                        raise web.HTTPRequestEntityTooLarge(most)
-                    await body.add(data)
+                body = await held.enter_async_context(app[SPOOL].body(client, _chunks(request)))
         except TimeoutError:
             raise web.HTTPRequestTimeout(text="The body did not arrive within body_timeout_s seconds") from None
-        if body.size_bytes > SMALL_BYTES:
-            await turn.enter_async_context(app[TURNS].turn(client))
+        if body.tell() > SMALL_BYTES:
+            await held.enter_async_context(app[TURNS].turn(client))
         valid, request[DIGEST] = await asyncio.to_thread(_checked, read, request, body, schema, receive)
     return valid
 
 
+async def _chunks(request: web.Request) -> AsyncIterator[bytes]:
+    """What arrives of the body. Raises 413."""
+    size_bytes = 0
+    async for chunk in request.content.iter_any():
+        size_bytes += len(chunk)
+        if size_bytes > request.client_max_size:
+            raise web.HTTPRequestEntityTooLarge(request.client_max_size)
+        yield chunk
+
+
 def _checked(
-    read: Callable[..., Values], request: web.Request, body: Arrived, schema: Schema, receive: Receive
+    read: Callable[..., Values], request: web.Request, body: BodyFile, schema: Schema, receive: Receive
 ) -> tuple[dict[str, Any], str]:
     """The valid values of a body that has arrived, its files received, and its digest. Raises BadRequest, NoStorage."""
-    body.file.seek(0)
     values, digest = read(request, body, schema, receive)
     valid = validated(schema, values)
     for name in (name for name in valid if _is_file(schema, name)):
@@ -117,7 +123,7 @@ def _received(name: str, file: str | bytes | Sent, receive: Receive) -> Sent:
     if isinstance(file, Sent):
         return file
     try:
-        return receive(decoded(file.encode(errors="replace") if isinstance(file, str) else file))
+        return receive(decoded(json.dumps(file)[1:-1].encode() if isinstance(file, str) else file))
     except ValueError:
         raise BadRequest(f"{name}: is not valid base64; send the file's bytes in base64") from None
 
@@ -127,37 +133,42 @@ def _is_file(schema: Schema, name: str) -> bool:
     return isinstance(field.inner if isinstance(field, fields.List) else field, File)
 
 
-def _json_values(request: web.Request, body: Arrived, schema: Schema, _: Receive) -> Values:
-    """The object that was sent as JSON; a large file in it is a LongText."""
-    if body.size_bytes <= PLAIN_BYTES:
-        raw = body.file.read()
-        return parsed(raw, request.charset), hashlib.sha256(raw)
-    with mmap.mmap(body.file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+def _json_values(request: web.Request, body: BodyFile, schema: Schema, _: Receive) -> Values:
+    """The object that was sent as JSON; a large file in it is bytes."""
+    size_bytes = body.tell()
+    body.seek(0)
+    digest = hashlib.file_digest(body, "sha256")
+    if size_bytes <= PLAIN_BYTES:
+        body.seek(0)
+        return parsed(body.read(), request.charset), digest
+    with mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         text, long_texts = cut(mapped)
     values = parsed(text, request.charset)
 
     def whole(name: str, value: Any) -> Any:
-        text = long_texts.get(value) if isinstance(value, str) else None
-        if text is None or _is_file(schema, name):
-            return value if text is None else text
-        return text[:LONG_BYTES].decode(errors="replace")  # too long by any rule
+        if not isinstance(value, str) or value not in long_texts:
+            return value
+        text = long_texts[value]
+        return text if _is_file(schema, name) else text[:LONG_BYTES].decode(errors="replace")  # too long by any rule
 
     for name, value in values.items():
         values[name] = [whole(name, item) for item in value] if isinstance(value, list) else whole(name, value)
-    return values, hashlib.file_digest(body.file, "sha256")
+    return values, digest
 
 
-def _form_values(request: web.Request, body: Arrived, schema: Schema, receive: Receive) -> Values:
+def _form_values(request: web.Request, body: BodyFile, schema: Schema, receive: Receive) -> Values:
     """The values of a form: files as they were received, repeated where the field is a list, all others as in JSON."""
     values: dict[str, Any] = {}
     digest, plain_bytes = hashlib.sha256(), 0  # of the parts: the boundary between them differs each time
+    body.seek(0)
     try:
         boundary = parse_options_header(request.headers[hdrs.CONTENT_TYPE])[1].get("boundary", "")
-        events = PushMultipartParser(boundary, max_segment_count=MOST_PARTS).parse_blocking(body.file.read, CHUNK_BYTES)
+        events = PushMultipartParser(boundary, max_segment_count=MOST_PARTS).parse_blocking(body.read, CHUNK_BYTES)
         for part in events:  # each begins with its head
             assert isinstance(part, MultipartSegment)
-            value = _part_value(part, _hashed(part, iter(partial(next, events), None), digest), schema, receive)
-            plain_bytes += len(value) if isinstance(value, str) else 0
+            value = _part_value(part, iter(partial(next, events), None), schema, receive)
+            digest.update(ascii((part.name, value.sha256 if isinstance(value, Sent) else value)).encode())
+            plain_bytes += part.size if value and isinstance(value, str) else 0
             if plain_bytes > PLAIN_BYTES:
                 raise BadRequest(TOO_LARGE)
             if isinstance(schema.fields.get(part.name), fields.List):
@@ -166,40 +177,32 @@ def _form_values(request: web.Request, body: Arrived, schema: Schema, receive: R
                 values[part.name] = value
     except ParserLimitReached:
         raise BadRequest(f"The form has more than {MOST_PARTS} parts, or a part with very long headers") from None
-    except MultipartError:
+    except (MultipartError, UnicodeEncodeError):  # a boundary that is no text
         raise BadRequest(BROKEN_FORM) from None
     return values, digest
 
 
-def _hashed(part: MultipartSegment, chunks: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
-    """Yield the chunks of a part, and let `digest` know of them."""
-    digest.update(ascii(part.name).encode())
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-    digest.update(b" %d " % part.size)
-
-
-def _part_value(part: MultipartSegment, chunks: Iterable[bytes], schema: Schema, receive: Receive) -> Sent | str:
-    """The value of a part, all of whose chunks are read. Raises BadRequest, NoStorage."""
+def _part_value(
+    part: MultipartSegment, chunks: Iterable[bytes], schema: Schema, receive: Receive
+) -> Sent | str | bytes:
+    """The value of a part, whose chunks are all read; bytes if there is no such field. Raises BadRequest, NoStorage."""
     name = part.name
     if not name:
         raise BadRequest(BROKEN_FORM)
     if _is_file(schema, name):
-        is_text = part.filename is None and (part.content_type or "text/plain").startswith("text/")
+        unnamed = part.filename is None and "filename*=" not in part["Content-Disposition"]
+        is_text = unnamed and (part.content_type or "text/plain").startswith("text/")
+        is_text |= part.header("Content-Transfer-Encoding", "").strip().lower() == "base64"
         sent = _received(name, b"".join(chunks), receive) if is_text else receive(chunks)
         return sent if sent.size_bytes or part.filename else ""  # a file input without a file
     text = b""
     for chunk in chunks:
         text += chunk[: LONG_BYTES - len(text)]
     if name not in schema.fields:
-        return ""
+        return text
     charset = part.charset or "utf-8"
-    if not CHARSET.fullmatch(charset):
-        raise BadRequest(BROKEN_FORM)
-    try:
-        return text.decode(charset)
-    except UnicodeDecodeError:
-        raise BadRequest(NO_TEXT) from None
-    except LookupError:
-        raise BadRequest(BROKEN_FORM) from None
+    with suppress(UnicodeDecodeError, LookupError):
+        if CHARSET.fullmatch(charset):
+            # What is cut is too long by any rule, and may have been cut within a character.
+            return text.decode(charset, "strict" if part.size == len(text) else "replace")
+    raise BadRequest(NO_TEXT)

@@ -1,6 +1,7 @@
 """The marshmallow fields of requests and of the configuration, strict about JSON's types, and the rules for values."""
 
 import binascii
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -121,17 +122,26 @@ class File(fields.Field[Any]):
 
 
 def decoded(text: bytes) -> Iterator[bytes]:
-    """Decode base64 piece by piece, with or without a `data:` prefix, in the standard or URL-safe alphabet.
+    """Decode base64, with or without a `data:` prefix, in the standard or URL-safe alphabet, and with JSON's escapes.
 
-    Raises ValueError.
+    It goes piece by piece, which holds neither the interpreter nor much memory. Raises ValueError.
     """
-    data = text.partition(b",")[2] if text.startswith(b"data:") else text
-    data = data.translate(STANDARD, WHITE).rstrip(b"=")
-    if b"=" in data:
-        raise ValueError("padding before the end")
-    for at in range(0, len(data), CHUNK_BYTES):
-        piece = data[at : at + CHUNK_BYTES]
-        yield binascii.a2b_base64(piece + b"=" * (-len(piece) % 4), strict_mode=True)
+    at = text.find(b",") + 1 if text.startswith(b"data:") else 0
+    data, padded = b"", False
+    while at < len(text):
+        start, at = at, at + CHUNK_BYTES
+        if (escape := text.rfind(b"\\", at - 5, at)) >= 0:
+            at = escape  # the next piece has it whole
+        plain: str = json.loads(f'"{text[start:at].decode()}"', strict=False)
+        piece, padding, after = plain.encode().translate(STANDARD, WHITE).partition(b"=")
+        if (padded and piece) or after.strip(b"="):
+            raise ValueError("padding before the end")
+        padded = padded or bool(padding)
+        data += piece
+        whole = len(data) // 4 * 4
+        yield binascii.a2b_base64(data[:whole], strict_mode=True)
+        data = data[whole:]
+    yield binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
 
 
 class Several(fields.List[Any]):

@@ -1,8 +1,8 @@
 """The process that decodes files from clients, which may be made to take very long or much memory.
 
 Its arguments are the seconds of CPU time after which SIGPROF ends it, the most pixels of a picture or frame, then the
-kind and path of each file. For each file it prints a line of JSON: the length in seconds, or a sentence without its
-subject that says why the file can't be used.
+kind and path of each file. For each file it prints a line of JSON: the length in seconds, or, as the last one, a
+sentence without its subject that says why the file can't be used.
 """
 
 import json
@@ -20,7 +20,7 @@ TOO_LARGE = "needs too much memory to decode; send a smaller one"
 
 
 def main(cpu_s: float, max_pixels: int, *files: str) -> None:
-    """Examine the files in turn."""
+    """Examine the files in turn, up to the first that can't be used."""
     os.nice(10)  # after the daemon, and a task that is generated on this CPU
     signal.alarm(WALL_S)
     memory_bytes = BASE_BYTES + PIXEL_BYTES * max_pixels
@@ -29,21 +29,20 @@ def main(cpu_s: float, max_pixels: int, *files: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     for kind, path in zip(files[::2], files[1::2], strict=True):
-        print(json.dumps(examined(kind, path, max_pixels)), flush=True)
-
-
-def examined(kind: str, path: str, max_pixels: int) -> float | str:
-    """The length of a file of `kind` "image" (then 0), "video" or "audio"; a sentence if it can't be used."""
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123 - pathlib would be imported for nothing else
-            if kind != "image":
-                return footage.check(file, kind, max_pixels)
-            media.check_image(file, max_pixels)
-            return 0.0
-    except MemoryError:
-        return TOO_LARGE
-    except (media.BadImage, footage.BadFootage) as error:
-        return str(error)
+        found: float | str = 0.0
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123 - pathlib would be imported for nothing else
+                if kind == "image":
+                    media.check_image(file, max_pixels)
+                else:
+                    found = footage.check(file, kind, max_pixels)
+        except MemoryError:
+            found = TOO_LARGE
+        except (media.BadImage, footage.BadFootage) as error:
+            found = str(error)
+        print(json.dumps(found), flush=True)
+        if isinstance(found, str):
+            break
 
 
 if __name__ == "__main__":

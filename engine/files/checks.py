@@ -3,7 +3,8 @@
 import asyncio
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from engine.turns import Turns
 
 QUICK_CPU_S, CPU_S = 0.4, 8.0  # for all files of a request; a picture of 50 megapixels takes one or two
 CHECK_S = 20.0  # likewise, of waiting
-LOOK_S = 0.25  # between two looks whether the client is still there
 TOO_LONG = "takes too long to decode; send a shorter or simpler one"
 ENDED = "can't be decoded; send it in another format"
 
@@ -25,60 +25,44 @@ class Unusable(Exception):
 class Checks:
     """Examines the files of requests within limits of time and memory. Clients take turns at it.
 
-    What takes more than a moment begins again in a lane of its own, so that it keeps nothing small waiting.
+    What takes more than a moment begins again in a lane of its own, so that nothing small waits for it.
     """
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
         self._lanes = {Turns(1): QUICK_CPU_S, Turns(1): CPU_S}  # two at a time: each may take hundreds of MiB
 
-    async def seconds(
-        self, files: Sequence[tuple[str, Path]], client: str, gone: Callable[[], bool] = lambda: False
-    ) -> list[float]:
+    async def seconds(self, files: Sequence[tuple[str, Path]], client: str) -> list[float]:
         """Return the length of each file, given by kind and path; 0 for a picture.
 
-        Raises Unusable for the first that can't be decoded, ConnectionError once the client is `gone`, and NoStorage if
-        no process can be started. No process is left when this returns.
+        Raises Unusable for the first that can't be decoded, and NoStorage if no process can be started. None is left
+        when this returns or is cancelled.
         """
         arguments = [str(self._max_pixels), *(text for kind, path in files for text in (kind, str(path)))]
         for turns, cpu_s in self._lanes.items():
+            found: list[Any] = []
             async with turns.turn(client):
-                found, code = await _run(str(cpu_s), *arguments, gone=gone)
+                try:
+                    async with child.running("engine.files.check_media", str(cpu_s), *arguments, quiet=True) as process:
+                        code = await _reports(process, found)
+                except OSError as error:
+                    reason = f"No process can be started to check the files ({error.strerror}); try again later"
+                    raise NoStorage(reason) from None
             if code != -signal.SIGPROF:
                 break
-        for place, seconds in enumerate(found):
-            if isinstance(seconds, str):
-                raise Unusable(place, seconds)
+        if found and isinstance(found[-1], str):
+            raise Unusable(len(found) - 1, found[-1])
         if len(found) < len(files):
             raise Unusable(len(found), TOO_LONG if code in (None, -signal.SIGPROF) else ENDED)
         return found
 
 
-async def _run(*arguments: str, gone: Callable[[], bool]) -> tuple[list[Any], int | None]:
-    """What the process reports until its end, and its exit code; None if it had to be ended."""
-    found: list[Any] = []
-
-    async def read() -> None:
-        assert process.stdout is not None
-        async for line in process.stdout:
-            found.append(json.loads(line))
-
-    try:
-        async with child.running("engine.files.check_media", *arguments, quiet=True) as process:
-            reading = asyncio.create_task(read())
-            try:
-                async with awake.timeout(CHECK_S):
-                    while not reading.done():
-                        if gone():
-                            raise ConnectionResetError("the client has gone")
-                        await asyncio.wait({reading}, timeout=LOOK_S)
-                    return found, await process.wait()
-            except TimeoutError:
-                return found, None
-            finally:
-                reading.cancel()
-    except ConnectionError:
-        raise
-    except OSError as error:
-        reason = f"No process can be started to check the files ({error.strerror}); try again later"
-        raise NoStorage(reason) from None
+async def _reports(process: asyncio.subprocess.Process, found: list[Any]) -> int | None:
+    """Add what the process reports to `found`; return its exit code, None if it has none in time."""
+    assert process.stdout is not None
+    with suppress(TimeoutError):
+        async with awake.timeout(CHECK_S):
+            async for line in process.stdout:
+                found.append(json.loads(line))
+            return await process.wait()
+    return None

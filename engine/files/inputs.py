@@ -44,44 +44,33 @@ class Inputs:
 
         It writes a file from chunks, and raises NoStorage. What is not stored by the end of the block is removed.
         """
-        held: list[str] = []
-
-        def hold(name: str) -> str:
-            with self._lock:
-                self._held[name] += 1
-            held.append(name)
-            return name
+        parts, names = list[Path](), Counter[str]()
 
         def receive(chunks: Iterable[bytes]) -> Sent:
-            sent = self._write(self._folder.with_name(hold(f"{PART}{secrets.token_hex(8)}")), chunks)
-            hold(sent.sha256)
+            if fault := self._disk.fault():
+                raise NoStorage(fault)
+            parts.append(self._folder.with_name(f"{PART}{secrets.token_hex(8)}"))
+            sent = _written(parts[-1], chunks)
+            names[sent.sha256] += 1
+            with self._lock:
+                self._held[sent.sha256] += 1
             return sent
+
+        def release() -> None:
+            _remove(parts)
+            with self._lock:
+                self._held -= names
 
         try:
             yield receive
         finally:
-            if held:
-                await asyncio.to_thread(self._release, held)
+            if parts:
+                await asyncio.to_thread(release)
 
-    def _release(self, held: list[str]) -> None:
-        for part in (name for name in held if name.startswith(PART)):
-            with suppress(OSError):  # the next sweep removes it
-                self._folder.with_name(part).unlink(missing_ok=True)
-        with self._lock:
-            self._held -= Counter(held)
-
-    def _write(self, path: Path, chunks: Iterable[bytes]) -> Sent:
-        if fault := self._disk.fault():
-            raise NoStorage(fault)
-        digest = hashlib.sha256()
-        try:
-            with path.open("xb") as file:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    file.write(chunk)
-                return Sent(path, digest.hexdigest(), file.tell())
-        except OSError as error:
-            raise _no_room(error) from None
+    def open(self) -> None:
+        """Count the files, and remove what a daemon that was killed has left of requests. Call it before the first."""
+        self._size_bytes = sum(about.st_size for _, about in stats(self._folder))
+        _remove(self._folder.with_name(name) for name, _ in stats(self._folder.parent) if name.startswith(PART))
 
     def path(self, sent: Sent) -> Path:
         """Return where the file is once it is stored."""
@@ -107,17 +96,35 @@ class Inputs:
 
     def sweep(self, needed: set[str]) -> int:
         """Remove the files that neither `needed` names nor a request under way has, and return how many."""
-        parts = [self._folder.with_name(name) for name, _ in stats(self._folder.parent) if name.startswith(PART)]
-        stored = {self._folder / name: about.st_size for name, about in stats(self._folder)}
-        removed = 0
-        for path in (*parts, *stored):
+        removed = kept_bytes = 0
+        for name, about in stats(self._folder):
             with self._lock:  # no request takes it up in between
-                if path.name not in needed and path.name not in self._held:
-                    path.unlink(missing_ok=True)
+                if name in needed or name in self._held:
+                    kept_bytes += about.st_size
+                else:
+                    (self._folder / name).unlink(missing_ok=True)
                     removed += 1
-                    stored.pop(path, None)
-        self._size_bytes = sum(stored.values())
+        self._size_bytes = kept_bytes
         return removed
+
+
+def _written(path: Path, chunks: Iterable[bytes]) -> Sent:
+    """A new file that holds the chunks. Raises NoStorage, and what `chunks` raises."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("xb") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                file.write(chunk)
+            return Sent(path, digest.hexdigest(), file.tell())
+    except OSError as error:
+        raise _no_room(error) from None
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):  # the next start removes it
+            path.unlink(missing_ok=True)
 
 
 def _no_room(error: OSError) -> NoStorage:
