@@ -6,7 +6,7 @@ import json
 import mmap
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -200,9 +200,12 @@ def _part_value(
         text += chunk[: LONG_BYTES - len(text)]
     if name not in schema.fields:
         return text
-    charset = part.charset or "utf-8"
-    with suppress(UnicodeDecodeError, LookupError):
-        if CHARSET.fullmatch(charset):
-            # What is cut is too long by any rule, and may have been cut within a character.
-            return text.decode(charset, "strict" if part.size == len(text) else "replace")
-    raise BadRequest(NO_TEXT)
+    try:
+        if not CHARSET.fullmatch(charset := part.charset or "utf-8"):
+            raise LookupError(charset)
+        # What is cut is too long by any rule, and may have been cut within a character.
+        return text.decode(charset, "strict" if part.size == len(text) else "replace")
+    except UnicodeDecodeError:
+        raise BadRequest(NO_TEXT) from None
+    except LookupError:
+        raise BadRequest(BROKEN_FORM) from None
