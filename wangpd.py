@@ -48,10 +48,10 @@ from engine.api.app_keys import (
 )
 from engine.api.body import validation_middleware
 from engine.api.config import KEYS, CantStart, Config, ConfigError, load_config, split_hosts
-from engine.api.connection import Connection, Slots, screen_requests
+from engine.api.connection import Connection, Slots
 from engine.api.errors import errors_middleware
 from engine.api.files import PREVIEWS, PreviewPool, folder_away, inline, open_output, send_file
-from engine.api.guard import AccessLog, add_headers, guard_middleware, request_id_middleware
+from engine.api.guard import add_headers, guard_middleware, request_id_middleware
 from engine.api.listeners import Listeners, url_of
 from engine.api.openapi import JPEG_TYPE, MEDIA_ANSWER, Routes, api_document, endpoints, version
 from engine.api.viewers import add_viewers
@@ -85,7 +85,6 @@ SWEEP_S = 3600
 RELEASE_S = 5  # between two looks at which input files are needed, however many tasks are cancelled
 HEAVY_AT_ONCE = 2
 BODIES_AT_ONCE = 4  # of max_body_mb
-KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
 M_ARENA_MAX = -8  # of malloc.h
 DRAIN_S = 5  # for answers under way at a shutdown, half of it for requests whose body has not arrived
 # Not the queue's own words: a wrong method on those is 405, and not an id that is no number.
@@ -402,9 +401,7 @@ async def download(request: web.Request) -> web.StreamResponse:
 async def preview(request: web.Request) -> web.StreamResponse:
     """A JPEG of a picture or of a video's first frame."""
     name, width = request[PATH]["filename"], request[QUERY]["width"]
-    opened = await request.app[PREVIEWS].make(request.app, name, width)
-    if isinstance(opened, bytes):  # the cache can't be written now
-        return web.Response(body=opened, content_type=JPEG_TYPE)
+    opened = await request.app[PREVIEWS].make(request, name, width)
     return await send_file(request, opened, JPEG_TYPE)
 
 
@@ -594,7 +591,6 @@ async def serve(config: Config, catalog: Catalog) -> None:
     watching = asyncio.create_task(supervisor.watch())
     try:
         await runner.setup()
-        screen_requests(cast(web.Server, runner.server))
         await listeners.start_serving()
         for url in map(url_of, listeners.sockets):
             log.info("wangpd %s listens on %s", version(), f"{url}{API}/" if url.startswith("http") else url)
@@ -610,12 +606,8 @@ async def serve(config: Config, catalog: Catalog) -> None:
 
 async def bind(runner: web.AppRunner, config: Config) -> Listeners:
     """Take the addresses; who connects is served once the listeners are started. Raises CantStart."""
-    access = logging.getLogger("wangpd.access")
-    # An encoded body is refused, so nothing may inflate it.
-    options = {"keepalive_timeout": KEEPALIVE_S, "access_log_class": AccessLog, "access_log": access}
-    options["auto_decompress"] = False
-    loop, slots = asyncio.get_running_loop(), Slots(config.max_connections, config.trusted_proxies)
-    listeners = Listeners(lambda: Connection(cast(web.Server, runner.server), slots, loop=loop, **options))
+    slots = Slots(config.max_connections, config.trusted_proxies)
+    listeners = Listeners(lambda: Connection(cast(web.Server, runner.server), slots))
     try:
         await asyncio.to_thread(listeners.take, split_hosts(config.host), config.port)
     except CantStart:

@@ -22,6 +22,7 @@ from aiohttp import web
 from PIL import Image
 
 import wangpd
+from engine.api import connection
 from engine.api.body import parsed
 from engine.files.outputs import Outputs, OwnFile, Retention
 from tests.daemon import Daemon
@@ -167,7 +168,7 @@ def test_a_body_that_comes_in_drops_is_408_after_its_time(narrow: Daemon) -> Non
 @pytest.fixture
 async def hasty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[str, int]]:
     """The address of a daemon in this process that waits half a second for the head of a request."""
-    monkeypatch.setattr(wangpd, "KEEPALIVE_S", 0.5)
+    monkeypatch.setattr(connection, "KEEPALIVE_S", 0.5)
     config = wangpd.Config(port=0, save_path=tmp_path / "outputs", state_path=tmp_path / "state")
     runner = web.AppRunner(wangpd.make_app(config))
     await runner.setup()

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import socket
-from collections import Counter, deque
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, cast
@@ -18,7 +17,7 @@ from aiohttp.http import HttpVersion10, RawRequestMessage
 
 from engine.api.app_keys import ENDS_WITH_CLIENT, REFUSAL
 from engine.api.errors import RETRY_AFTER_S, failure
-from engine.api.guard import OPEN_PATHS, OWN_HEADERS
+from engine.api.guard import OPEN_PATHS, OWN_HEADERS, AccessLog
 from engine.log import Counted
 
 log = logging.getLogger("wangpd")
@@ -26,42 +25,11 @@ NO_HTTP = "The request is not valid HTTP, or a line of its head is too long"
 NO_VERSION = "HTTP/{0.major}.{0.minor} is not supported; send HTTP/1.1"
 NO_SLOT = "Too many connections: {}"
 FILE_WITH_SLASH = re.compile(r"/(download|preview)/[^/]+/$")  # no name of a file, and stays 404
+KEEPALIVE_S = 75  # longer than proxies keep a connection, short enough to end one that never sends its headers
 STALLED_MS = 60_000  # without progress in what is sent, the kernel ends the connection
 LEAST_SHARE = 8
 RESERVE, RESERVE_SHARE = 32, 8  # connections beyond the limit that may ask for /health; of them from one address
 RESERVE_S = 2  # in which such a connection must send its request
-TURNED_AWAY_S, MOST_LEAVING = 2, 256  # time for a client that is turned away to read why, and how many may take it
-
-
-def screen_requests(server: web.Server) -> None:
-    """Have every request changed before a middleware or the router sees it.
-
-    Trailing and doubled slashes are taken out of its path. It has a REFUSAL if its version is not HTTP/1, and on a
-    connection of the reserve if it is not for /health.
-    """
-    make = server.request_factory
-
-    def make_screened(message: RawRequestMessage, payload: Any, connection: Any, *rest: Any) -> web.BaseRequest:
-        path, version = message.url.raw_path, message.version
-        refusal: web.HTTPException | None = None
-        plain = re.sub("/{2,}", "/", path)
-        if not FILE_WITH_SLASH.search(plain):
-            plain = plain.rstrip("/") or "/"
-        if plain != path:
-            message = message._replace(url=message.url.with_path(plain, encoded=True, keep_query=True))
-        if connection.lack:
-            message = message._replace(should_close=True)
-            if plain not in OPEN_PATHS:
-                refusal = web.HTTPServiceUnavailable(text=NO_SLOT.format(connection.lack))
-        if version.major != 1:  # the parser takes 0.9 and 2.0 as well
-            message = message._replace(version=HttpVersion10, should_close=True)
-            refusal = web.HTTPBadRequest(text=NO_VERSION.format(version))
-        request = make(message, payload, connection, *rest)
-        if refusal:
-            request[REFUSAL] = refusal
-        return request
-
-    server.request_factory = make_screened
 
 
 class Slots:
@@ -73,10 +41,8 @@ class Slots:
     def __init__(self, limit: int, exempt: Collection[str]) -> None:
         self._limit, self._exempt = limit, {*exempt, "unix"}
         self._share = limit // 2 if limit >= 2 * LEAST_SHARE else limit
-        self._open: dict[Connection, str] = {}
+        self._open: dict[Connection, str] = {}  # with their addresses
         self._reserve: dict[Connection, str] = {}  # the oldest first
-        self._held = Counter[str]()  # of those in `_open`, by address
-        self._leaving = deque[asyncio.Transport]()  # told why, and about to be ended
         self._refusals = Counted(log)
 
     def take(self, connection: "Connection", address: str) -> None:
@@ -87,11 +53,10 @@ class Slots:
         exempt = address in self._exempt
         if len(self._open) >= self._limit:
             connection.lack = f"{self._limit} are open (max_connections)"
-        elif not exempt and self._held[address] >= self._share:
+        elif not exempt and list(self._open.values()).count(address) >= self._share:
             connection.lack = f"{self._share} are open from {address} (half of max_connections)"
         else:
             self._open[connection] = address
-            self._held[address] += 1
             return
         self._refusals.happened(f"connection refused: {connection.lack}")
         own = [other for other, held_by in self._reserve.items() if held_by == address]
@@ -103,28 +68,50 @@ class Slots:
 
     def free(self, connection: "Connection") -> None:
         """Take the connection's slot back, if it has one."""
+        self._open.pop(connection, None)
         self._reserve.pop(connection, None)
-        if address := self._open.pop(connection, ""):
-            self._held[address] -= 1
-            if not self._held[address]:
-                del self._held[address]
-
-    def leave(self, refused: asyncio.Transport) -> None:
-        """End it once its client has had time to read why, at once if many others leave."""
-        self._leaving.append(refused)
-        asyncio.get_running_loop().call_later(TURNED_AWAY_S, refused.abort)
-        if len(self._leaving) > MOST_LEAVING:
-            self._leaving.popleft().abort()
 
 
 class Connection(web.RequestHandler):
     """A connection with aiohttp's protocol, if it gets a slot; aiohttp's own refusals become JSON."""
 
-    def __init__(self, server: web.Server, slots: Slots, **options: Any) -> None:
-        super().__init__(server, **options)
-        self._slots = slots
+    def __init__(self, server: web.Server, slots: Slots) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=KEEPALIVE_S,
+            access_log_class=AccessLog,
+            access_log=logging.getLogger("wangpd.access"),
+            auto_decompress=False,  # an encoded body is refused, so nothing may inflate it
+        )
+        self._slots, self._make_request = slots, server.request_factory
+        self._request_factory = self._screened
         self.lack = ""  # why it is in the reserve
         self._expiry: asyncio.TimerHandle | None = None
+
+    def _screened(self, message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+        """The request before a middleware or the router sees it: trailing and doubled slashes are out of its path.
+
+        It has a REFUSAL if its version is not HTTP/1, and on a connection of the reserve if it is not for /health.
+        """
+        path, version = message.url.raw_path, message.version
+        refusal: web.HTTPException | None = None
+        plain = re.sub("/{2,}", "/", path)
+        if not FILE_WITH_SLASH.search(plain):
+            plain = plain.rstrip("/") or "/"
+        if plain != path:
+            message = message._replace(url=message.url.with_path(plain, encoded=True, keep_query=True))
+        if self.lack:
+            message = message._replace(should_close=True)
+            if plain not in OPEN_PATHS:
+                refusal = web.HTTPServiceUnavailable(text=NO_SLOT.format(self.lack))
+        if version.major != 1:  # the parser takes 0.9 and 2.0 as well
+            message = message._replace(version=HttpVersion10, should_close=True)
+            refusal = web.HTTPBadRequest(text=NO_VERSION.format(version))
+        request = self._make_request(message, *rest)
+        if refusal:
+            request[REFUSAL] = refusal
+        return request
 
     @property
     def peername(self) -> Any:
@@ -160,22 +147,16 @@ class Connection(web.RequestHandler):
 
     def turn_away(self) -> None:
         """End a connection of the reserve, with 503 unless it has been answered."""
-        refused, self.transport = self.transport, None
-        if refused is None:
+        self._slots.free(self)  # now: others may take its place before its task has ended
+        if self.transport is None:
             return
-        refused.set_protocol(asyncio.Protocol())
         if self._keepalive:  # not answered
             body = json.dumps({"detail": NO_SLOT.format(self.lack)})
             kind = {hdrs.CONTENT_TYPE: "application/json; charset=utf-8", hdrs.CONTENT_LENGTH: len(body)}
-            headers = kind | {hdrs.RETRY_AFTER: RETRY_AFTER_S, hdrs.CONNECTION: "close"}
-            lines = "".join(f"{name}: {value}\r\n" for name, value in (*headers.items(), *OWN_HEADERS.items()))
-            refused.write(f"HTTP/1.1 503 Service Unavailable\r\n{lines}\r\n{body}".encode())
-        self.connection_lost(None)
-        # Half closed: closing with the request unread would reset the connection before the client reads the answer.
-        with suppress(OSError):  # it may have gone already
-            refused.write_eof()
-        self._slots.free(self)  # now: others may take its place before its task has ended
-        self._slots.leave(refused)
+            headers = kind | {hdrs.RETRY_AFTER: RETRY_AFTER_S, hdrs.CONNECTION: "close"} | OWN_HEADERS
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            self.transport.write(f"HTTP/1.1 503 Service Unavailable\r\n{lines}\r\n{body}".encode())
+        self.transport.abort()  # what the kernel has taken is sent; a client that takes nothing must not be waited for
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

@@ -14,17 +14,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 from urllib.parse import quote
 
 from aiohttp import hdrs, web
 
 from engine import awake
 from engine.api.answers import shortened
-from engine.api.app_keys import API, CONFIG, OUTPUTS
+from engine.api.app_keys import API, CLIENT, CONFIG, OUTPUTS
 from engine.files.outputs import Unreadable
+from engine.turns import Turns
 
-MOST_PREVIEWS: Final = 100  # that are being made or wait for it; a page of results shows fewer
+PREVIEWS_AT_ONCE: Final = 2
 PREVIEW_S: Final = 30.0  # that a client waits for one
 
 
@@ -32,7 +33,7 @@ class Opened(NamedTuple):
     """A file that is open, and what was known of it then."""
 
     name: str
-    file: BufferedReader
+    file: BinaryIO
     size: int
     etag: str
     modified: int  # epoch seconds; HTTP wants no Last-Modified in the future
@@ -50,33 +51,31 @@ class PreviewPool:
     """The threads that make previews: a slow one takes none that submissions and downloads need."""
 
     def __init__(self) -> None:
-        self._threads, self._calls = ThreadPoolExecutor(2, "preview"), 0
+        self._threads, self._turns = ThreadPoolExecutor(PREVIEWS_AT_ONCE, "preview"), Turns(PREVIEWS_AT_ONCE)
 
-    async def make(self, app: web.Application, name: str, width: int) -> Opened | bytes:
-        """Return what `open_preview` returns. Raises what it raises, and 503 where that would take too long."""
-        if self._calls >= MOST_PREVIEWS:
-            raise web.HTTPServiceUnavailable(text=f"Over {MOST_PREVIEWS} previews are being made; try again later")
-        self._calls += 1
-        job = self._threads.submit(open_preview, app, name, width)
+    async def make(self, request: web.Request, name: str, width: int) -> Opened:
+        """Return what `open_preview` returns, one at a time to each client. Raises what it raises, and 503."""
         try:
-            async with awake.timeout(PREVIEW_S):
-                return await asyncio.wrap_future(job)
+            async with awake.timeout(PREVIEW_S), self._turns.turn(request[CLIENT]):
+                job = self._threads.submit(open_preview, request.app, name, width)
+                try:
+                    return await asyncio.wrap_future(job)
+                except asyncio.CancelledError:
+                    job.add_done_callback(_close)
+                    raise
         except TimeoutError:
-            job.add_done_callback(_close)
             reason = f"The preview of '{shortened(name)}' takes too long; try again"
             raise web.HTTPServiceUnavailable(text=reason) from None
-        finally:
-            self._calls -= 1
 
     def close(self) -> None:
         """Begin no more of them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _close(job: Future[Opened | bytes]) -> None:
+def _close(job: Future[Opened]) -> None:
     """Close what comes too late to be sent."""
-    if not job.cancelled() and not job.exception() and isinstance(opened := job.result(), Opened):
-        opened.file.close()
+    if not job.cancelled() and not job.exception():
+        job.result().file.close()
 
 
 PREVIEWS = web.AppKey("previews", PreviewPool)
@@ -87,17 +86,17 @@ def open_output(app: web.Application, name: str) -> Opened:
     return Opened.of(_find(app, name))
 
 
-def open_preview(app: web.Application, name: str, width: int) -> Opened | bytes:
-    """Open the thumbnail of an output file, or return its bytes if it can't be cached now. Blocks.
-
-    Raises what `open_output` raises, and NoPreview.
-    """
+def open_preview(app: web.Application, name: str, width: int) -> Opened:
+    """Return the thumbnail of an output file. Raises what `open_output` raises, and NoPreview. Blocks."""
     with _find(app, name) as file:
+        source = Opened.of(file)
         try:
-            thumbnail = app[OUTPUTS].thumbnail(file, width)
+            jpeg = app[OUTPUTS].thumbnail(file, width)
         except OSError as error:
             raise _unreadable(name, error) from None
-    return thumbnail if isinstance(thumbnail, bytes) else Opened.of(thumbnail)
+    size = jpeg.seek(0, os.SEEK_END)
+    jpeg.seek(0)  # without a descriptor, asyncio reads from where it is
+    return source._replace(file=jpeg, size=size, etag=f'{source.etag[:-1]}-{width}"')
 
 
 def _find(app: web.Application, name: str) -> BufferedReader:

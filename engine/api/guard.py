@@ -59,10 +59,10 @@ async def guard_middleware(request: web.Request, handler: Handler) -> web.Stream
     # Not `request.host`, which asks the resolver where there is no such header, and waits for it.
     own = request.headers.get(hdrs.HOST, "")
     host = _forwarded(request, "X-Forwarded-Host", own)
-    wrong = _foreign_name(app, own, host) if app[CONFIG].allowed_hosts or _is_browser(request) else None
-    if wrong is not None:
-        remedy = f"if it is one, add '{shortened(_bare_name(wrong))}' to allowed_hosts"
-        raise web.HTTPForbidden(text=f"Host: '{shortened(wrong)}' is no name of this daemon; {remedy}")
+    for name in (own, host) if app[CONFIG].allowed_hosts or _is_browser(request) else ():
+        if not _is_allowed(app, _bare_name(name)):
+            remedy = f"if it is one, add '{shortened(_bare_name(name))}' to allowed_hosts"
+            raise web.HTTPForbidden(text=f"Host: '{shortened(name)}' is no name of this daemon; {remedy}")
     asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
     if request.method == hdrs.METH_OPTIONS and asked and _may_share(request):  # a browser asks before it sends
         return web.Response(status=204)  # add_headers says the rest
@@ -91,17 +91,12 @@ def _is_browser(request: web.Request) -> bool:
     return said or any(name.lower().startswith("sec-fetch-") for name in headers)
 
 
-def _foreign_name(app: web.Application, *hosts: str) -> str | None:
-    """The first of the hosts that is no address, not below localhost, no name of this machine and not allowed."""
-    for host in hosts:
-        name = _bare_name(host)
-        with suppress(ValueError):
-            ip_address(name)
-            continue
-        known = name in own_names() or name in map(_bare_name, app[CONFIG].allowed_hosts)
-        if not (known or name.endswith(".localhost")):
-            return host
-    return None
+def _is_allowed(app: web.Application, name: str) -> bool:
+    """True for an address, a name of this machine or below localhost, and what is allowed."""
+    with suppress(ValueError):
+        return bool(ip_address(name))
+    known = name in own_names() or name in map(_bare_name, app[CONFIG].allowed_hosts)
+    return known or name.endswith(".localhost")
 
 
 @cache
@@ -121,12 +116,9 @@ def _from_elsewhere(request: web.Request, host: str) -> bool:
 
 
 def _bare_name(host: str) -> str:
-    """The name or address in a Host header, without its port and zone, as resolvers compare it."""
+    """The name or address in a Host header, without its port, as resolvers compare it."""
     name = re.sub(r":[0-9]*$", "", host) if "]" in host or host.count(":") == 1 else host
-    name = name.strip("[]").rstrip(".").lower()
-    with suppress(ValueError):  # an IPv6 address can be written in many ways
-        return str(ip_address(name.partition("%")[0] if ":" in name else name))
-    return name
+    return name.strip("[]").rstrip(".").lower()
 
 
 def _may_share(request: web.Request) -> bool:

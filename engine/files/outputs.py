@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from operator import attrgetter
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 from engine.clock import Clock
 from engine.files import media
@@ -147,14 +147,14 @@ class Outputs:
                 return about
         return None
 
-    def thumbnail(self, file: BufferedReader, width: int) -> BufferedReader | bytes:
-        """Return the cached file of `media.thumbnail`, or its bytes if none can be written. Raises what that raises."""
+    def thumbnail(self, file: BufferedReader, width: int) -> BinaryIO:
+        """Open the cached file of `media.thumbnail`, or its bytes if none can be written. Raises what that raises."""
         key = key_of(Path(file.name).name, os.fstat(file.fileno()), width)
         if kept := self._thumbnails.get(key):
             return kept
         jpeg = media.thumbnail(file, width)
         self._thumbnails.put(key, jpeg)
-        return self._thumbnails.get(key) or jpeg
+        return self._thumbnails.get(key) or BytesIO(jpeg)
 
     def remove_attempt(self, task_id: int, made: Collection[str] = ()) -> int:
         """Delete the files of a broken attempt, whole or not, but those it has `made`; how many. Raises OSError."""
