@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 if TYPE_CHECKING:
     from av import VideoFrame
-    from av.container import InputContainer
     from PIL.Image import Image
 
 MAX_S: Final = 3600  # of an input; nothing that is generated comes near
@@ -36,19 +35,18 @@ class BadFootage(Exception):
 
 def check(file: BinaryIO, kind: str, max_pixels: int) -> float:
     """The length in seconds of an open `kind` "video" or "audio", its first moments decoded. Raises BadFootage only."""
-    with opened(file, kind, min(max_pixels, MAX_PIXELS)) as container:
-        stream = getattr(container.streams, kind)[0]
-        first_frame(container, stream)
-        seconds = _seconds(container, stream)
+    with opened(file, kind, min(max_pixels, MAX_PIXELS)) as stream:
+        first_frame(stream)
+        seconds = _seconds(stream)
         if not 0 < seconds <= MAX_S:
             raise BadFootage(f"is {seconds:.0f} seconds long, but must be longer than 0 and at most {MAX_S}")
         return seconds
 
 
-def first_frame(container: "InputContainer", stream: Any) -> Any:
+def first_frame(stream: Any) -> Any:
     """The first frame, a VideoFrame or AudioFrame, of a stream that nothing was read of yet."""
     stream.codec_context.thread_count = 1  # threads would decode frames that are not used
-    packets = islice(container.demux(stream), MAX_HIDDEN_FRAMES)
+    packets = islice(stream.container.demux(stream), MAX_HIDDEN_FRAMES)
     return next(frame for packet in packets for frame in packet.decode())
 
 
@@ -60,35 +58,34 @@ def picture(frame: "VideoFrame") -> "Image":
 
 def read_frames(path: Path, fps: int, count: int, start: int = 0) -> "Iterator[Image]":
     """At most `count` frames from `start` on, as shown at `fps` frames a second: RGB, upright. Raises BadFootage."""
-    with path.open("rb") as file, opened(file, "video") as container:
-        yield from map(picture, islice(_at_rate(container, fps), start, start + count))
+    with path.open("rb") as file, opened(file, "video") as stream:
+        yield from map(picture, islice(_at_rate(stream, fps), start, start + count))
 
 
 def read_last_frames(path: Path, fps: int, count: int) -> "list[Image]":
     """The last `count` frames, else as `read_frames`."""
-    with path.open("rb") as file, opened(file, "video") as container:
-        return [picture(frame) for frame in deque(_at_rate(container, fps), maxlen=count)]
+    with path.open("rb") as file, opened(file, "video") as stream:
+        return [picture(frame) for frame in deque(_at_rate(stream, fps), maxlen=count)]
 
 
-def _at_rate(container: "InputContainer", fps: int) -> "Iterator[VideoFrame]":
+def _at_rate(stream: Any, fps: int) -> "Iterator[VideoFrame]":
     """The frame that is shown at each tick of `fps`: some come more than once, some never."""
-    stream: Any = container.streams.video[0]
     starts_s = float((stream.start_time or 0) * stream.time_base)
     shown_s = 1 / float(stream.average_rate or 25) - 1e-3  # slightly less: times are rounded to the time base
     ticks = 0
-    for frame in islice(container.decode(stream), MAX_PACKETS):
+    for frame in islice(stream.container.decode(stream), MAX_PACKETS):
         while ticks / fps < (frame.time or 0) - starts_s + shown_s:
             yield frame
             ticks += 1
 
 
-def _seconds(container: "InputContainer", stream: Any) -> float:
+def _seconds(stream: Any) -> float:
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    if container.duration:
-        return container.duration / 1e6
+    if stream.container.duration:
+        return float(stream.container.duration / 1e6)
     ends_at = 0  # without a length in the header: of the packets, since to decode them could take hours
-    for count, packet in enumerate(container.demux()):
+    for count, packet in enumerate(stream.container.demux()):
         if count == MAX_PACKETS:
             raise BadFootage(f"does not say how long it is and has over {MAX_PACKETS} packets; send it with its length")
         if packet.stream_index == stream.index and packet.pts is not None:
@@ -97,10 +94,10 @@ def _seconds(container: "InputContainer", stream: Any) -> float:
 
 
 @contextmanager
-def opened(file: BinaryIO, kind: str, max_pixels: int = MAX_PIXELS) -> "Iterator[InputContainer]":
-    """The container; whatever FFmpeg raises, here or inside the block, leaves as BadFootage.
+def opened(file: BinaryIO, kind: str, max_pixels: int = MAX_PIXELS) -> "Iterator[Any]":
+    """The first stream of the kind; whatever FFmpeg raises, here or inside the block, leaves as BadFootage.
 
-    Its first stream can be decoded: no frame of it, whatever the headers say, takes memory for more than `max_pixels`.
+    No frame of it, whatever the headers say, takes memory for more than `max_pixels` when it is decoded.
     """
     import av
 
@@ -118,7 +115,7 @@ def opened(file: BinaryIO, kind: str, max_pixels: int = MAX_PIXELS) -> "Iterator
                 rule = f"more than the limit of {max_pixels} pixels a frame; send a smaller one"
                 raise BadFootage(f"is {stream.width}x{stream.height}, {rule}")
             stream.codec_context.options = limits
-            yield container
+            yield stream
     except BadFootage:
         raise
     except Exception:  # hostile bytes reach many kinds: av.FFmpegError, StopIteration, IndexError, ValueError …

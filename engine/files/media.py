@@ -65,8 +65,8 @@ def check_image(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
 
 def _is_webp(file: BinaryIO, max_pixels: int) -> bool:
     """True if FFmpeg can decode the picture: with 7 bytes a pixel, where Pillow takes 16. It knows no animations."""
-    with suppress(footage.BadFootage), footage.opened(file, "image", max_pixels) as container:
-        footage.first_frame(container, container.streams.video[0])
+    with suppress(footage.BadFootage), footage.opened(file, "image", max_pixels) as stream:
+        footage.first_frame(stream)
         return True
     return False
 
@@ -86,8 +86,8 @@ def thumbnail(file: BufferedReader, width: int) -> bytes:
     file.peek(1)  # a disk that can't be read shows here, apart from bytes that can't be decoded
     try:
         if kind == "video":
-            with footage.opened(file, "video") as container:
-                return reduced(footage.picture(footage.first_frame(container, container.streams.video[0])), width)
+            with footage.opened(file, "video") as stream:
+                return reduced(footage.picture(footage.first_frame(stream)), width)
         with _opened(file) as image:
             # A JPEG can be decoded at 1/2, 1/4 or 1/8: far quicker. A square, as EXIF may turn the picture later.
             image.draft("RGB", (width, width))

@@ -72,8 +72,8 @@ def _sound(path: Path, sample_rate: int) -> torch.Tensor:
     resampler = av.AudioResampler("fltp", "stereo", sample_rate)
     chunks: list[NDArray[Any]] = []
     left = footage.MAX_S * sample_rate  # a file can hold more than the length that it names, and fill the memory
-    with path.open("rb") as file, footage.opened(file, "audio") as container:
-        frames = chain(container.decode(container.streams.audio[0]), [None])  # None: what the resampler still holds
+    with path.open("rb") as file, footage.opened(file, "audio") as stream:
+        frames = chain(stream.container.decode(stream), [None])  # None: what the resampler still holds
         for part in chain.from_iterable(map(resampler.resample, frames)):
             chunks.append(part.to_ndarray()[:, :left])
             left -= chunks[-1].shape[1]
