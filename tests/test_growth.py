@@ -352,8 +352,8 @@ async def test_what_ended_tasks_need_can_be_told_from_what_is_still_to_run(journ
         await journal.add(task, None, "", {})
         if status.ended:
             await journal.save(ended(task, status))
-    assert await journal.inputs() == {"a", "b", "d"}
-    assert await journal.inputs(unfinished_only=True) == {"a"}
+    assert await journal.sweep(set) == {"a", "b", "d"}
+    assert await journal.sweep(set, unfinished_only=True) == {"a"}
 
 
 async def test_what_an_unreadable_record_held_is_forgotten_with_its_task(journal: Journal, tmp_path: Path) -> None:
@@ -362,9 +362,9 @@ async def test_what_an_unreadable_record_held_is_forgotten_with_its_task(journal
     await journal._call(lambda: journal._db.execute("UPDATE tasks SET record = replace(record, '\"steps\"', '\"n\"')"))
     assert await journal.unfinished() == []
     await journal.prune(10, 3600)
-    assert await journal.inputs() == {"a"}
+    assert await journal.sweep(set) == {"a"}
     await journal.prune(0, 3600)
-    assert (await journal.inputs(), await journal.fact(f"unreadable {task.id}")) == (set(), None)
+    assert (await journal.sweep(set), await journal.fact(f"unreadable {task.id}")) == (set(), None)
 
 
 async def test_no_task_is_accepted_or_retried_between_the_look_and_the_removal(tmp_path: Path) -> None:

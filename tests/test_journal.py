@@ -235,7 +235,7 @@ async def test_the_pictures_of_every_kept_task_are_needed(journal: Journal, tmp_
     folder = tmp_path / "inputs"
     await journal.add(Task(0, job(inputs={"image_start": (folder / "a",)})), None, "", {})
     await journal.add(Task(0, job(inputs={"image_refs": (folder / "b", folder / "c")})), None, "", {})
-    assert await journal.inputs() == {"a", "b", "c"}
+    assert await journal.sweep(set) == {"a", "b", "c"}
 
 
 # ---- facts

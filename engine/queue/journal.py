@@ -73,7 +73,7 @@ MOST_KEYS = 10_000
 # The largest request needs 0.4 MiB: three texts of 10,000 characters, of which JSON makes up to twelve bytes each.
 MOST_RECORD_BYTES = 512 * 2**10
 # All rows may take the most, or a quarter of their disk if that is less, but the least in any case. Beyond that, the
-# oldest ended tasks and keys are forgotten, however few there are.
+# oldest ended tasks are forgotten, however few there are.
 LEAST_BYTES, MOST_BYTES = 16 * 2**20, 512 * 2**20
 FREE_PAGES = 1024  # that stay in the file for what comes next, and the most that a change takes out of it
 WAL_BYTES = 4 * 2**20
@@ -84,13 +84,11 @@ ENDS = ", ".join(repr(str(status)) for status in sorted(ENDED))
 UNFINISHED = f"status NOT IN ({ENDS}) AND finished_at IS NULL"
 PAGES = "pragma_page_count, pragma_freelist_count, pragma_page_size"
 USED_BYTES = f"SELECT (page_count - freelist_count) * page_size FROM {PAGES}"
-OLDEST = (
-    "DELETE FROM tasks WHERE id IN (SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY finished_at LIMIT 100)",
-    "DELETE FROM replies WHERE key IN (SELECT key FROM replies ORDER BY created_at LIMIT 100)",
-)
+OLDEST = "SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY finished_at LIMIT 100"
 FILE = "name, task_id, size_bytes, mtime_ns, made_at"  # as OwnFile
 P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class KeyReused(Exception):
@@ -181,7 +179,8 @@ class Journal:
             assert row.lastrowid is not None
             task.id = row.lastrowid
             self._db.execute("UPDATE tasks SET rank = id WHERE id = ?", (task.id,))
-            if (size := len((values := self._row(task))[2])) > MOST_RECORD_BYTES:
+            values = self._row(task)
+            if (size := len(values[2])) > MOST_RECORD_BYTES:
                 rule = f"at most {MOST_RECORD_BYTES} are kept; send shorter texts"
                 raise BadRequest(f"The task would take {size} bytes in the journal, and {rule}")
             self._db.execute(UPDATE, values)
@@ -255,14 +254,14 @@ class Journal:
     def _prune(self) -> None:
         try:
             with self._db:
-                self._forget(*self._keep)
+                self._forget()
             if self._db.execute("PRAGMA freelist_count").fetchone()[0] > FREE_PAGES:
                 self._db.executescript(f"PRAGMA incremental_vacuum({FREE_PAGES})")  # by `execute` it would be one page
         except Exception as fault:  # whatever it was, the change is committed, and the next one tries again
             log.warning("old tasks can't be forgotten now: %s", fault)
 
-    def _forget(self, keep_count: int, keep_s: float) -> None:
-        now, run = self._clock.now(), self._db.execute
+    def _forget(self) -> None:
+        (keep_count, keep_s), now, run = self._keep, self._clock.now(), self._db.execute
         newest_too_many = (
             "SELECT finished_at, id FROM tasks WHERE finished_at IS NOT NULL"
             " ORDER BY finished_at DESC, id DESC LIMIT 1 OFFSET ?"
@@ -271,7 +270,7 @@ class Journal:
         run("DELETE FROM tasks WHERE finished_at < ?", (now - keep_s,))
         run(f"DELETE FROM tasks WHERE (finished_at, id) <= ({newest_too_many})", (keep_count,))
         run(f"DELETE FROM replies WHERE created_at < ? OR created_at <= ({too_old})", (now - KEY_LIFETIME_S, MOST_KEYS))
-        while self._too_large() and sum(run(deletion).rowcount for deletion in OLDEST) > 0:
+        while self._too_large() and run(f"DELETE FROM tasks WHERE id IN ({OLDEST})").rowcount > 0:
             pass
         run("DELETE FROM facts WHERE name LIKE 'unreadable %' AND substr(name, 12) NOT IN (SELECT id FROM tasks)")
 
@@ -280,19 +279,16 @@ class Journal:
         room = used + shutil.disk_usage(self._path.parent).free
         return used > min(MOST_BYTES, max(LEAST_BYTES, room // 4))
 
-    def _inputs(self, unfinished_only: bool = False) -> set[str]:
-        """The names of the input files that all tasks but the cancelled ones need, or those that have not ended."""
+    @_in_thread
+    def sweep(self, remove: Callable[[set[str]], S], unfinished_only: bool = False) -> S:
+        """Return what `remove` returns for the names of the input files that are needed; no task is added meanwhile.
+
+        All tasks but the cancelled ones need theirs, or with `unfinished_only` only those that have not ended.
+        """
         which = UNFINISHED if unfinished_only else f"status != '{Status.CANCELLED}'"
         query = f"SELECT record FROM tasks WHERE instr(record, '/inputs/') AND {which}"
         rows = self._db.execute(query if unfinished_only else f"{query} UNION ALL SELECT value FROM facts")
-        return {name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)}
-
-    inputs = _in_thread(_inputs)
-
-    @_in_thread
-    def sweep(self, remove: Callable[[set[str]], int], unfinished_only: bool = False) -> int:
-        """Call `remove` with the names of `inputs`, and return what it returns; no task is added meanwhile."""
-        return remove(self._inputs(unfinished_only))
+        return remove({name for (record,) in rows for name in re.findall(r'/([^/"\\]+)\\*"', record)})
 
     @_in_thread
     def files(self) -> list[OwnFile]:
