@@ -31,6 +31,13 @@ SMALL_BUFFER = 4096
 HERE, ATTACKER, OTHER, PROXY = "127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.9"
 
 
+def open_connections(daemon: Daemon) -> int:
+    """How many TCP connections the daemon has not closed yet."""
+    port = int(daemon.url.rpartition(":")[2])
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[1].endswith(f":{port:04X}") and row[3] in ("01", "08") for row in rows)  # established, close wait
+
+
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[Daemon]:
     """A daemon with 40 slots, a proxy that it trusts, a Unix socket, and a file that no socket's buffer can hold."""
@@ -41,6 +48,7 @@ def house(tmp_path: Path) -> Iterator[Daemon]:
         with (running.outputs / "large.mp4").open("wb") as file:
             file.truncate(200 * MIB)
         running.submit()
+        assert eventually(lambda: open_connections(running) == 0)
         yield running
 
 

@@ -28,6 +28,7 @@ from engine.files.spool import SMALL_BYTES, BodyFile
 # None of them can come from a web page of another site without the browser asking first.
 JSON_TYPES = re.compile(r"(application|text)/json|application/[\w.-]+\+json")
 MOST_PARTS = 100
+FORM_LIMITS = {"max_segment_count": MOST_PARTS, "max_header_size": 2048, "max_header_count": 5}
 BROKEN_FORM = "The form is malformed or cut off; send it again, as curl -F does"
 NO_TEXT = "A part of the form is not UTF-8; send text as UTF-8 or with its charset, and a file with a file name"
 Values = tuple[dict[str, Any], "hashlib._Hash"]  # as they were sent, and a digest of them
@@ -163,7 +164,8 @@ def _form_values(request: web.Request, body: BodyFile, schema: Schema, receive: 
     body.seek(0)
     try:
         boundary = parse_options_header(request.headers[hdrs.CONTENT_TYPE])[1].get("boundary", "")
-        events = PushMultipartParser(boundary, max_segment_count=MOST_PARTS).parse_blocking(body.read, CHUNK_BYTES)
+        parser = PushMultipartParser(boundary, **FORM_LIMITS)
+        events = parser.parse_blocking(body.read, CHUNK_BYTES)
         for part in events:  # each begins with its head
             assert isinstance(part, MultipartSegment)
             value = _part_value(part, iter(partial(next, events), None), schema, receive)
