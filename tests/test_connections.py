@@ -153,6 +153,21 @@ def test_a_limit_too_small_to_be_shared_is_not(tmp_path: Path, most: int, share:
         assert not any(kept() for _ in range(3))
 
 
+@pytest.mark.parametrize("what", HOLDERS)
+@pytest.mark.parametrize("sources", [(ATTACKER, "127.0.0.4"), (ATTACKER, "127.0.0.4", "127.0.0.5", "127.0.0.6")])
+def test_addresses_with_many_connections_make_room_for_one_with_few(
+    house: Daemon, what: str, sources: tuple[str, ...]
+) -> None:
+    with ExitStack() as stack:
+        hold(house, stack, what, MOST, *sources)
+        for source in (HERE, OTHER, HERE):
+            for _ in range(3):
+                assert asked(house, "/queue", source).status == 200
+        hold(house, stack, what, MOST, *sources)
+        assert asked(house, "/queue", OTHER).status == 200
+    assert "Traceback" not in house.log.read_text()
+
+
 # ---------------------------------------------------------------------------------------------------------- the reserve
 
 CROWD = [f"127.0.1.{number}" for number in range(1, 11)]

@@ -8,8 +8,10 @@ import json
 import logging
 import re
 import socket
+from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any, cast
 
 from aiohttp import hdrs, web
@@ -35,7 +37,8 @@ RESERVE_S = 2  # in which such a connection must send its request
 class Slots:
     """Which connections may be open: `limit` in all, half of them from one address, and a reserve for /health.
 
-    An address that is `exempt` may have all of them, like clients of a Unix socket.
+    An address that is `exempt` may have all of them, like clients of a Unix socket. If there is no slot left, another
+    one that has more than LEAST_SHARE gives its oldest connection up for a client that has fewer.
     """
 
     def __init__(self, limit: int, exempt: Collection[str]) -> None:
@@ -52,6 +55,8 @@ class Slots:
         """
         exempt = address in self._exempt
         if len(self._open) >= self._limit:
+            self._make_room(0 if exempt else list(self._open.values()).count(address))
+        if len(self._open) >= self._limit:
             connection.lack = f"{self._limit} are open (max_connections)"
         elif not exempt and list(self._open.values()).count(address) >= self._share:
             connection.lack = f"{self._share} are open from {address} (half of max_connections)"
@@ -65,6 +70,17 @@ class Slots:
         elif len(self._reserve) >= RESERVE:
             next(iter(self._reserve)).turn_away()
         self._reserve[connection] = address
+
+    def _make_room(self, held: int) -> None:
+        """End the oldest connection of the address that has the most, if that is above `held` and LEAST_SHARE."""
+        counts = Counter(address for address in self._open.values() if address not in self._exempt)
+        heaviest, most = max(counts.items(), key=itemgetter(1), default=("", 0))
+        if most > max(LEAST_SHARE, held + 1):
+            oldest = next(connection for connection, address in self._open.items() if address == heaviest)
+            self.free(oldest)
+            with suppress(OSError, AttributeError):  # it has gone just now
+                # Not `abort`: that closes the socket under a sendfile, whose entry in the selector stays behind.
+                cast(asyncio.Transport, oldest.transport).get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     def free(self, connection: "Connection") -> None:
         """Take the connection's slot back, if it has one."""

@@ -12,7 +12,7 @@ from engine import awake, child
 from engine.files.place import NoStorage
 from engine.turns import Turns
 
-QUICK_CPU_S, CPU_S = 0.4, 8.0  # for all files of a request; a picture of 50 megapixels takes one or two
+QUICK_CPU_S, CPU_S = 0.2, 8.0  # for all files of a request; a picture of 50 megapixels takes one or two
 CHECK_S = 20.0  # likewise, of waiting
 TOO_LONG = "takes too long to decode; send a shorter or simpler one"
 ENDED = "can't be decoded; send it in another format"
