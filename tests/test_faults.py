@@ -357,7 +357,7 @@ FAULTS_OF_THE_PLACE = (
             "owner::only_own_files_count_towards_the_room_that_they_may_take",
             "owner::a_clock_that_jumps_while_the_daemon_runs_deletes_nothing",
             "owner::a_clock_that_jumps_over_a_restart_deletes_nothing",
-            "owner::inputs_that_a_request_has_just_stored_are_kept_whatever_the_clock_shows",
+            "owner::inputs_of_a_request_under_way_are_kept_whatever_the_clock_shows",
             "soak::in_all_weathers",
         ),
     ),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.catalog.models import Model
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wangpd.worker")
 T = TypeVar("T")
-FOLDERS = ("save_path", "state_path", "models_dir")
 MOST_REPORTED = 300  # characters of a sentence: as JSON, up to twelve bytes each
 LOST_DISK = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN}
@@ -54,6 +54,7 @@ _visible: str | None  # CUDA_VISIBLE_DEVICES as the daemon has it
 _session: "ModelSession | None" = None
 _reports: Connection
 _settled_count = 0
+_folders: dict[str, Path] = {}  # by configuration key, which sentences name in their place
 _unfit = False  # the device has failed: nothing works in this process any more
 
 
@@ -61,6 +62,7 @@ def start(board: Board, reports: Connection, config: EngineConfig) -> None:
     """Make this process the worker of `board`. Trivial on purpose: an error in an initializer loses its message."""
     global _board, _reports, _config, _visible
     _board, _reports, _config, _visible = board, reports, config, os.environ.get(process.VISIBLE)
+    _folders.update({name: getattr(config, name) for name in ("save_path", "state_path", "models_dir")})
     os.setsid()  # a group of its own: Ctrl-C is the daemon's to handle, and what it starts ends with it
     process.ignore_signals()
     process.prepare(config, config.device, _visible)
@@ -113,7 +115,7 @@ def _for_daemon(error: BaseException, task_id: int, where: str) -> Exception:
     else:
         log.exception("task %d: fault while %s", task_id, where, exc_info=error)
         sentence, code = _sentence_and_code(error, where)
-    return EngineError(without_paths(sentence, {name: getattr(_config, name) for name in FOLDERS}), code)
+    return EngineError(without_paths(sentence, _folders), code)
 
 
 def _sentence_and_code(error: BaseException, where: str) -> tuple[str, str]:
