@@ -124,6 +124,7 @@ def _received(name: str, file: str | bytes | Sent, receive: Receive) -> Sent:
     if isinstance(file, Sent):
         return file
     try:
+        # `decoded` resolves JSON's escapes, so a text that was parsed already gets them back.
         return receive(decoded(json.dumps(file)[1:-1].encode() if isinstance(file, str) else file))
     except ValueError:
         raise BadRequest(f"{name}: is not valid base64; send the file's bytes in base64") from None

@@ -17,7 +17,8 @@ from engine.api.answers import shortened
 PLAIN_BYTES = 2**20  # of a body besides its files
 LONG_BYTES = 48_000  # of a text that is no file: 10,000 characters take four bytes each
 MOST_VALUES = 200_000
-TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_TEXT = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+TEXT = re.compile(_TEXT.encode(), re.DOTALL)
 TOO_MANY = "The body has too many values; send the fields of one request"
 TOO_LARGE = f"The body has more than {PLAIN_BYTES // 2**20} MiB besides its files; send less"
 SHOWN = 'a JSON object such as {"prompt": "a cat"}'
@@ -27,7 +28,7 @@ CHARSET = re.compile(
     r"|koi8-[ru]|gbk|gb2312|gb18030|big5|euc-(jp|kr)|shift[_-]jis|macintosh",
     re.IGNORECASE,
 )
-OUTSIDE_TEXTS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|-?(?:NaN|Infinity)', re.DOTALL)
+OUTSIDE_TEXTS = re.compile(_TEXT + "|-?(?:NaN|Infinity)", re.DOTALL)
 # By what json's message and the text from that place on begin with.
 REASONS = {
     r"Invalid control[^|]*\|[\r\n]": r"a line break within a text must be written as \n",

@@ -34,7 +34,7 @@ class Inputs:
     def __init__(self, folder: Path, disk: Folder, limit_bytes: int) -> None:
         """`disk` is the folder around it, as Place looks at it."""
         self._folder, self._disk, self._limit_bytes = folder, disk, limit_bytes
-        self._size_bytes = 0  # counted by each sweep
+        self._size_bytes = 0  # counted by `open` and by each sweep
         self._held: Counter[str] = Counter()  # names that requests under way need
         self._lock = threading.Lock()
 

@@ -212,7 +212,8 @@ class Journal:
             ranked = ((rank, task_id) for task_id, rank in (ranks or {}).items())
             self._db.executemany("UPDATE tasks SET rank = ? WHERE id = ?", ranked)
             self._save_facts({**facts, "clock": self._clock.reading()})
-        self._prune()
+        if not tasks or any(task.status.ended for task in tasks):  # the start of a task makes nothing too much
+            self._prune()
 
     def _save_facts(self, facts: Mapping[str, Any]) -> None:
         values = ((name, json.dumps(value)) for name, value in facts.items())
