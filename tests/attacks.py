@@ -249,12 +249,7 @@ def bodies_in_drops(field: Field) -> None:
         for number, channel in enumerate(channels):
             with suppress(OSError):
                 channel.sendall(announced(1000 if number % 2 else 60 * MIB, FORM if number % 3 else JSON))
-        ends = time.monotonic() + 20 * min(1.0, field.scale)
-        while time.monotonic() < ends:
-            for channel in channels:
-                with suppress(OSError):
-                    channel.sendall(b"-")
-            time.sleep(0.05)
+        field.drip(channels, b"-", 0.05)
 
 
 @attack
@@ -445,15 +440,10 @@ def slow_heads(field: Field) -> None:
     """Heads that come byte by byte and never end."""
     with ExitStack() as stack:
         channels = field.crowd(stack, field.connections * 6 // 5)
-        ends = time.monotonic() + 20 * min(1.0, field.scale)
         for channel in channels:
             with suppress(OSError):
                 channel.sendall(b"GET /api/v1/health HTTP/1.1\r\nX: ")
-        while time.monotonic() < ends:
-            for channel in channels:
-                with suppress(OSError):
-                    channel.sendall(b"a")
-            time.sleep(0.2)
+        field.drip(channels, b"a", 0.2)
 
 
 @attack

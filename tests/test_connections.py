@@ -215,15 +215,18 @@ def test_the_reserve_is_for_health_and_ends_with_the_answer(house: Daemon, metho
             assert method == "HEAD" or "detail" in json.loads(answer.body) or status == 200
 
 
+def is_turned_away(channel: socket.socket, method: str = "GET") -> bool:
+    """Whether the next answer is 503, and then the connection ends."""
+    answer = answered(channel, method)
+    return answer is not None and answer.status == 503 and channel.recv(1) == b""
+
+
 def test_a_body_on_a_connection_of_the_reserve_is_not_waited_for(house: Daemon) -> None:
     with ExitStack() as stack:
         hold(house, stack, "silence", MOST, *CROWD)
         with connected(house.url) as channel:
             channel.sendall(HOLDERS["half a body"])
-            answer = answered(channel, "POST")
-            assert answer
-            assert answer.status == 503
-            assert channel.recv(1) == b""
+            assert is_turned_away(channel, "POST")
 
 
 def test_who_says_nothing_on_a_connection_of_the_reserve_is_turned_away(house: Daemon) -> None:
@@ -233,10 +236,7 @@ def test_who_says_nothing_on_a_connection_of_the_reserve_is_turned_away(house: D
         halting = stack.enter_context(connected(house.url, OTHER))
         halting.sendall(HOLDERS["half a head"])
         for channel in (silent, halting):
-            answer = answered(channel)
-            assert answer
-            assert answer.status == 503
-            assert channel.recv(1) == b""
+            assert is_turned_away(channel)
 
 
 def test_a_new_connection_takes_the_place_of_one_that_says_nothing(house: Daemon) -> None:
